@@ -1,0 +1,36 @@
+//! Booting a bare-metal ELF by PVH.
+
+use std::path::Path;
+
+use crate::Error;
+use crate::machine::{EXIT_ORDERLY, Machine, Sink, readable};
+
+/// The console line that begins a bare kernel's verdict that all went well.
+pub const SENTINEL: &str = "pkru-kernel: passed";
+
+/// Boots `elf`, passes its serial port to standard output, and returns whether it passed.
+///
+/// `arguments` become the kernel's command line.
+///
+/// # Errors
+///
+/// [`Error::KernelMissing`] if there is no such file, [`Error::TimedOut`], [`Error::QemuMissing`], and
+/// [`Error::Disorderly`] if the kernel did not give both signs of a pass: its exit code and its sentinel.
+pub fn run(machine: &Machine, elf: &Path, arguments: &str) -> Result<String, Error> {
+    readable(elf).map_err(|_| Error::KernelMissing { path: elf.into() })?;
+    crate::initramfs::check_elf(elf)?;
+    let elf = elf.to_str().ok_or_else(|| Error::input(elf, "the path is not UTF-8"))?;
+    let finished = machine.run(&["-kernel", elf, "-append", arguments], vec![Sink::Stdout])?;
+    let console = &finished.kept[0];
+    let sentinel = console.lines().any(|line| line.starts_with(SENTINEL));
+    match (finished.status.code(), sentinel) {
+        (Some(EXIT_ORDERLY), true) => Ok(finished.kept.into_iter().next().unwrap_or_default()),
+        (Some(EXIT_ORDERLY), false) => {
+            Err(Error::Disorderly { reason: format!("it exited well but never printed `{SENTINEL}`") })
+        }
+        (_, true) => Err(Error::Disorderly {
+            reason: format!("it printed `{SENTINEL}`, but QEMU ended with {}", finished.status),
+        }),
+        _ => Err(Error::Disorderly { reason: format!("it failed: QEMU ended with {}", finished.status) }),
+    }
+}

@@ -1,0 +1,145 @@
+//! Booting a Linux guest that runs one program of the host.
+//!
+//! The guest has three serial ports: the kernel's console with the verdict of [`init`](crate::init), the program's standard
+//! output, and its standard error.
+
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+
+use crate::Error;
+use crate::init::{Outcome, Task};
+use crate::initramfs::Initramfs;
+use crate::machine::{EXIT_ORDERLY, Machine, Sink, readable};
+
+/// A program to run in a guest, and what it needs there.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// The kernel image to boot.
+    pub kernel: PathBuf,
+    /// The program; it is packed with every library that it loads.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+    /// Its environment, beyond `PATH` and `HOME`.
+    pub environment: Vec<(OsString, OsString)>,
+    /// Other files or folders it needs; each is packed at the same path.
+    pub files: Vec<PathBuf>,
+}
+
+/// The kernels that `make setup` unpacks, newest last.
+pub const KERNELS: [&str; 2] = ["6.1", "6.12"];
+
+/// Returns the image of a kernel named by version, or the path itself for anything that is not one of [`KERNELS`].
+///
+/// # Errors
+///
+/// [`Error::KernelMissing`] if there is no such file.
+pub fn kernel(name: &str) -> Result<PathBuf, Error> {
+    let path = if KERNELS.contains(&name) {
+        target_directory().join("guest").join(name).join("vmlinuz")
+    } else if name.contains('/') || Path::new(name).exists() {
+        PathBuf::from(name)
+    } else {
+        return Err(Error::Usage(format!("unknown kernel `{name}`: it is {} or a path", KERNELS.join(" or "))));
+    };
+    readable(&path).map_err(|_| Error::KernelMissing { path: path.clone() })?;
+    Ok(path)
+}
+
+/// The workspace's build folder, where setup unpacks the guest kernels.
+#[must_use]
+pub fn target_directory() -> PathBuf {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
+    workspace.join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+impl Guest {
+    /// Boots the guest, passes the program's output through, and returns how the program ended.
+    ///
+    /// `init` is the binary that becomes the guest's first process: one whose `main` begins with
+    /// [`init::enter_if_first`](crate::init::enter_if_first), usually `pkru-qemu` itself.
+    ///
+    /// # Errors
+    ///
+    /// Every variant of [`Error`]; a program that ran and failed is not an error but an [`Outcome`].
+    pub fn run(&self, machine: &Machine, init: &Path) -> Result<Outcome, Error> {
+        let directory = std::env::current_dir().map_err(Error::io("read the current folder"))?;
+        let program = absolute(&self.program)?;
+        let mut archive = Initramfs::new(init)?;
+        archive.add_program(&program)?;
+        for file in &self.files {
+            archive.add_tree(&absolute(file)?)?;
+        }
+        archive.add_task(&Task {
+            directory,
+            program,
+            arguments: self.arguments.clone(),
+            environment: self.environment.clone(),
+        });
+
+        let image = TemporaryFile::new()?;
+        archive.write(&image.0)?;
+
+        let path = |path: &Path| -> Result<String, Error> {
+            path.to_str().map(String::from).ok_or_else(|| Error::input(path, "the path is not UTF-8"))
+        };
+        let finished = machine.run(
+            &[
+                "-kernel",
+                &path(&self.kernel)?,
+                "-initrd",
+                &path(&image.0)?,
+                "-append",
+                // A panic resets the machine at once, and -no-reboot turns that into an exit.
+                "console=ttyS0 quiet panic=-1 random.trust_cpu=on",
+            ],
+            vec![Sink::Keep { show: machine.verbose }, Sink::Stdout, Sink::Stderr],
+        )?;
+
+        let console = &finished.kept[0];
+        if let Some(line) = console.lines().find(|line| line.contains("Kernel panic")) {
+            return Err(Error::Panicked { message: line.trim().into() });
+        }
+        let outcome = console.lines().find_map(Outcome::parse);
+        match (finished.status.code(), outcome) {
+            (Some(EXIT_ORDERLY), Some(outcome)) => Ok(outcome),
+            (Some(EXIT_ORDERLY), None) => Err(disorderly("the console has no verdict", console)),
+            (Some(code), _) => Err(disorderly(&format!("QEMU exited with {code}"), console)),
+            (None, _) => {
+                let signal = finished.status.signal().unwrap_or(0);
+                Err(disorderly(&format!("QEMU was killed by signal {signal}"), console))
+            }
+        }
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Error> {
+    std::path::absolute(path).map_err(|error| Error::input(path, error))
+}
+
+fn disorderly(reason: &str, console: &str) -> Error {
+    let last = console.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("nothing").trim();
+    Error::Disorderly { reason: format!("{reason}; the console's last line: {last}") }
+}
+
+/// A file name under the build folder, whose file is removed on drop.
+struct TemporaryFile(PathBuf);
+
+impl TemporaryFile {
+    fn new() -> Result<Self, Error> {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let folder = target_directory().join("guest");
+        std::fs::create_dir_all(&folder).map_err(Error::io("make the folder for guest images"))?;
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        Ok(Self(folder.join(format!("initramfs-{}-{number}", std::process::id()))))
+    }
+}
+
+impl Drop for TemporaryFile {
+    fn drop(&mut self) {
+        // If it was never written there is nothing to remove.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}

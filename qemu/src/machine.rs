@@ -1,0 +1,184 @@
+//! The emulated machine: one QEMU process, its serial ports and its time limit.
+
+use std::fs::File;
+use std::io::{self, PipeReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::Error;
+
+/// The value a guest writes to the `isa-debug-exit` device when it ends in order.
+pub const DEBUG_EXIT_ORDERLY: u32 = 0x10;
+
+/// QEMU's exit status after [`DEBUG_EXIT_ORDERLY`]: the device exits with `(value << 1) | 1`.
+///
+/// # References
+///
+/// QEMU 7.2, `hw/misc/debugexit.c`.
+pub const EXIT_ORDERLY: i32 = ((DEBUG_EXIT_ORDERLY << 1) | 1) as i32;
+
+/// The I/O port of the `isa-debug-exit` device.
+pub const DEBUG_EXIT_PORT: u16 = 0xf4;
+
+/// The hardware to emulate.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// QEMU's name of the CPU model; `max` has PKU and PKS.
+    pub cpu: String,
+    /// Number of CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory: u32,
+    /// Let virtual time follow executed instructions, so that RDTSC counts them exactly. Needs one CPU.
+    pub icount: bool,
+    /// The time after which the guest is killed.
+    pub timeout: Duration,
+    /// Show the command, and the console while it runs.
+    pub verbose: bool,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self {
+            cpu: "max".into(),
+            cpus: 1,
+            memory: 1024,
+            icount: false,
+            timeout: Duration::from_secs(120),
+            verbose: false,
+        }
+    }
+}
+
+/// Where the bytes of one serial port go as they arrive.
+pub(crate) enum Sink {
+    /// Kept, and shown at once on standard error if the flag is set.
+    Keep { show: bool },
+    /// To standard output, and kept.
+    Stdout,
+    /// To standard error.
+    Stderr,
+}
+
+/// How QEMU ended, and what came out of the ports whose sink keeps it, in the order of the ports.
+pub(crate) struct Finished {
+    pub(crate) status: ExitStatus,
+    pub(crate) kept: Vec<String>,
+}
+
+/// Kills QEMU when dropped, on every way out.
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // It may have ended by itself; then there is nothing to kill and nothing to report.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Machine {
+    /// Runs QEMU with `arguments` and one serial port per sink until it exits.
+    pub(crate) fn run(&self, arguments: &[&str], sinks: Vec<Sink>) -> Result<Finished, Error> {
+        if self.icount && self.cpus != 1 {
+            return Err(Error::Usage("--icount counts on one CPU only".into()));
+        }
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .args(["-machine", "pc,accel=tcg", "-cpu", &self.cpu])
+            .args(["-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory)])
+            .args(["-device", &format!("isa-debug-exit,iobase={DEBUG_EXIT_PORT:#x},iosize=4")]);
+        if self.icount {
+            command.args(["-icount", "shift=0,sleep=off"]);
+        }
+
+        // Each port is the write end of a pipe of ours, which QEMU opens by its name under /proc.
+        let mut ports = Vec::new();
+        for (number, sink) in sinks.into_iter().enumerate() {
+            let (reader, writer) = io::pipe().map_err(Error::io("make a pipe"))?;
+            let path = format!("/proc/{}/fd/{}", std::process::id(), writer.as_raw_fd());
+            command.args(["-chardev", &format!("file,id=port{number},path={path}")]);
+            command.args(["-serial", &format!("chardev:port{number}")]);
+            ports.push((reader, writer, sink));
+        }
+        command.args(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
+        if self.verbose {
+            eprintln!("pkru-qemu: {command:?}");
+        }
+        die_with_parent(&mut command);
+
+        let child = command.spawn().map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => Error::QemuMissing,
+            _ => Error::Io { operation: "start QEMU", source },
+        })?;
+        let mut child = Guard(child);
+
+        let mut writers = Vec::new();
+        let mut readers = Vec::new();
+        for (reader, writer, sink) in ports {
+            writers.push(writer);
+            readers.push(thread::spawn(move || drain(reader, &sink)));
+        }
+        let ended = wait(&mut child.0, self.timeout);
+        drop(child);
+        // Ours were the last write ends: now the readers see the end.
+        drop(writers);
+        let kept = readers.into_iter().map(JoinHandle::join).map(|kept| kept.unwrap_or_default()).collect();
+        ended.map(|status| Finished { status, kept })
+    }
+}
+
+fn wait(child: &mut Child, limit: Duration) -> Result<ExitStatus, Error> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().map_err(Error::io("wait for QEMU"))? {
+            return Ok(status);
+        }
+        if start.elapsed() >= limit {
+            return Err(Error::TimedOut { limit });
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Copies a port to its sink until its end; returns what the sink keeps.
+fn drain(mut port: PipeReader, sink: &Sink) -> String {
+    let mut kept = Vec::new();
+    let mut buffer = [0; 4096];
+    while let Ok(length @ 1..) = port.read(&mut buffer) {
+        let bytes = &buffer[..length];
+        // A closed output of ours must not stop the guest: its result still counts.
+        let _ = match sink {
+            Sink::Keep { show: true } | Sink::Stderr => io::stderr().write_all(bytes),
+            Sink::Stdout => io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()),
+            Sink::Keep { show: false } => Ok(()),
+        };
+        if !matches!(sink, Sink::Stderr) {
+            kept.extend_from_slice(bytes);
+        }
+    }
+    String::from_utf8_lossy(&kept).into_owned()
+}
+
+/// Has the kernel kill the child when this process dies, however it dies.
+fn die_with_parent(command: &mut Command) {
+    let arrange = || {
+        // SAFETY: prctl with these arguments touches no memory.
+        match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: `arrange` makes one system call, which is allowed between fork and exec.
+    unsafe { command.pre_exec(arrange) };
+}
+
+/// Opens a file that QEMU is to load, so that a missing one is reported before QEMU starts.
+pub(crate) fn readable(path: &std::path::Path) -> io::Result<()> {
+    File::open(path).map(drop)
+}
