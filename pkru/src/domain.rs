@@ -1,0 +1,368 @@
+//! The life of a domain, the same on every platform.
+//!
+//! ```text
+//!            ┌────────── discard ───────────┐
+//!            ▼                              │
+//! new ──▶ ready ── enter ──▶ running ── violation
+//!            ▲                  │
+//!            └───── return ─────┘
+//! ```
+//!
+//! A [`Platform`] provides keys, tagged memory and a gate: page tables and an interrupt descriptor table in a kernel, system
+//! calls and signals on Linux, vectors and plain calls in a host test.
+
+use core::fmt;
+
+use crate::{AccessRights, KeyRights, ProtectionKey};
+
+/// What a domain needs of the system it lives in.
+///
+/// # Safety
+///
+/// [`Domain::enter`] is sound only if the platform keeps what its methods promise: a key is handed out to one domain at a
+/// time, memory carries that key in all its pages, and `enter` ends with the caller's rights in force.
+pub unsafe trait Platform {
+    /// The memory of one domain.
+    type Memory;
+    /// A record of a trap.
+    type Trap;
+    /// Why a key or memory was not to be had.
+    type Error;
+
+    /// Hands out a key that tags no page.
+    ///
+    /// # Errors
+    ///
+    /// If none is free.
+    fn allocate_key(&self) -> Result<ProtectionKey, Self::Error>;
+
+    /// Takes a key back whose pages are gone.
+    fn free_key(&self, key: ProtectionKey);
+
+    /// Maps a domain's memory, zeroed and tagged with its key, with guard pages around the stack.
+    ///
+    /// # Errors
+    ///
+    /// If the sizes cannot be had.
+    fn map(&self, sizes: Sizes, key: ProtectionKey, rights: KeyRights) -> Result<Self::Memory, Self::Error>;
+
+    /// Makes fresh memory ready to run in, or makes it ready again after [`discard`](Self::discard).
+    ///
+    /// # Errors
+    ///
+    /// If that needs something which cannot be had.
+    fn prepare(&self, memory: &mut Self::Memory) -> Result<(), Self::Error>;
+
+    /// Runs `entry` in the domain.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Gate::enter`](crate::gate::Gate::enter), except for what this platform provides.
+    unsafe fn enter(&self, memory: &mut Self::Memory, entry: Entry, argument: u64) -> Result<u64, Self::Trap>;
+
+    /// Drops everything that the memory holds: afterwards it reads as zeros.
+    fn discard(&self, memory: &mut Self::Memory);
+
+    /// Unmaps the memory, so that no page carries its key any more.
+    fn unmap(&self, memory: Self::Memory);
+}
+
+/// A function that runs in a domain: it takes one word and returns one.
+pub type Entry = unsafe extern "C" fn(u64) -> u64;
+
+/// The sizes of a domain's memory in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Sizes {
+    /// The stack.
+    pub stack: usize,
+    /// The heap.
+    pub heap: usize,
+}
+
+/// The rights of a domain under the default policy: it reads everything under key 0, and writes only what carries its own key.
+#[must_use]
+pub const fn default_rights(own: ProtectionKey) -> KeyRights {
+    KeyRights::NONE.with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY).with(own, AccessRights::READ_WRITE)
+}
+
+/// A domain on a platform.
+pub struct Domain<P: Platform> {
+    platform: P,
+    key: ProtectionKey,
+    // Invariant: `None` only while it is dropped.
+    memory: Option<P::Memory>,
+    state: State,
+}
+
+/// Where a domain is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// It can be entered.
+    Ready,
+    /// Code is running in it, or was when its call was abandoned.
+    Running,
+    /// A violation ended a call; its memory holds nothing and is prepared again before the next one.
+    Discarded,
+}
+
+/// Why a call gave no result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure<T, E> {
+    /// A trap ended it; the domain was discarded.
+    Trap(T),
+    /// The domain could not be made ready; nothing ran.
+    NotReady(E),
+}
+
+impl<P: Platform> Domain<P> {
+    /// Creates a domain with a key of its own, ready to be entered. `grant` may widen the default rights.
+    ///
+    /// # Errors
+    ///
+    /// What the platform gives if a key or memory is not to be had; then nothing is left behind.
+    pub fn new(platform: P, sizes: Sizes, grant: impl FnOnce(KeyRights) -> KeyRights) -> Result<Self, P::Error> {
+        let key = platform.allocate_key()?;
+        let memory = match platform.map(sizes, key, grant(default_rights(key))) {
+            Ok(memory) => memory,
+            Err(error) => {
+                platform.free_key(key);
+                return Err(error);
+            }
+        };
+        let mut domain = Self { platform, key, memory: Some(memory), state: State::Discarded };
+        domain.make_ready()?;
+        Ok(domain)
+    }
+
+    /// Calls `entry` with `argument` in the domain, and returns the word that it returned.
+    ///
+    /// If a trap ends the call, everything that the domain's memory held is gone when this returns.
+    ///
+    /// # Errors
+    ///
+    /// The trap, or why the domain could not be made ready after an earlier one.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Gate::enter`](crate::gate::Gate::enter), except for what the platform provides.
+    #[inline]
+    pub unsafe fn enter(&mut self, entry: Entry, argument: u64) -> Result<u64, Failure<P::Trap, P::Error>> {
+        if self.state != State::Ready {
+            self.make_ready().map_err(Failure::NotReady)?;
+        }
+        self.state = State::Running;
+        let memory = self.memory.as_mut().expect("memory lives as long as the domain");
+        // SAFETY: the caller answers for the entry point, and a domain that is ready for its memory.
+        match unsafe { self.platform.enter(memory, entry, argument) } {
+            Ok(value) => {
+                self.state = State::Ready;
+                Ok(value)
+            }
+            Err(trap) => {
+                self.discard();
+                Err(Failure::Trap(trap))
+            }
+        }
+    }
+
+    /// Drops everything that the domain's memory holds.
+    pub fn discard(&mut self) {
+        let memory = self.memory.as_mut().expect("memory lives as long as the domain");
+        self.platform.discard(memory);
+        self.state = State::Discarded;
+    }
+
+    /// Returns the domain's own key.
+    #[must_use]
+    pub const fn key(&self) -> ProtectionKey {
+        self.key
+    }
+
+    /// Returns where the domain is in its life.
+    #[must_use]
+    pub const fn state(&self) -> State {
+        self.state
+    }
+
+    /// Returns the domain's memory. What it holds is hostile.
+    ///
+    /// # Panics
+    ///
+    /// Never: memory lives as long as the domain.
+    #[must_use]
+    pub const fn memory(&self) -> &P::Memory {
+        self.memory.as_ref().expect("memory lives as long as the domain")
+    }
+
+    /// Returns the platform.
+    #[must_use]
+    pub const fn platform(&self) -> &P {
+        &self.platform
+    }
+
+    #[cold]
+    fn make_ready(&mut self) -> Result<(), P::Error> {
+        if self.state == State::Running {
+            // A call was abandoned, by a panic of the platform: nothing is known of the memory.
+            self.discard();
+        }
+        let memory = self.memory.as_mut().expect("memory lives as long as the domain");
+        self.platform.prepare(memory)?;
+        self.state = State::Ready;
+        Ok(())
+    }
+}
+
+impl<P: Platform> Drop for Domain<P> {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            self.platform.unmap(memory);
+        }
+        self.platform.free_key(self.key);
+    }
+}
+
+impl<P: Platform> fmt::Debug for Domain<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Domain").field("key", &self.key).field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::allocator::{KeyAllocator, KeyError};
+    use std::cell::{Cell, RefCell};
+    use std::rc::Rc;
+    use std::vec;
+    use std::vec::Vec;
+
+    /// A platform of plain memory, where an entry point that returns `TRAP` stands for one that traps.
+    #[derive(Clone, Default)]
+    struct Host {
+        keys: Rc<RefCell<KeyAllocator>>,
+        mapped: Rc<Cell<usize>>,
+        fail_prepare: Rc<Cell<bool>>,
+    }
+
+    const TRAP: u64 = u64::MAX;
+    const LIMIT: usize = 1 << 20;
+
+    struct Memory {
+        bytes: Vec<u8>,
+        prepared: u32,
+    }
+
+    // SAFETY: there is no isolation to break.
+    unsafe impl Platform for Host {
+        type Memory = Memory;
+        type Trap = &'static str;
+        type Error = KeyError;
+
+        fn allocate_key(&self) -> Result<ProtectionKey, KeyError> {
+            self.keys.borrow_mut().allocate()
+        }
+
+        fn free_key(&self, key: ProtectionKey) {
+            self.keys.borrow_mut().free(key).unwrap();
+        }
+
+        fn map(&self, sizes: Sizes, key: ProtectionKey, rights: KeyRights) -> Result<Memory, KeyError> {
+            assert!(rights.get(key).is_empty());
+            if sizes.heap > LIMIT {
+                return Err(KeyError::NotFree { key });
+            }
+            self.mapped.set(self.mapped.get() + 1);
+            Ok(Memory { bytes: vec![0; sizes.stack + sizes.heap], prepared: 0 })
+        }
+
+        fn prepare(&self, memory: &mut Memory) -> Result<(), KeyError> {
+            if self.fail_prepare.get() {
+                return Err(KeyError::Exhausted { limit: 0 });
+            }
+            assert!(memory.bytes.iter().all(|byte| *byte == 0), "prepared memory is clean");
+            memory.prepared += 1;
+            Ok(())
+        }
+
+        unsafe fn enter(&self, memory: &mut Memory, entry: Entry, argument: u64) -> Result<u64, &'static str> {
+            memory.bytes[0] = 0xff;
+            // SAFETY: the tests' entry points do nothing unsafe.
+            match unsafe { entry(argument) } {
+                TRAP => Err("trap"),
+                value => Ok(value),
+            }
+        }
+
+        fn discard(&self, memory: &mut Memory) {
+            memory.bytes.fill(0);
+        }
+
+        fn unmap(&self, _: Memory) {
+            self.mapped.set(self.mapped.get() - 1);
+        }
+    }
+
+    unsafe extern "C" fn same(argument: u64) -> u64 {
+        argument
+    }
+
+    fn enter(domain: &mut Domain<Host>, argument: u64) -> Result<u64, Failure<&'static str, KeyError>> {
+        // SAFETY: `same` does nothing unsafe.
+        unsafe { domain.enter(same, argument) }
+    }
+
+    const SIZES: Sizes = Sizes { stack: 64, heap: 64 };
+
+    #[test]
+    fn memory_persists_from_call_to_call_until_a_trap() {
+        let mut domain = Domain::new(Host::default(), SIZES, |rights| rights).unwrap();
+        assert_eq!(enter(&mut domain, 7), Ok(7));
+        assert_eq!(domain.memory().bytes[0], 0xff);
+        assert_eq!((enter(&mut domain, 8), domain.memory().prepared), (Ok(8), 1));
+
+        assert_eq!(enter(&mut domain, TRAP), Err(Failure::Trap("trap")));
+        assert_eq!((domain.state(), domain.memory().bytes[0]), (State::Discarded, 0));
+        assert_eq!((enter(&mut domain, 9), domain.memory().prepared), (Ok(9), 2));
+    }
+
+    #[test]
+    fn keys_and_memory_come_back() {
+        let host = Host::default();
+        for _ in 0..100 {
+            let mut domain = Domain::new(host.clone(), SIZES, |rights| rights).unwrap();
+            let _ = enter(&mut domain, TRAP);
+        }
+        assert_eq!((host.mapped.get(), host.keys.borrow().available()), (0, 15));
+    }
+
+    #[test]
+    fn a_domain_that_cannot_be_made_leaves_nothing_behind() {
+        let host = Host::default();
+        let too_big = Sizes { heap: LIMIT + 1, ..SIZES };
+        assert!(Domain::new(host.clone(), too_big, |rights| rights).is_err());
+        host.fail_prepare.set(true);
+        assert!(Domain::new(host.clone(), SIZES, |rights| rights).is_err());
+        assert_eq!((host.mapped.get(), host.keys.borrow().available()), (0, 15));
+    }
+
+    #[test]
+    fn a_domain_that_cannot_be_made_ready_again_runs_nothing() {
+        let host = Host::default();
+        let mut domain = Domain::new(host.clone(), SIZES, |rights| rights).unwrap();
+        let _ = enter(&mut domain, TRAP);
+        host.fail_prepare.set(true);
+        assert_eq!(enter(&mut domain, 1), Err(Failure::NotReady(KeyError::Exhausted { limit: 0 })));
+        assert_eq!(domain.memory().bytes[0], 0);
+        host.fail_prepare.set(false);
+        assert_eq!(enter(&mut domain, 2), Ok(2));
+    }
+
+    #[test]
+    fn the_sixteenth_domain_is_refused() {
+        let host = Host::default();
+        let domains: Vec<_> = (0..15).map(|_| Domain::new(host.clone(), SIZES, |rights| rights).unwrap()).collect();
+        let error = Domain::new(host, SIZES, |rights| rights).unwrap_err();
+        assert_eq!((error, domains.len()), (KeyError::Exhausted { limit: 15 }, 15));
+    }
+}
