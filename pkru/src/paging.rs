@@ -224,10 +224,9 @@ pub unsafe fn split(
     for (index, leaf) in unsafe { &mut *leaves }.iter_mut().enumerate() {
         set_bits(leaf, |_| first + index as u64 * smaller);
     }
-    // Rights narrow from level to level, so the new entry gives all that the old one gave; execute-disable stays in the
-    // leaves, and the key means nothing above them.
-    let flags = old & (PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::USER_ACCESSIBLE).bits();
-    set_bits(entry, |_| frame.start_address().as_u64() | flags);
+    // Rights narrow from level to level: the new entry gives everything, and its leaves decide, each for itself from now on.
+    let flags = PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::USER_ACCESSIBLE;
+    set_bits(entry, |_| frame.start_address().as_u64() | flags.bits());
     Ok(Flush { start: align_down(address, size), length: size })
 }
 
