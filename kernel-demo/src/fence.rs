@@ -137,6 +137,13 @@ pub fn read() -> Rights {
     rights
 }
 
+/// Returns whether a domain is running, with its rights in force.
+#[must_use]
+pub fn in_domain() -> bool {
+    let fence = Fence::current();
+    fence.gate().running(read().behind(fence)).is_some()
+}
+
 /// Gives all rights, which are the kernel's, and returns those that were in force.
 pub fn open() -> Rights {
     let before = read();
@@ -164,23 +171,26 @@ pub unsafe fn write(rights: Rights) {
 /// Switches on what the CPU has.
 pub(crate) fn init() {
     let features = Features::of_this_cpu();
-    let (mut flags, mut has) = (Cr4Flags::FSGSBASE, 0);
-    if features.pku {
-        flags |= Cr4Flags::PROTECTION_KEY_USER;
-        has |= HAS_PKU;
+    let (mut flags, mut has) = (Cr4Flags::empty(), 0);
+    // The gate switches the FS base; no CPU has keys without the instructions for that, but an emulated one may.
+    if features.fsgsbase {
+        flags |= Cr4Flags::FSGSBASE;
+        if features.pku {
+            flags |= Cr4Flags::PROTECTION_KEY_USER;
+            has |= HAS_PKU;
+        }
+        if features.pks {
+            flags |= Cr4Flags::PROTECTION_KEY_SUPERVISOR;
+            has |= HAS_PKS;
+        }
     }
-    if features.pks {
-        flags |= Cr4Flags::PROTECTION_KEY_SUPERVISOR;
-        has |= HAS_PKS;
-    }
-    // SAFETY: the CPU has what is switched on: FSGSBASE is on every CPU with PKU, and both registers are 0 after reset, which
-    // gives all rights.
+    // SAFETY: the CPU has what is switched on, and both rights registers are 0 after reset, which gives all rights.
     unsafe { Cr4::update(|cr4| cr4.insert(flags)) };
     STATE.store(has, Ordering::Relaxed);
     memory::tag_trap_stacks(&segments::trap_stacks(), TRAP_STACK_KEY);
-    if features.pks {
+    if state(HAS_PKS) {
         Fence::Pks.select();
-    } else if features.pku {
+    } else if state(HAS_PKU) {
         Fence::Pku.select();
     }
 }

@@ -64,6 +64,11 @@ fn run(start_info: u64) -> ! {
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
+    if fence::in_domain() {
+        // A domain's panic ends its call, like any other mistake in it.
+        // SAFETY: the exception is rewound.
+        unsafe { core::arch::asm!("ud2", options(noreturn)) };
+    }
     fence::open();
     exit::fail(info)
 }

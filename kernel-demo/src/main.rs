@@ -32,6 +32,7 @@ mod demo {
                 println!("== domains fenced by {} ==", name(fence));
                 scenario();
             } else {
+                println!();
                 println!("== skipped: this CPU has no {fence:?} ==");
             }
         }

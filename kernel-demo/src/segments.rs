@@ -36,7 +36,8 @@ struct Stacks([[u8; SIZE]; COUNT]);
 static mut STACKS: Stacks = Stacks([[0; SIZE]; COUNT]);
 
 /// Returns the pages of the exception stacks.
-pub(crate) fn trap_stacks() -> Range<VirtAddr> {
+#[must_use]
+pub fn trap_stacks() -> Range<VirtAddr> {
     let start = VirtAddr::from_ptr(&raw const STACKS);
     start..start + size_of::<Stacks>() as u64
 }

@@ -2,6 +2,7 @@
 //!
 //! Tests print as cargo's own do. There is no unwinding: the first failure ends the boot.
 
+use crate::fence::Fence;
 use crate::{exit, println};
 
 /// A test: its name and what it runs.
@@ -28,4 +29,16 @@ pub fn run(tests: &[Test]) -> ! {
     }
     println!("test result: ok. {} passed; 0 failed", tests.len());
     exit::pass(format_args!("{} tests", tests.len()))
+}
+
+/// Runs a check with each register as the fence.
+///
+/// # Panics
+///
+/// If the CPU lacks one of them: the suites run where both are.
+pub fn with_each_fence(check: impl Fn()) {
+    for fence in [Fence::Pku, Fence::Pks] {
+        fence.select();
+        check();
+    }
 }
