@@ -194,6 +194,16 @@ impl<P: Platform> Domain<P> {
         self.memory.as_ref().expect("memory lives as long as the domain")
     }
 
+    /// Returns the domain's memory, to change what the platform keeps with it between calls.
+    ///
+    /// # Panics
+    ///
+    /// Never: memory lives as long as the domain.
+    #[must_use]
+    pub const fn memory_mut(&mut self) -> &mut P::Memory {
+        self.memory.as_mut().expect("memory lives as long as the domain")
+    }
+
     /// Returns the platform.
     #[must_use]
     pub const fn platform(&self) -> &P {

@@ -19,7 +19,7 @@ pub struct Guest {
     pub kernel: PathBuf,
     /// The program; it is packed with every library that it loads.
     pub program: PathBuf,
-    /// Its arguments.
+    /// Its arguments. Those that name files are packed too.
     pub arguments: Vec<OsString>,
     /// Its environment, beyond `PATH` and `HOME`.
     pub environment: Vec<(OsString, OsString)>,
@@ -54,6 +54,15 @@ pub fn target_directory() -> PathBuf {
     workspace.join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
+/// What came of a program in a guest.
+#[derive(Debug)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What it wrote to its standard output.
+    pub stdout: String,
+}
+
 impl Guest {
     /// Boots the guest, passes the program's output through, and returns how the program ended.
     ///
@@ -63,12 +72,13 @@ impl Guest {
     /// # Errors
     ///
     /// Every variant of [`Error`]; a program that ran and failed is not an error but an [`Outcome`].
-    pub fn run(&self, machine: &Machine, init: &Path) -> Result<Outcome, Error> {
+    pub fn run(&self, machine: &Machine, init: &Path) -> Result<Report, Error> {
         let directory = std::env::current_dir().map_err(Error::io("read the current folder"))?;
         let program = absolute(&self.program)?;
         let mut archive = Initramfs::new(init)?;
         archive.add_program(&program)?;
-        for file in &self.files {
+        let named = self.arguments.iter().map(Path::new).filter(|argument| argument.is_file());
+        for file in self.files.iter().map(PathBuf::as_path).chain(named) {
             archive.add_tree(&absolute(file)?)?;
         }
         archive.add_task(&Task {
@@ -103,7 +113,7 @@ impl Guest {
         }
         let outcome = console.lines().find_map(Outcome::parse);
         match (finished.status.code(), outcome) {
-            (Some(EXIT_ORDERLY), Some(outcome)) => Ok(outcome),
+            (Some(EXIT_ORDERLY), Some(outcome)) => Ok(Report { outcome, stdout: finished.kept[1].clone() }),
             (Some(EXIT_ORDERLY), None) => Err(disorderly("the console has no verdict", console)),
             (Some(code), _) => Err(disorderly(&format!("QEMU exited with {code}"), console)),
             (None, _) => {

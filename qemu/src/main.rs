@@ -17,7 +17,8 @@ Runs a program in a Linux guest, or a bare kernel, in QEMU.
     pkru-qemu linux [OPTIONS] [--] BINARY [ARGS]...
     pkru-qemu kernel [OPTIONS] ELF [ARGS]...
 
-The guest gets BINARY and the libraries it loads, at the paths they have here, and runs it in this folder.
+The guest gets BINARY, the libraries it loads and the files that ARGS name, at the paths they have here, and runs it
+in this folder.
 Its output is passed through, and its exit status is this command's.
 
 Options of both:
@@ -125,7 +126,7 @@ fn run_linux(options: Options) -> Result<u8, Error> {
     };
     let init =
         std::env::current_exe().map_err(|source| Error::Io { operation: "find this command's binary", source })?;
-    let outcome = guest.run(&options.machine, &init)?;
+    let outcome = guest.run(&options.machine, &init)?.outcome;
     if !matches!(outcome, Outcome::Exited(_)) {
         eprintln!("pkru-qemu: {}: {outcome}", guest.program.display());
     }

@@ -1,0 +1,43 @@
+//! Runs the test suites and prints a table of what came of them.
+//!
+//! | command | runs |
+//! |---|---|
+//! | `pkru-tests all` | all of the below |
+//! | `pkru-tests host` | unit and documentation tests, and the guest suites natively where the CPU has keys |
+//! | `pkru-tests qemu` | the bare-metal suites, and the guest suites on each kernel |
+//! | `pkru-tests inside BINARY…` | in a guest: the suites of these binaries, each test in a process of its own |
+
+mod bare;
+mod build;
+mod guest;
+mod host;
+mod inside;
+mod tally;
+
+use std::process::ExitCode;
+
+use tally::Tally;
+
+fn main() -> ExitCode {
+    pkru_qemu::init::enter_if_first();
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let mut tally = Tally::default();
+    let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["all"] => host::run(&mut tally).and_then(|()| qemu(&mut tally)),
+        ["host"] => host::run(&mut tally),
+        ["qemu"] => qemu(&mut tally),
+        ["inside", binaries @ ..] if !binaries.is_empty() => return inside::run(binaries),
+        _ => Err("usage: pkru-tests all | host | qemu".into()),
+    };
+    if let Err(error) = result {
+        eprintln!("pkru-tests: {error}");
+        return ExitCode::FAILURE;
+    }
+    tally.print();
+    if tally.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn qemu(tally: &mut Tally) -> Result<(), String> {
+    bare::run(tally)?;
+    guest::run(tally)
+}

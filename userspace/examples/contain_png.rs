@@ -1,0 +1,267 @@
+//! Decodes PNG files with the system's libpng in a domain, and shows what happens when a call to it goes wrong.
+//!
+//!     cargo run --release --example contain_png -- FILE…
+//!
+//! A decoder is told where to write by its caller. Here it is told four wrong places, one after the other: the caller's heap,
+//! its stack, a static, and the memory of another domain. Each time libpng's own write is stopped, the caller's memory is
+//! as it was, and the next file decodes.
+
+use std::cell::UnsafeCell;
+use std::fmt;
+use std::path::Path;
+use std::process::ExitCode;
+
+use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
+use pkru_userspace::{Domain, Violation};
+
+/// libpng's simplified interface, from `png.h`.
+mod libpng {
+    use std::ffi::{c_char, c_int, c_void};
+
+    #[repr(C)]
+    pub(super) struct Image {
+        pub(super) opaque: *mut c_void,
+        pub(super) version: u32,
+        pub(super) width: u32,
+        pub(super) height: u32,
+        pub(super) format: u32,
+        pub(super) flags: u32,
+        pub(super) colormap_entries: u32,
+        pub(super) warning_or_error: u32,
+        pub(super) message: [c_char; 64],
+    }
+
+    pub(super) const VERSION: u32 = 1;
+    pub(super) const FORMAT_RGBA: u32 = 3;
+    pub(super) const ERROR: u32 = 2;
+
+    #[link(name = "png16")]
+    unsafe extern "C" {
+        pub(super) fn png_image_begin_read_from_memory(image: *mut Image, memory: *const c_void, size: usize) -> c_int;
+        pub(super) fn png_image_finish_read(
+            image: *mut Image,
+            background: *const c_void,
+            buffer: *mut c_void,
+            row_stride: i32,
+            colormap: *mut c_void,
+        ) -> c_int;
+        pub(super) fn png_image_free(image: *mut Image);
+    }
+}
+
+/// A picture of four bytes a pixel: red, green, blue, alpha.
+#[derive(PartialEq)]
+struct Picture {
+    width: u32,
+    height: u32,
+    pixels: Vec<u8>,
+}
+
+impl Transfer for Picture {
+    type Wire = <(u32, u32, Vec<u8>) as Transfer>::Wire;
+
+    fn lend(self) -> Self::Wire {
+        (self.width, self.height, self.pixels).lend()
+    }
+
+    fn receive(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        let (width, height, pixels) = Transfer::receive(wire, memory)?;
+        Ok(Self { width, height, pixels })
+    }
+}
+
+impl fmt::Display for Picture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{} pixels, checksum {:08x}", self.width, self.height, checksum(&self.pixels))
+    }
+}
+
+/// Decodes a PNG file; the pixels go to `target`, or to a new vector if that is `None`.
+fn decode(file: &[u8], target: Option<*mut u8>) -> Result<Picture, String> {
+    let mut image = libpng::Image {
+        opaque: std::ptr::null_mut(),
+        version: libpng::VERSION,
+        width: 0,
+        height: 0,
+        format: 0,
+        flags: 0,
+        colormap_entries: 0,
+        warning_or_error: 0,
+        message: [0; 64],
+    };
+    // SAFETY: the image is initialised as libpng asks, and the file's bytes live across the calls.
+    unsafe { libpng::png_image_begin_read_from_memory(&raw mut image, file.as_ptr().cast(), file.len()) };
+    check(&image)?;
+    image.format = libpng::FORMAT_RGBA;
+    let size = image.width as usize * image.height as usize * 4;
+    let mut pixels = vec![0; if target.is_none() { size } else { 0 }];
+    let buffer = target.unwrap_or(pixels.as_mut_ptr());
+    // SAFETY: for a vector of ours there is room. For the wrong places there is too, so that the control does no harm.
+    unsafe {
+        libpng::png_image_finish_read(&raw mut image, std::ptr::null(), buffer.cast(), 0, std::ptr::null_mut());
+    }
+    let result = check(&image);
+    // SAFETY: the image was begun above.
+    unsafe { libpng::png_image_free(&raw mut image) };
+    result.map(|()| Picture { width: image.width, height: image.height, pixels })
+}
+
+fn check(image: &libpng::Image) -> Result<(), String> {
+    if image.warning_or_error & libpng::ERROR == 0 {
+        return Ok(());
+    }
+    let message = image.message.iter().map_while(|byte| (*byte != 0).then_some(*byte as u8 as char));
+    Err(message.collect())
+}
+
+fn decode_in(domain: &mut Domain, file: &[u8]) -> Result<Result<Picture, String>, Violation> {
+    domain.call(|| decode(file, None))
+}
+
+/// FNV-1a.
+fn checksum(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}
+
+/// The largest picture that the wrong places have room for, in bytes.
+const ROOM: usize = 64 * 1024;
+
+struct Static(UnsafeCell<[u8; ROOM]>);
+
+// SAFETY: this program has one thread.
+unsafe impl Sync for Static {}
+
+static STATIC: Static = Static(UnsafeCell::new([0x5a; ROOM]));
+
+fn main() -> ExitCode {
+    let files: Vec<_> = std::env::args_os().skip(1).collect();
+    if files.is_empty() {
+        eprintln!("usage: contain_png FILE…");
+        return ExitCode::from(2);
+    }
+    match demonstrate(&files) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(bad) => {
+            println!("\n{bad} of {} files could not be decoded; the program is alive", files.len());
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            println!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
+    let mut domain = Domain::builder("libpng").build().map_err(|error| error.to_string())?;
+
+    println!("== decoding in a domain ==");
+    let mut good: Vec<(String, Vec<u8>, Picture)> = Vec::new();
+    for path in files {
+        let path = path.as_ref();
+        let name = path.file_name().unwrap_or(path.as_os_str()).display().to_string();
+        let file = match std::fs::read(path) {
+            Ok(file) => file,
+            Err(error) => {
+                println!("{name}: {error}");
+                continue;
+            }
+        };
+        match decode_in(&mut domain, &file) {
+            Ok(Ok(picture)) => {
+                let plain = decode(&file, None)?;
+                let same = if picture == plain { "the same as" } else { "NOT the same as" };
+                println!("{name}: {picture}; {same} a plain call decodes");
+                if picture != plain {
+                    return Err(format!("{name} decodes differently in a domain"));
+                }
+                good.push((name, file, picture));
+            }
+            Ok(Err(error)) => println!("{name}: libpng says: {error}"),
+            Err(violation) => println!("{name}: {violation}"),
+        }
+    }
+    let bad = files.len() - good.len();
+    let Some((name, file, _)) = good.iter().find(|(_, _, picture)| picture.pixels.len() <= ROOM) else {
+        return Ok(bad);
+    };
+
+    println!("\n== damaged files ==");
+    for (damage, file) in damage(file) {
+        match decode_in(&mut domain, &file) {
+            Ok(Ok(picture)) => println!("{name}, {damage}: {picture}"),
+            Ok(Err(error)) => println!("{name}, {damage}: libpng says: {error}"),
+            Err(violation) => println!("{name}, {damage}: {violation}"),
+        }
+    }
+
+    println!("\n== calls that tell libpng to write where it must not ==");
+    let mut heap = vec![0x5a; ROOM];
+    let mut stack = [0x5a; ROOM];
+    let mut other = Domain::builder("other").build().map_err(|error| error.to_string())?;
+    let in_other = other
+        .call(|| Vec::leak(vec![0x5a_u8; ROOM]).as_mut_ptr() as usize)
+        .map_err(|violation| violation.to_string())?;
+    let places: [(&str, *mut u8); 4] = [
+        ("the caller's heap", heap.as_mut_ptr()),
+        ("the caller's stack", stack.as_mut_ptr()),
+        ("a static", STATIC.0.get().cast()),
+        ("another domain", in_other as *mut u8),
+    ];
+    for (number, (place, target)) in places.into_iter().enumerate() {
+        let before = checksum(&read(target));
+        println!("{place}, checksum {before:08x}:");
+        match domain.call(|| decode(file, Some(target)).map(drop)) {
+            Err(violation) => println!("  stopped: {violation}"),
+            Ok(result) => return Err(format!("the write to {place} was not stopped: {result:?}")),
+        }
+        let after = checksum(&read(target));
+        println!("  checksum afterwards {after:08x}: {}", if before == after { "byte-identical" } else { "CHANGED" });
+        if before != after {
+            return Err(format!("{place} was changed"));
+        }
+        let (name, file, expected) = &good[number % good.len()];
+        match decode_in(&mut domain, file) {
+            Ok(Ok(picture)) if picture == *expected => println!("  the domain goes on: {name}: {picture}"),
+            Ok(Ok(picture)) => return Err(format!("{name} decodes differently after a violation: {picture}")),
+            Ok(Err(error)) => return Err(format!("{name} does not decode after a violation: {error}")),
+            Err(violation) => return Err(violation.to_string()),
+        }
+    }
+
+    println!("\n== control: the same calls without a domain ==");
+    for (place, target) in places {
+        let before = checksum(&read(target));
+        decode(file, Some(target))?;
+        let after = checksum(&read(target));
+        println!("{place}: checksum {before:08x}, afterwards {after:08x}");
+        if before == after {
+            return Err(format!("the control did not write to {place}"));
+        }
+    }
+    Ok(bad)
+}
+
+/// Copies one of the wrong places.
+fn read(place: *mut u8) -> Vec<u8> {
+    // SAFETY: each place has that many bytes, which the caller's side may read; nothing writes them meanwhile.
+    unsafe { std::slice::from_raw_parts(place, ROOM) }.to_vec()
+}
+
+/// Returns copies of a file with something wrong in each.
+fn damage(file: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
+    let mut flipped = file.to_vec();
+    for byte in flipped.iter_mut().skip(60).step_by(7) {
+        *byte ^= 0x55;
+    }
+    let mut huge = file.to_vec();
+    huge[16..24].copy_from_slice(&[0x7f, 0xff, 0xff, 0xff, 0x7f, 0xff, 0xff, 0xff]);
+    vec![
+        ("empty", Vec::new()),
+        ("cut off in its header", file[..20].to_vec()),
+        ("cut off in its data", file[..file.len() * 2 / 3].to_vec()),
+        ("with bytes flipped", flipped),
+        ("with an enormous size", huge),
+        ("not a PNG at all", b"GIF89a, or so it says".repeat(10)),
+    ]
+}

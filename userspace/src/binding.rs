@@ -1,0 +1,171 @@
+//! Binding the functions that libraries call, before a domain calls them.
+//!
+//! A library that is bound lazily finds a function at its first call, by the loader, which takes a lock and writes the
+//! library's table. A domain may do neither. So each slot that is still unbound is bound here, as the loader would do it.
+//!
+//! # References
+//!
+//! System V ABI, AMD64 supplement, section "Procedure Linkage Table"; ELF gABI, chapter "Dynamic Linking";
+//! Linux Standard Base, "Symbol Versioning".
+
+use std::ffi::CStr;
+use std::sync::{Mutex, PoisonError};
+
+use crate::sys::{self, Library};
+
+const DT_PLTRELSZ: u64 = 2;
+const DT_STRTAB: u64 = 5;
+const DT_SYMTAB: u64 = 6;
+const DT_JMPREL: u64 = 23;
+const DT_BIND_NOW: u64 = 24;
+const DT_FLAGS: u64 = 30;
+const DT_VERSYM: u64 = 0x6fff_fff0;
+const DT_FLAGS_1: u64 = 0x6fff_fffb;
+const DT_VERNEED: u64 = 0x6fff_fffe;
+const DF_BIND_NOW: u64 = 8;
+const DF_1_NOW: u64 = 1;
+const R_X86_64_JUMP_SLOT: u32 = 7;
+
+/// Binds every slot of every library that is not bound yet. Does nothing if nothing was loaded since the last time.
+pub(crate) fn bind_all() {
+    static DONE: Mutex<u64> = Mutex::new(0);
+    let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let loaded = sys::loaded_count();
+    if *done != loaded {
+        sys::for_each_library(|library| bind(&library));
+        *done = loaded;
+    }
+}
+
+#[repr(C)]
+struct Relocation {
+    offset: u64,
+    info: u64,
+    addend: i64,
+}
+
+#[repr(C)]
+struct Symbol {
+    name: u32,
+    info: u8,
+    other: u8,
+    section: u16,
+    value: u64,
+    size: u64,
+}
+
+fn bind(library: &Library) {
+    let Some(tables) = Tables::of(library) else { return };
+    for index in 0..tables.relocations.1 / size_of::<Relocation>() {
+        // SAFETY: the loader has relocated this table and uses it itself.
+        let relocation = unsafe { &*(tables.relocations.0 as *const Relocation).add(index) };
+        if relocation.info as u32 != R_X86_64_JUMP_SLOT {
+            continue;
+        }
+        let slot = (library.base + relocation.offset as usize) as *mut usize;
+        // SAFETY: the slot is a word of the library's table.
+        let bound = unsafe { slot.read_volatile() };
+        // An unbound slot leads back into the library's own linkage table.
+        if !library.has_code_at(bound) {
+            continue;
+        }
+        let symbol = (relocation.info >> 32) as usize;
+        let Some(target) = tables.resolve(library, symbol) else { continue };
+        if target != bound {
+            // SAFETY: the slot is writable while it is unbound, and this is what the loader would write there.
+            unsafe { slot.write_volatile(target) };
+        }
+    }
+}
+
+/// The tables of a library that is bound lazily.
+struct Tables {
+    relocations: (usize, usize),
+    symbols: usize,
+    strings: usize,
+    versions: Option<(usize, usize)>,
+}
+
+impl Tables {
+    fn of(library: &Library) -> Option<Self> {
+        let section = library.dynamic.clone()?;
+        let entry = |tag: u64| {
+            section
+                .clone()
+                .step_by(16)
+                .map_while(|address| {
+                    // SAFETY: the dynamic section is an array of pairs of words in the library's data, ended by a tag of 0.
+                    let [tag, value] = unsafe { (address as *const [u64; 2]).read() };
+                    (tag != 0).then_some((tag, value))
+                })
+                .find(|(found, _)| *found == tag)
+                .map(|(_, value)| value)
+        };
+        let eager = entry(DT_BIND_NOW).is_some()
+            || entry(DT_FLAGS).is_some_and(|flags| flags & DF_BIND_NOW != 0)
+            || entry(DT_FLAGS_1).is_some_and(|flags| flags & DF_1_NOW != 0);
+        if eager {
+            return None;
+        }
+        // The loader has added the base to the addresses where it could write the section.
+        let address = |tag| {
+            let value = entry(tag)? as usize;
+            Some(if value < library.base { value + library.base } else { value })
+        };
+        Some(Self {
+            relocations: (address(DT_JMPREL)?, entry(DT_PLTRELSZ)? as usize),
+            symbols: address(DT_SYMTAB)?,
+            strings: address(DT_STRTAB)?,
+            versions: address(DT_VERSYM).zip(address(DT_VERNEED)),
+        })
+    }
+
+    fn resolve(&self, library: &Library, index: usize) -> Option<usize> {
+        // SAFETY: the index is from a relocation that the loader would follow.
+        let symbol = unsafe { &*(self.symbols as *const Symbol).add(index) };
+        let name = self.string(symbol.name as usize);
+        let found = library.resolve(name, self.version(index)).or_else(|| library.resolve(name, None))?;
+        Some(found.as_ptr() as usize)
+    }
+
+    /// The name of the version that a symbol is needed in.
+    fn version(&self, index: usize) -> Option<&CStr> {
+        let (numbers, needed) = self.versions?;
+        // SAFETY: the table has a number for each symbol.
+        let number = unsafe { (numbers as *const u16).add(index).read() } & 0x7fff;
+        // A list of files, each with a list of versions; both are linked by distances in bytes, 0 at the end.
+        let mut file = needed;
+        loop {
+            // SAFETY: the loader has followed this list itself: version, count, file, first version, next file.
+            let (first, next_file) =
+                unsafe { ((file as *const u32).add(2).read() as usize, (file as *const u32).add(3).read() as usize) };
+            let mut version = file + first;
+            loop {
+                // SAFETY: as above: hash, flags and number, name, next version.
+                let (other, name, next) = unsafe {
+                    (
+                        (version as *const u16).add(3).read() & 0x7fff,
+                        (version as *const u32).add(2).read() as usize,
+                        (version as *const u32).add(3).read() as usize,
+                    )
+                };
+                if other == number {
+                    return Some(self.string(name));
+                }
+                if next == 0 {
+                    break;
+                }
+                version += next;
+            }
+            if next_file == 0 {
+                return None;
+            }
+            file += next_file;
+        }
+    }
+
+    fn string(&self, offset: usize) -> &CStr {
+        // SAFETY: the loader's string table is NUL-terminated and stays while the library is loaded.
+        unsafe { CStr::from_ptr((self.strings + offset) as *const libc::c_char) }
+    }
+}

@@ -1,0 +1,96 @@
+//! What keeps a domain from being made.
+
+use std::fmt;
+use std::io;
+
+/// Why a domain could not be made.
+///
+/// That code in a domain misbehaved is no error but a [`Violation`](crate::Violation).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Error {
+    /// The CPU has no protection keys.
+    NoPku,
+    /// The CPU has protection keys, but the system has not switched them on.
+    PkuOff,
+    /// The system does not let programs write the FS base, which domains need for their thread-locals.
+    NoFsgsbase,
+    /// No way was found to take a signal in a domain: neither on a stack that domains cannot write nor on one that they can.
+    NoSignalFrame,
+    /// The program's `malloc` is not this crate's, so C code in a domain could not allocate.
+    MallocNotRouted,
+    /// Every protection key is in use.
+    KeysExhausted {
+        /// How many the kernel gives this process.
+        limit: usize,
+    },
+    /// A size is zero or beyond what the machine has.
+    Size {
+        /// The part of a domain that it was asked for: `stack` or `heap`.
+        part: &'static str,
+        /// The bytes asked for.
+        requested: usize,
+        /// The fewest bytes that it can have.
+        minimum: usize,
+        /// The most bytes that it can have: the machine's memory and swap.
+        limit: usize,
+    },
+    /// The thread-local variables of the loaded libraries do not fit into the domain.
+    ThreadLocals {
+        /// The bytes they need.
+        needed: usize,
+        /// The bytes there are.
+        limit: usize,
+    },
+    /// A system call failed.
+    System {
+        /// What was being done.
+        operation: &'static str,
+        /// The error number.
+        errno: i32,
+    },
+}
+
+impl Error {
+    pub(crate) fn system(operation: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::System { operation, errno: error.raw_os_error().unwrap_or(0) }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoPku => f.write_str(
+                "this CPU has no protection keys (PKU): domains need Intel Skylake-SP or AMD Zen 3 and later, or QEMU's -cpu max",
+            ),
+            Self::PkuOff => f.write_str(
+                "the system has not switched protection keys on (OSPKE): check that the kernel runs without `nopku` and, in a \
+                 virtual machine, that the hypervisor passes the feature on",
+            ),
+            Self::NoFsgsbase => f.write_str(
+                "the kernel does not let programs write the FS base: Linux 5.9 or later without `nofsgsbase` is needed",
+            ),
+            Self::NoSignalFrame => {
+                f.write_str("on this kernel a signal that arrives in a domain kills the process: none of the known ways works")
+            }
+            Self::MallocNotRouted => f.write_str(
+                "the program's malloc is not pkru-userspace's: link the crate into the executable, and no other allocator that \
+                 replaces malloc",
+            ),
+            Self::KeysExhausted { limit } => {
+                write!(f, "all {limit} protection keys that the kernel gives this process are in use: drop a domain first")
+            }
+            Self::Size { part, requested, minimum, limit } => {
+                write!(f, "a {part} of {requested} bytes: it must be {minimum} to {limit} (this machine's memory and swap)")
+            }
+            Self::ThreadLocals { needed, limit } => {
+                write!(f, "the libraries' thread-locals need {needed} bytes, and a domain has {limit} for them")
+            }
+            Self::System { operation, errno } => {
+                write!(f, "cannot {operation}: {}", io::Error::from_raw_os_error(*errno))
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,245 @@
+//! The C library's malloc family, replaced: in a domain it serves the domain's heap, outside it forwards to the C library.
+//!
+//! An executable that links this crate exports these symbols, and the loader binds every library's calls to them. Rust's
+//! default allocator calls them too. Which heap a call is for is read from a thread-local, of which each domain has a copy of
+//! its own; so a switch of domains costs nothing here.
+//!
+//! In a domain a pointer that is not a live block of its heap ends the call with a violation.
+
+use std::ffi::{c_int, c_void};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pkru::heap::{ALIGNMENT, DomainHeap, HeapError};
+
+use crate::{report, sys, tls};
+
+unsafe extern "C" {
+    fn __libc_malloc(size: usize) -> *mut c_void;
+    fn __libc_calloc(count: usize, size: usize) -> *mut c_void;
+    fn __libc_realloc(block: *mut c_void, size: usize) -> *mut c_void;
+    fn __libc_free(block: *mut c_void);
+    fn __libc_memalign(align: usize, size: usize) -> *mut c_void;
+}
+
+/// Returns the heap of the domain that is running, or `None` outside.
+#[inline]
+fn domain_heap<'a>() -> Option<&'a mut DomainHeap> {
+    // SAFETY: the pointer is null, or in a domain leads to its heap, which only the one call that is running there uses; the
+    // functions here return before another takes it.
+    unsafe { tls::current_heap().as_mut() }
+}
+
+fn pointer(block: Option<NonNull<u8>>) -> *mut c_void {
+    match block {
+        Some(block) => block.as_ptr().cast(),
+        None => fail(libc::ENOMEM),
+    }
+}
+
+#[cold]
+fn fail(errno: c_int) -> *mut c_void {
+    // SAFETY: errno is a thread-local of the calling code, in a domain the domain's own.
+    unsafe { *libc::__errno_location() = errno };
+    ptr::null_mut()
+}
+
+fn checked<T>(result: Result<T, HeapError>) -> T {
+    match result {
+        Ok(value) => value,
+        Err(error) => report::invalid_free(error),
+    }
+}
+
+/// malloc(3).
+///
+/// # Safety
+///
+/// None: it is C's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
+    match domain_heap() {
+        Some(heap) => pointer(heap.allocate(size, ALIGNMENT)),
+        // SAFETY: the C library's own function with the same contract.
+        None => unsafe { __libc_malloc(size) },
+    }
+}
+
+/// calloc(3); a product that overflows is refused.
+///
+/// # Safety
+///
+/// None: it is C's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
+    match domain_heap() {
+        Some(heap) => pointer(count.checked_mul(size).and_then(|size| heap.allocate_zeroed(size))),
+        // SAFETY: the C library's own function with the same contract.
+        None => unsafe { __libc_calloc(count, size) },
+    }
+}
+
+/// realloc(3). In a domain a size of 0 gives a block of its own, as C17 allows.
+///
+/// # Safety
+///
+/// As C says: the block was allocated here and is not used any more if another is returned.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn realloc(block: *mut c_void, size: usize) -> *mut c_void {
+    match (domain_heap(), NonNull::new(block.cast())) {
+        (Some(heap), None) => pointer(heap.allocate(size, ALIGNMENT)),
+        // SAFETY: the caller gives the block up.
+        (Some(heap), Some(block)) => pointer(checked(unsafe { heap.reallocate(block, size) })),
+        // SAFETY: the C library's own function with the same contract.
+        (None, _) => unsafe { __libc_realloc(block, size) },
+    }
+}
+
+/// reallocarray(3); a product that overflows is refused.
+///
+/// # Safety
+///
+/// As for [`realloc`].
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn reallocarray(block: *mut c_void, count: usize, size: usize) -> *mut c_void {
+    match count.checked_mul(size) {
+        // SAFETY: the same contract.
+        Some(size) => unsafe { realloc(block, size) },
+        None => fail(libc::ENOMEM),
+    }
+}
+
+/// free(3).
+///
+/// # Safety
+///
+/// As C says: the block was allocated here and is not used any more.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn free(block: *mut c_void) {
+    match domain_heap() {
+        Some(heap) => {
+            if let Some(block) = NonNull::new(block.cast()) {
+                // SAFETY: the caller gives the block up.
+                checked(unsafe { heap.free(block) });
+            }
+        }
+        // SAFETY: the C library's own function with the same contract.
+        None => unsafe { __libc_free(block) },
+    }
+}
+
+/// memalign(3).
+///
+/// # Safety
+///
+/// None: it is C's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn memalign(align: usize, size: usize) -> *mut c_void {
+    match domain_heap() {
+        Some(heap) if align.is_power_of_two() => pointer(heap.allocate(size, align)),
+        Some(_) => fail(libc::EINVAL),
+        // SAFETY: the C library's own function with the same contract.
+        None => unsafe { __libc_memalign(align, size) },
+    }
+}
+
+/// aligned_alloc(3).
+///
+/// # Safety
+///
+/// None: it is C's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
+    if !align.is_power_of_two() {
+        return fail(libc::EINVAL);
+    }
+    // SAFETY: the same contract.
+    unsafe { memalign(align, size) }
+}
+
+/// posix_memalign(3): `errno` is left alone.
+///
+/// # Safety
+///
+/// `out` is writable.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn posix_memalign(out: *mut *mut c_void, align: usize, size: usize) -> c_int {
+    if !align.is_power_of_two() || !align.is_multiple_of(size_of::<*mut c_void>()) {
+        return libc::EINVAL;
+    }
+    let block = match domain_heap() {
+        Some(heap) => heap.allocate(size, align).map_or(ptr::null_mut(), |block| block.as_ptr().cast()),
+        // SAFETY: the C library's own function with the same contract.
+        None => unsafe { __libc_memalign(align, size) },
+    };
+    if block.is_null() {
+        return libc::ENOMEM;
+    }
+    // SAFETY: the caller answers for `out`.
+    unsafe { out.write(block) };
+    0
+}
+
+/// valloc(3).
+///
+/// # Safety
+///
+/// None: it is C's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn valloc(size: usize) -> *mut c_void {
+    // SAFETY: the same contract.
+    unsafe { memalign(sys::page_size(), size) }
+}
+
+/// pvalloc(3).
+///
+/// # Safety
+///
+/// None: it is C's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn pvalloc(size: usize) -> *mut c_void {
+    match size.max(1).checked_next_multiple_of(sys::page_size()) {
+        // SAFETY: the same contract.
+        Some(size) => unsafe { valloc(size) },
+        None => fail(libc::ENOMEM),
+    }
+}
+
+/// malloc_usable_size(3).
+///
+/// # Safety
+///
+/// As C says: the block was allocated here.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn malloc_usable_size(block: *mut c_void) -> usize {
+    /// The C library's function, which has no other name there; found at its first call. 0: not yet looked for.
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+
+    let Some(block) = NonNull::new(block) else { return 0 };
+    if let Some(heap) = domain_heap() {
+        return checked(heap.usable_size(block.cast()));
+    }
+    let mut next = NEXT.load(Ordering::Relaxed);
+    if next == 0 {
+        next = sys::lookup_next(c"malloc_usable_size").map_or(0, |function| function.as_ptr() as usize);
+        NEXT.store(next, Ordering::Relaxed);
+    }
+    if next == 0 {
+        return 0;
+    }
+    // SAFETY: it is the C library's function of this name.
+    let function = unsafe { std::mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> usize>(next) };
+    // SAFETY: the same contract.
+    unsafe { function(block.as_ptr()) }
+}
+
+/// Returns whether the loader binds libraries to these functions.
+pub(crate) fn is_routed() -> bool {
+    let ours: [(&std::ffi::CStr, usize); 4] = [
+        (c"malloc", malloc as *const () as usize),
+        (c"calloc", calloc as *const () as usize),
+        (c"realloc", realloc as *const () as usize),
+        (c"free", free as *const () as usize),
+    ];
+    ours.into_iter().all(|(name, function)| sys::lookup(name).is_some_and(|found| found.as_ptr() as usize == function))
+}

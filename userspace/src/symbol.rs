@@ -1,0 +1,73 @@
+//! The symbol that an address belongs to.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use object::read::elf::ElfFile64;
+use object::{Endianness, Object, ObjectSymbol};
+
+use crate::sys;
+
+/// A function or variable of a loaded object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Symbol {
+    name: Option<String>,
+    offset: u64,
+    library: PathBuf,
+}
+
+impl Symbol {
+    /// Returns the demangled name, if the file's symbol tables have one for the address.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// Returns the distance of the address from the symbol in bytes; from where the object was loaded, if there is no name.
+    #[must_use]
+    pub const fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Returns the file that the object was loaded from.
+    #[must_use]
+    pub fn library(&self) -> &Path {
+        &self.library
+    }
+}
+
+impl fmt::Display for Symbol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let library = self.library.file_name().unwrap_or(self.library.as_os_str()).display();
+        match &self.name {
+            Some(name) if self.offset == 0 => write!(f, "{name} of {library}"),
+            Some(name) => write!(f, "{name}+{:#x} of {library}", self.offset),
+            None => write!(f, "{library}+{:#x}", self.offset),
+        }
+    }
+}
+
+/// Finds the symbol that an address belongs to; `None` if it is in no loaded object.
+pub(crate) fn find(address: u64) -> Option<Symbol> {
+    let mut found = None;
+    sys::for_each_library(|library| {
+        if library.contains(address as usize) {
+            found = Some((library.path(), address - library.base as u64));
+        }
+    });
+    let (library, in_file) = found?;
+    let (name, offset) = name(&library, in_file).map_or((None, in_file), |(name, offset)| (Some(name), offset));
+    Some(Symbol { name, offset, library })
+}
+
+fn name(path: &Path, address: u64) -> Option<(String, u64)> {
+    // The file may be gone, or another by now: then there is no name, which is not worth an error.
+    let data = std::fs::read(path).ok()?;
+    let file = ElfFile64::<Endianness>::parse(&*data).ok()?;
+    let covers = |symbol: &object::read::elf::ElfSymbol64<'_, '_>| {
+        symbol.size() != 0 && (symbol.address()..symbol.address() + symbol.size()).contains(&address)
+    };
+    let symbol = file.symbols().find(covers).or_else(|| file.dynamic_symbols().find(covers))?;
+    let name = rustc_demangle::demangle(symbol.name().ok()?);
+    Some((format!("{name:#}"), address - symbol.address()))
+}

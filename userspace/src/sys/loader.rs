@@ -1,0 +1,164 @@
+//! The dynamic loader: what is loaded, and where symbols are.
+
+use std::ffi::{CStr, CString, c_int, c_void};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::ptr::NonNull;
+use std::slice;
+
+/// A loaded object: the executable, a library, or the kernel's vDSO.
+#[derive(Debug, Clone)]
+pub(crate) struct Library {
+    /// The path by which the loader knows it; empty for the executable.
+    pub(crate) name: CString,
+    /// What is added to the addresses in the file.
+    pub(crate) base: usize,
+    /// The loaded segments.
+    pub(crate) segments: Vec<Segment>,
+    /// The dynamic section, if it has one.
+    pub(crate) dynamic: Option<Range<usize>>,
+    /// Its thread-local variables, if it has any.
+    pub(crate) tls: Option<TlsModule>,
+}
+
+/// A loaded segment.
+#[derive(Debug, Clone)]
+pub(crate) struct Segment {
+    pub(crate) addresses: Range<usize>,
+    pub(crate) executable: bool,
+}
+
+/// The thread-local variables of an object.
+#[derive(Debug, Clone)]
+pub(crate) struct TlsModule {
+    /// The loader's number of the module, from 1.
+    pub(crate) id: usize,
+    /// The calling thread's block, if it has been allocated.
+    pub(crate) block: Option<usize>,
+    /// The address of the initial contents, and their size in bytes.
+    pub(crate) image: (usize, usize),
+    /// The size of a block, and its alignment, in bytes.
+    pub(crate) size: usize,
+    pub(crate) align: usize,
+}
+
+impl Library {
+    /// Returns whether an address lies in one of its segments.
+    pub(crate) fn contains(&self, address: usize) -> bool {
+        self.segments.iter().any(|segment| segment.addresses.contains(&address))
+    }
+
+    /// Returns whether an address lies in code of it.
+    pub(crate) fn has_code_at(&self, address: usize) -> bool {
+        self.segments.iter().any(|segment| segment.executable && segment.addresses.contains(&address))
+    }
+
+    /// Returns the path of its file.
+    pub(crate) fn path(&self) -> PathBuf {
+        use std::os::unix::ffi::OsStrExt;
+        match self.name.as_bytes() {
+            [] => std::env::current_exe().unwrap_or_default(),
+            name => std::ffi::OsStr::from_bytes(name).into(),
+        }
+    }
+}
+
+/// Calls a function with each loaded object.
+pub(crate) fn for_each_library(mut function: impl FnMut(Library)) {
+    let mut libraries = Vec::new();
+    // SAFETY: `collect` gets back the vector that is passed here, which lives across the call.
+    unsafe { libc::dl_iterate_phdr(Some(collect), (&raw mut libraries).cast()) };
+    // Outside the iteration, during which the loader holds a lock.
+    libraries.drain(..).for_each(&mut function);
+}
+
+/// Returns how many objects have been loaded so far, unloaded ones included: a new number means new objects.
+pub(crate) fn loaded_count() -> u64 {
+    unsafe extern "C" fn first(info: *mut libc::dl_phdr_info, _: usize, data: *mut c_void) -> c_int {
+        // SAFETY: the loader passes a valid struct.
+        let count = unsafe { (*info).dlpi_adds };
+        // SAFETY: `data` is the variable below.
+        unsafe { data.cast::<u64>().write(count) };
+        1
+    }
+    let mut count = 0u64;
+    // SAFETY: `first` gets back the variable that is passed here, which lives across the call.
+    unsafe { libc::dl_iterate_phdr(Some(first), (&raw mut count).cast()) };
+    count
+}
+
+unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, data: *mut c_void) -> c_int {
+    // SAFETY: the loader passes a valid struct.
+    let info = unsafe { &*info };
+    // SAFETY: `for_each_library` passes its vector.
+    let libraries = unsafe { &mut *data.cast::<Vec<Library>>() };
+    // SAFETY: the struct has that many headers there.
+    let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
+    let base = info.dlpi_addr as usize;
+    let addresses = |header: &libc::Elf64_Phdr| {
+        let start = base + header.p_vaddr as usize;
+        start..start + header.p_memsz as usize
+    };
+    let find = |kind: u32| headers.iter().find(|header| header.p_type == kind);
+    let segments = headers
+        .iter()
+        .filter(|header| header.p_type == libc::PT_LOAD)
+        .map(|header| Segment { addresses: addresses(header), executable: header.p_flags & libc::PF_X != 0 });
+    let tls = find(libc::PT_TLS).map(|header| TlsModule {
+        id: info.dlpi_tls_modid,
+        block: NonNull::new(info.dlpi_tls_data).map(|block| block.as_ptr() as usize),
+        image: (base + header.p_vaddr as usize, header.p_filesz as usize),
+        size: header.p_memsz as usize,
+        align: (header.p_align as usize).max(1),
+    });
+    let name = if info.dlpi_name.is_null() {
+        CString::default()
+    } else {
+        // SAFETY: the loader's names are NUL-terminated.
+        unsafe { CStr::from_ptr(info.dlpi_name) }.to_owned()
+    };
+    libraries.push(Library {
+        name,
+        base,
+        segments: segments.collect(),
+        dynamic: find(libc::PT_DYNAMIC).map(addresses),
+        tls,
+    });
+    0
+}
+
+/// Finds a symbol by name in the order in which the loader searches.
+pub(crate) fn lookup(name: &CStr) -> Option<NonNull<c_void>> {
+    // SAFETY: the name is NUL-terminated.
+    NonNull::new(unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) })
+}
+
+impl Library {
+    /// Finds the symbol that a reference of this library to `name`, with this version if it has one, is bound to.
+    pub(crate) fn resolve(&self, name: &CStr, version: Option<&CStr>) -> Option<NonNull<c_void>> {
+        let in_scope = |scope: *mut c_void| {
+            NonNull::new(match version {
+                // SAFETY: the strings are NUL-terminated, and the scope is RTLD_DEFAULT or an open handle.
+                Some(version) => unsafe { libc::dlvsym(scope, name.as_ptr(), version.as_ptr()) },
+                // SAFETY: as above.
+                None => unsafe { libc::dlsym(scope, name.as_ptr()) },
+            })
+        };
+        in_scope(libc::RTLD_DEFAULT).or_else(|| {
+            // It may have been loaded into a scope of its own.
+            // SAFETY: with RTLD_NOLOAD this loads nothing and runs no constructors.
+            let handle = unsafe { libc::dlopen(self.name.as_ptr(), libc::RTLD_NOLOAD | libc::RTLD_LAZY) };
+            let handle = NonNull::new(handle)?;
+            let found = in_scope(handle.as_ptr());
+            // SAFETY: the handle was opened above; the library stays, for it was loaded before.
+            unsafe { libc::dlclose(handle.as_ptr()) };
+            found
+        })
+    }
+}
+
+/// Finds the next definition of a symbol after this object's own.
+pub(crate) fn lookup_next(name: &CStr) -> Option<NonNull<c_void>> {
+    // SAFETY: the name is NUL-terminated.
+    NonNull::new(unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) })
+}

@@ -1,0 +1,92 @@
+//! Memory and protection keys.
+
+use std::io;
+use std::ptr::{self, NonNull};
+
+use pkru::ProtectionKey;
+
+/// Returns the size of a page in bytes.
+pub(crate) fn page_size() -> usize {
+    4096
+}
+
+/// Returns the bytes of memory and swap that the machine has.
+pub(crate) fn physical_memory() -> usize {
+    // SAFETY: sysinfo is a C struct of integers, for which zero is a value.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: `info` is writable.
+    if unsafe { libc::sysinfo(&raw mut info) } != 0 {
+        return usize::MAX;
+    }
+    (info.totalram + info.totalswap) as usize * info.mem_unit as usize
+}
+
+/// Reserves `size` bytes of addresses, without access and without memory.
+pub(crate) fn map_reserved(size: usize) -> io::Result<NonNull<u8>> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    let address = unsafe { libc::mmap(ptr::null_mut(), size, libc::PROT_NONE, flags, -1, 0) };
+    if address == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(address.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
+}
+
+/// Makes pages readable and writable, and tags them.
+///
+/// # Safety
+///
+/// The pages are the caller's, and nothing relies on their having been without access.
+///
+/// # References
+///
+/// pkey_mprotect(2).
+pub(crate) unsafe fn protect(start: NonNull<u8>, size: usize, key: ProtectionKey) -> io::Result<()> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: the caller answers for the pages.
+    let result = unsafe {
+        libc::syscall(libc::SYS_pkey_mprotect, start.as_ptr(), size, protection, libc::c_int::from(key.number()))
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A range of whole pages whose contents may be dropped.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DontNeed {
+    pub(crate) start: NonNull<u8>,
+    pub(crate) size: usize,
+}
+
+/// Gives the memory of pages back; they read as zeros from then on, and keep their key.
+///
+/// # Safety
+///
+/// The pages are private anonymous memory of the caller, and nothing relies on their contents.
+pub(crate) unsafe fn discard(pages: DontNeed) -> io::Result<()> {
+    // SAFETY: the caller answers for the pages.
+    match unsafe { libc::madvise(pages.start.as_ptr().cast(), pages.size, libc::MADV_DONTNEED) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Unmaps pages.
+///
+/// # Safety
+///
+/// The pages are the caller's, and nothing uses them any more.
+pub(crate) unsafe fn unmap(start: NonNull<u8>, size: usize) {
+    // SAFETY: the caller answers for the pages. The call fails only for arguments that `map_reserved` never gave.
+    unsafe { libc::munmap(start.as_ptr().cast(), size) };
+}
+
+/// Takes a protection key from the kernel. The calling thread gets all rights to it; other threads have none.
+///
+/// # References
+///
+/// pkey_alloc(2).
+pub(crate) fn pkey_alloc() -> io::Result<ProtectionKey> {
+    // SAFETY: allocating a key changes no memory, and rights to a key that tags no page open nothing.
+    let number = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) };
+    u8::try_from(number).ok().and_then(ProtectionKey::new).ok_or_else(io::Error::last_os_error)
+}

@@ -1,0 +1,87 @@
+//! What a thread needs before it enters a domain: no restartable sequences, an alternate signal stack, rights to the domain's
+//! memory.
+
+use std::cell::{Cell, OnceCell};
+use std::ops::Range;
+
+use pkru::registers::Pkru;
+use pkru::{AccessRights, ProtectionKey};
+
+use crate::process::Process;
+use crate::region::Region;
+use crate::{Error, sys};
+
+thread_local! {
+    /// The keys to which this thread has been given rights, one bit each. Bit 0: the thread is ready.
+    static OPEN: Cell<u16> = const { Cell::new(0) };
+    static SIGNAL_STACK: OnceCell<SignalStack> = const { OnceCell::new() };
+    /// The addresses of the signal stack, without a destructor, to be read at each call.
+    static STACK_RANGE: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
+}
+
+/// Makes the calling thread ready to enter a domain with this key.
+#[inline]
+pub(crate) fn make_ready(key: ProtectionKey) -> Result<Range<usize>, Error> {
+    let needed = 1 | 1 << key.number();
+    if OPEN.get() & needed != needed {
+        set_up(key)?;
+    }
+    let (start, end) = STACK_RANGE.get();
+    Ok(start..end)
+}
+
+#[cold]
+fn set_up(key: ProtectionKey) -> Result<(), Error> {
+    let process = Process::get()?;
+    if OPEN.get() == 0 {
+        sys::unregister_rseq().map_err(Error::system("unregister the thread's restartable sequences"))?;
+        let stack = SignalStack::new(process.signal_stack_key())?;
+        if let Some(key) = process.signal_stack_key() {
+            open(key);
+        }
+        stack.install()?;
+        let range = stack.0.part(0);
+        STACK_RANGE.set((range.start, range.end));
+        // It was empty, for the thread was not ready.
+        let _ = SIGNAL_STACK.with(|own| own.set(stack));
+    }
+    open(key);
+    OPEN.set(OPEN.get() | 1 | 1 << key.number());
+    Ok(())
+}
+
+/// Gives the calling thread all rights to a key of ours.
+fn open(key: ProtectionKey) {
+    // SAFETY: the process's capability check has found PKU.
+    let register = unsafe { Pkru::assume() };
+    // SAFETY: more rights than before forbid nothing, and the key's pages are this crate's, which expects them open here.
+    unsafe { register.write(register.read().with(key, AccessRights::READ_WRITE)) };
+}
+
+/// An alternate signal stack with guard pages.
+struct SignalStack(Region<1>);
+
+impl SignalStack {
+    /// Room for the handlers that were there before, beyond the frame.
+    const HANDLERS: usize = 64 * 1024;
+
+    fn new(key: Option<ProtectionKey>) -> Result<Self, Error> {
+        let size = sys::minimum_signal_stack() + Self::HANDLERS;
+        Region::new([size], key.unwrap_or(ProtectionKey::DEFAULT)).map(Self)
+    }
+
+    fn install(&self) -> Result<(), Error> {
+        let range = self.0.part(0);
+        let stack = sys::AlternateStack { start: std::ptr::NonNull::new(range.start as *mut u8), size: range.len() };
+        // SAFETY: the region lives until the thread ends, and its destructor takes the stack away first.
+        unsafe { sys::set_alternate_stack(&stack) }.map_err(Error::system("set the thread's alternate signal stack"))
+    }
+}
+
+impl Drop for SignalStack {
+    fn drop(&mut self) {
+        OPEN.set(0);
+        // SAFETY: no stack is always a valid choice. If it fails the thread is on that stack, which is not the case here.
+        let _ = unsafe { sys::set_alternate_stack(&sys::AlternateStack { start: None, size: 0 }) };
+    }
+}

@@ -1,0 +1,175 @@
+//! A domain's thread-local variables.
+//!
+//! A domain runs with an FS base of its own: thread-locals of C and Rust, `errno` among them, are found through it, so those
+//! of the caller are out of reach. The block is laid out as the loader lays out a new thread's: the initial contents of each
+//! library's variables below the thread pointer, the C library's thread descriptor above it, and a vector of block addresses.
+//!
+//! ```text
+//!   ┌─ lowest address                         thread pointer = FS base
+//!   ▼                                                   ▼
+//!   ┌─────────────┬─────────────┬─────────────┬─────────┬──────────────────────────┬────────┬─────────────┐
+//!   │ module n    │     …       │ module 2    │ module 1│ thread descriptor (TCB)  │ vector │ late modules│
+//!   └─────────────┴─────────────┴─────────────┴─────────┴──────────────────────────┴────────┴─────────────┘
+//! ```
+//!
+//! # References
+//!
+//! Ulrich Drepper, "ELF Handling For Thread-Local Storage", variant II; glibc 2.36, `nptl/descr.h` and
+//! `sysdeps/x86_64/nptl/tls.h`.
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::ops::Range;
+use std::ptr::{self, NonNull};
+
+use pkru::heap::DomainHeap;
+use pkru::instructions::rdfsbase;
+
+use crate::{Error, sys};
+
+/// The bytes of a domain that are set aside for this.
+pub(crate) const SIZE: usize = 256 * 1024;
+
+/// Offsets in the thread descriptor's head, which the ABI fixes: the descriptor's own address, the vector's, and again its own.
+const TCB_SELF: usize = 0;
+const TCB_VECTOR: usize = 8;
+const TCB_THREAD: usize = 16;
+
+/// The size of the thread descriptor where glibc does not say it.
+const DESCRIPTOR: usize = 0x900;
+
+thread_local! {
+    /// The heap of the domain that runs; null outside. In a domain's copy it is set once, so a switch writes nothing.
+    static HEAP: Cell<*mut DomainHeap> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Returns the heap of the domain that the calling code runs in, or null outside any domain.
+#[inline]
+pub(crate) fn current_heap() -> *mut DomainHeap {
+    HEAP.with(Cell::get)
+}
+
+/// Returns the thread pointer.
+pub(crate) fn thread_pointer() -> usize {
+    let pointer;
+    // SAFETY: the ABI puts the thread pointer at FS:0.
+    unsafe { std::arch::asm!("mov {}, fs:0", out(reg) pointer, options(nostack, readonly, preserves_flags)) };
+    pointer
+}
+
+/// Writes the thread-locals of a new thread into zeroed memory of a domain, and returns the FS base to run with.
+///
+/// # Errors
+///
+/// [`Error::ThreadLocals`] if they do not fit.
+///
+/// # Safety
+///
+/// `memory` is mapped, zeroed and writable, and nothing else uses it. `heap` is the domain's.
+pub(crate) unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>) -> Result<u64, Error> {
+    let caller = thread_pointer();
+    let mut modules = Vec::new();
+    sys::for_each_library(|library| modules.extend(library.tls));
+
+    // A module in the static block lies at the same distance below every thread pointer.
+    let distance = |module: &sys::TlsModule| {
+        let distance = caller.checked_sub(module.block?)?;
+        (distance <= SIZE).then_some(distance)
+    };
+    let below = modules.iter().filter_map(distance).max().unwrap_or(0);
+    let align = modules.iter().map(|module| module.align).max().unwrap_or(1).max(64);
+    let pointer = (memory.start + below).next_multiple_of(align);
+    let vector = (pointer + descriptor_size()).next_multiple_of(16);
+    let last = modules.iter().map(|module| module.id).max().unwrap_or(0);
+    let mut end = vector + (last + 2) * 16;
+
+    let mut blocks = Vec::new();
+    for module in &modules {
+        let block = match distance(module) {
+            Some(distance) => pointer - distance,
+            None => {
+                let block = end.next_multiple_of(module.align);
+                end = block + module.size;
+                block
+            }
+        };
+        blocks.push((module, block));
+    }
+    if end > memory.end {
+        return Err(Error::ThreadLocals { needed: end - memory.start, limit: memory.len() });
+    }
+
+    // SAFETY: the calling thread's descriptor has that size, and the copy lies in the domain's memory. What the copy says of the
+    // thread (its id, the stack protector's canary, the pointer guard) stays true in the domain.
+    unsafe { copy(caller, pointer, descriptor_size()) };
+    for (module, block) in &blocks {
+        // SAFETY: the image is in the library's data, and the block in the domain's memory, as large as the variables.
+        unsafe { copy(module.image.0, *block, module.image.1) };
+    }
+
+    // The vector: its length, then the generation of the loader's list, then two words for each module: the block, and null
+    // because there is nothing to free.
+    // SAFETY: the thread descriptor's head has the address of the caller's vector, whose first entry is the generation.
+    let generation = unsafe { ((caller + TCB_VECTOR) as *const *const usize).read().read() };
+    // SAFETY: all these lie between `vector` and `end`, in the domain's memory.
+    unsafe {
+        (vector as *mut usize).write(last);
+        (vector as *mut usize).add(2).write(generation);
+        for (module, block) in &blocks {
+            (vector as *mut usize).add(2 + 2 * module.id).write(*block);
+        }
+    }
+    // SAFETY: the descriptor's head is in the domain's memory.
+    unsafe {
+        ((pointer + TCB_SELF) as *mut usize).write(pointer);
+        ((pointer + TCB_VECTOR) as *mut usize).write(vector + 16);
+        ((pointer + TCB_THREAD) as *mut usize).write(pointer);
+    }
+
+    let counterpart = |address: usize| address.wrapping_sub(caller).wrapping_add(pointer);
+    let here = HEAP.with(ptr::from_ref) as usize;
+    // SAFETY: the executable's variables are in the static block, and so is this one's copy.
+    unsafe { (counterpart(here) as *mut *mut DomainHeap).write(heap.as_ptr()) };
+    for table in character_tables() {
+        // A new thread starts with these three unset, and the C library sets them before anything of the thread runs.
+        // SAFETY: the C library's variables are in the static block, and so are their copies.
+        unsafe { copy(table, counterpart(table), size_of::<usize>()) };
+    }
+    Ok(pointer as u64)
+}
+
+/// Returns where the calling thread has its pointers to the tables behind `isalpha`, `toupper` and `tolower`.
+fn character_tables() -> impl Iterator<Item = usize> {
+    // The addresses are asked of the functions that C's own macros use.
+    [c"__ctype_b_loc", c"__ctype_toupper_loc", c"__ctype_tolower_loc"].into_iter().filter_map(sys::lookup).map(
+        |function| {
+            // SAFETY: these functions take nothing and return the address of a thread-local pointer.
+            let function = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn() -> usize>(function.as_ptr()) };
+            function()
+        },
+    )
+}
+
+/// Returns the size of glibc's thread descriptor, which it tells debuggers.
+fn descriptor_size() -> usize {
+    sys::lookup(c"_thread_db_sizeof_pthread").map_or(DESCRIPTOR, |size| {
+        // SAFETY: glibc defines the symbol as a `uint32_t`.
+        unsafe { size.cast::<u32>().read() as usize }
+    })
+}
+
+/// Copies bytes.
+///
+/// # Safety
+///
+/// Both ranges are mapped and apart, and the target is writable and nobody else's.
+unsafe fn copy(from: usize, to: usize, size: usize) {
+    // SAFETY: the caller answers for the ranges.
+    unsafe { ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, size) };
+}
+
+/// Checks that FS base and thread pointer are the same, as the ABI has it and as the gate relies on.
+pub(crate) fn is_as_expected() -> bool {
+    // SAFETY: the capability check has found FSGSBASE.
+    unsafe { rdfsbase() as usize == thread_pointer() }
+}

@@ -1,0 +1,55 @@
+//! What the suites share.
+#![allow(dead_code, reason = "each suite uses a part")]
+
+use pkru_userspace::{Builder, Domain, KeyFault, Violation, ViolationKind};
+
+/// The variable that says that keys are there, so that a skip is a failure.
+const FORCE: &str = "PKRU_TEST_FORCE";
+
+/// Makes a domain, or says why the test is skipped.
+pub(crate) fn domain(name: &str) -> Option<Domain> {
+    build(Domain::builder(name))
+}
+
+pub(crate) fn build(builder: Builder) -> Option<Domain> {
+    match builder.build() {
+        Ok(domain) => Some(domain),
+        Err(error) => {
+            assert!(std::env::var_os(FORCE).is_none(), "{FORCE} is set, but there is no domain: {error}");
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+/// Returns from a test that cannot run here.
+#[macro_export]
+macro_rules! need {
+    ($domain:expr) => {
+        match $domain {
+            Some(domain) => domain,
+            None => return,
+        }
+    };
+}
+
+/// Unwraps a violation by a key.
+pub(crate) fn key_fault(violation: &Violation) -> KeyFault {
+    match violation.kind() {
+        ViolationKind::Key(fault) => *fault,
+        other => panic!("no key fault: {other:?}"),
+    }
+}
+
+/// Checks that a domain works.
+pub(crate) fn works(domain: &mut Domain) {
+    let answer = domain.call(|| (1..=10).map(|n| n * n).collect::<Vec<u32>>());
+    assert_eq!(answer.expect("the domain works").iter().sum::<u32>(), 385);
+}
+
+/// Checks that a call is stopped by a violation and that the domain works afterwards.
+pub(crate) fn contain(domain: &mut Domain, function: impl Fn()) -> Violation {
+    let violation = domain.call(&function).expect_err("it must be stopped");
+    works(domain);
+    violation
+}

@@ -1,0 +1,132 @@
+//! What calls cost, in instructions.
+//!
+//! The guest runs with `-icount shift=0,sleep=off`, where the time-stamp counter counts instructions, the kernel's included. A
+//! second count, by single steps, sees those of the program alone and looks at each.
+
+mod common;
+
+use std::arch::x86_64::_rdtsc;
+use std::hint::black_box;
+
+use common::domain;
+use pkru_userspace::Domain;
+
+/// What two readings of the counter with nothing in between are apart.
+const READING: u64 = 4;
+
+/// The fewest instructions that a function takes, of many times.
+fn count(mut function: impl FnMut()) -> u64 {
+    let once = |function: &mut dyn FnMut()| {
+        // SAFETY: every x86-64 CPU has the instruction.
+        let before = unsafe { _rdtsc() };
+        function();
+        // SAFETY: as above.
+        unsafe { _rdtsc() - before }
+    };
+    (0..200).map(|_| once(&mut function)).min().unwrap_or(0).saturating_sub(READING)
+}
+
+/// Reports a figure, and fails if it is above the limit.
+fn report(what: &str, figure: u64, goal: u64, limit: u64) {
+    println!("figure: {what}: {figure} instructions (goal {goal}, fails above {limit})");
+    assert!(figure <= limit, "{what}: {figure} instructions, more than {limit}");
+}
+
+#[test]
+fn an_empty_call() {
+    let mut domain = need!(domain("empty"));
+    let figure = count(|| domain.call(|| ()).unwrap());
+    report("an empty Domain::call", figure, 200, 400);
+}
+
+#[test]
+fn a_rewind() {
+    let mut domain = need!(domain("rewind"));
+    let target = Box::new(0u64);
+    let address = &raw const *target as u64;
+    // SAFETY: none: this is the mistake.
+    let figure = count(|| drop(domain.call(|| unsafe { (black_box(address) as *mut u64).write_volatile(1) })));
+    println!("figure: from a call to its violation and the domain ready again: {figure} instructions");
+    assert_eq!(*target, 0);
+}
+
+#[test]
+fn malloc_and_free_in_a_domain() {
+    let mut domain = need!(domain("malloc"));
+    let figure = domain.call(|| {
+        count(|| {
+            // SAFETY: the block is freed once.
+            unsafe { libc::free(black_box(libc::malloc(black_box(64)))) };
+        })
+    });
+    println!("figure: malloc and free of 64 bytes in a domain: {} instructions", figure.unwrap());
+}
+
+#[test]
+fn an_empty_call_by_single_steps() {
+    /// WRPKRU.
+    const WRPKRU: u64 = 0x00ef_010f;
+    let mut domain = need!(domain("steps"));
+    domain.call(|| ()).unwrap();
+    let (all, wrpkru) = steps(&mut domain, WRPKRU);
+    println!("figure: an empty Domain::call: {all} instructions by single steps, {wrpkru} of them WRPKRU");
+    assert_eq!(wrpkru, 2);
+    assert!(all <= 400);
+}
+
+/// Marks the beginning and the end of what is counted.
+#[inline(never)]
+extern "C" fn marker() {
+    // SAFETY: does nothing, and keeps the function from being folded with another.
+    unsafe { std::arch::asm!("nop") };
+}
+
+/// Runs an empty call step by step, in a child; returns the number of instructions between two calls of `marker`, and how many of
+/// them begin with these three bytes.
+fn steps(domain: &mut Domain, bytes: u64) -> (u64, u64) {
+    // SAFETY: the child makes system calls and the call to be counted, and exits.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: the parent traces this process from here on.
+        unsafe {
+            libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+            libc::raise(libc::SIGSTOP);
+        }
+        marker();
+        let result = domain.call(|| ());
+        marker();
+        // SAFETY: leaves without running anything of the parent's.
+        unsafe { libc::_exit(i32::from(result.is_err())) };
+    }
+    let wait = || {
+        let mut status = 0;
+        // SAFETY: the status is writable.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        status
+    };
+    wait();
+    let (mut markers, mut all, mut found) = (0, 0, 0);
+    while markers < 2 {
+        // SAFETY: the child is stopped, and waits for this.
+        unsafe { libc::ptrace(libc::PTRACE_SINGLESTEP, child, 0, 0) };
+        let status = wait();
+        assert!(libc::WIFSTOPPED(status), "the child ended before it was counted: {status:#x}");
+        // SAFETY: a C struct of integers, for which zero is a value.
+        let mut registers: libc::user_regs_struct = unsafe { std::mem::zeroed() };
+        // SAFETY: the struct is writable.
+        unsafe { libc::ptrace(libc::PTRACE_GETREGS, child, 0, &raw mut registers) };
+        if registers.rip == marker as *const () as usize as u64 {
+            markers += 1;
+        }
+        if markers == 1 {
+            // SAFETY: the child's next instruction is mapped.
+            let word = unsafe { libc::ptrace(libc::PTRACE_PEEKTEXT, child, registers.rip, 0) } as u64;
+            all += 1;
+            found += u64::from(word & 0x00ff_ffff == bytes);
+        }
+    }
+    // SAFETY: ends the child.
+    unsafe { libc::kill(child, libc::SIGKILL) };
+    wait();
+    (all, found)
+}

@@ -1,0 +1,145 @@
+//! The malloc family in a domain, from C's side and from Rust's, as the standard says.
+
+mod common;
+
+use std::hint::black_box;
+
+use common::{build, domain};
+use pkru_userspace::Domain;
+
+#[test]
+fn blocks_lie_in_the_domain_and_are_aligned() {
+    let mut domain = need!(domain("blocks"));
+    let heap = format!("{domain:?}");
+    let blocks = domain.call(|| {
+        [0usize, 1, 24, 64, 1000, 100_000].map(|size| {
+            // SAFETY: malloc takes any size.
+            unsafe { black_box(libc::malloc(size)) as usize }
+        })
+    });
+    let blocks = blocks.unwrap();
+    assert!(blocks.iter().all(|block| *block != 0 && block.is_multiple_of(16)), "{blocks:x?} in {heap}");
+    assert!(blocks.windows(2).all(|pair| pair[0] != pair[1]));
+    // SAFETY: malloc takes any size.
+    let outside = unsafe { libc::malloc(64) };
+    assert!(!outside.is_null());
+    // SAFETY: it was allocated above, outside; the C library takes it back.
+    unsafe { libc::free(outside) };
+}
+
+#[test]
+fn products_that_overflow_are_refused() {
+    let mut domain = need!(domain("overflow"));
+    let refused = domain.call(|| {
+        // SAFETY: these take any numbers; what they return is not used.
+        unsafe {
+            [
+                black_box(libc::calloc(usize::MAX / 2, 3)).is_null(),
+                black_box(libc::reallocarray(std::ptr::null_mut(), usize::MAX / 2, 3)).is_null(),
+                black_box(libc::malloc(usize::MAX)).is_null(),
+                *libc::__errno_location() == libc::ENOMEM,
+                !black_box(libc::calloc(3, 5)).is_null(),
+            ]
+        }
+    });
+    assert_eq!(refused.unwrap(), [true; 5]);
+}
+
+#[test]
+fn calloc_clears_what_was_used_before() {
+    let mut domain = need!(domain("zero"));
+    let sum = domain.call(|| {
+        // SAFETY: the blocks are as long as what is written and read.
+        unsafe {
+            let dirty = libc::malloc(500).cast::<u8>();
+            dirty.write_bytes(0xff, 500);
+            libc::free(black_box(dirty).cast());
+            let clean = black_box(libc::calloc(5, 100)).cast::<u8>();
+            std::slice::from_raw_parts(clean, 500).iter().map(|byte| u64::from(*byte)).sum::<u64>()
+        }
+    });
+    assert_eq!(sum.unwrap(), 0);
+}
+
+#[test]
+fn alignments() {
+    let mut domain = need!(domain("align"));
+    let result = domain.call(|| {
+        let mut block = std::ptr::null_mut();
+        // SAFETY: `block` is writable, and what these return is not used.
+        unsafe {
+            (
+                libc::posix_memalign(&raw mut block, 24, 8),
+                libc::posix_memalign(&raw mut block, 4096, 8),
+                (block as usize, libc::aligned_alloc(512, 100) as usize, libc::memalign(64, 1) as usize),
+            )
+        }
+    });
+    let (bad, good, (a, b, c)) = result.unwrap();
+    assert_eq!((bad, good), (libc::EINVAL, 0));
+    assert!(a != 0 && a % 4096 == 0 && b != 0 && b % 512 == 0 && c != 0 && c % 64 == 0);
+}
+
+#[test]
+fn realloc_keeps_the_contents() {
+    let mut domain = need!(domain("grow"));
+    let kept = domain.call(|| {
+        let mut numbers = Vec::new();
+        for number in 0..10_000u32 {
+            numbers.push(number);
+        }
+        numbers.shrink_to(10);
+        numbers.iter().zip(0..).all(|(number, expected)| *number == expected)
+    });
+    assert!(kept.unwrap());
+}
+
+#[test]
+fn usable_size_covers_what_was_asked() {
+    let mut domain = need!(domain("usable"));
+    let size = || {
+        // SAFETY: the block is freed once.
+        unsafe {
+            let block = libc::malloc(100);
+            let size = libc::malloc_usable_size(block);
+            libc::free(block);
+            size as u64
+        }
+    };
+    assert!(domain.call(size).unwrap() >= 100);
+    assert!(size() >= 100, "outside too");
+}
+
+#[test]
+fn an_exhausted_heap_says_so_in_c() {
+    let mut domain = need!(build(Domain::builder("full").heap_size(1 << 20)));
+    let blocks = domain.call(|| {
+        // SAFETY: malloc takes any size; the blocks are left.
+        (0..).take_while(|_| !unsafe { black_box(libc::malloc(10_000)) }.is_null()).count() as u64
+    });
+    assert!((95..105).contains(&blocks.unwrap()));
+}
+
+#[test]
+fn c_strings_come_from_the_domains_heap() {
+    let mut domain = need!(domain("strdup"));
+    let length = domain.call(|| {
+        // SAFETY: the string is NUL-terminated, and the copy is freed once.
+        unsafe {
+            let copy = libc::strdup(c"a string".as_ptr());
+            let length = libc::strlen(copy);
+            libc::free(copy.cast());
+            length as u64
+        }
+    });
+    assert_eq!(length.unwrap(), 8);
+}
+
+#[test]
+fn character_classes_work() {
+    let mut domain = need!(domain("ctype"));
+    // These go through tables that a new thread sets up.
+    // SAFETY: both take any character.
+    let upper = domain.call(|| unsafe { (libc::toupper(i32::from(b'p')), libc::isdigit(i32::from(b'7')) != 0) });
+    assert_eq!(upper.unwrap(), (i32::from(b'P'), true));
+}

@@ -1,0 +1,186 @@
+//! Making, using, discarding and dropping domains; limits; threads.
+
+mod common;
+
+use common::{build, contain, domain, works};
+use pkru_userspace::{Domain, Error};
+
+#[test]
+fn state_lasts_until_a_violation() {
+    let mut domain = need!(domain("state"));
+    let place = domain.call(|| std::ptr::from_mut(Box::leak(Box::new(0u64))) as usize).unwrap();
+    let count = || {
+        let place = place as *mut u64;
+        // SAFETY: the word is on the domain's heap until that is discarded.
+        unsafe { place.write(place.read() + 1) };
+        // SAFETY: as above.
+        unsafe { place.read() }
+    };
+    assert_eq!([domain.call(count).unwrap(), domain.call(count).unwrap()], [1, 2]);
+    // SAFETY: none: this is the mistake.
+    contain(&mut domain, || unsafe { (8 as *mut u64).write_volatile(1) });
+    // SAFETY: the word is in the domain's memory, which reads as zeros now, or as what was allocated since.
+    let bytes = domain.call(|| unsafe { ((place as u64 + 4096) as *const u64).read() }).unwrap();
+    assert_eq!(bytes, 0);
+}
+
+#[test]
+fn discard_leaves_nothing_to_read() {
+    let mut domain = need!(domain("secret"));
+    let secret = |byte: u8| domain_secret(byte);
+    fn domain_secret(byte: u8) -> usize {
+        vec![byte; 1 << 20].leak().as_ptr() as usize
+    }
+    let place = domain.call(|| secret(0x77)).unwrap();
+    let look = || {
+        // SAFETY: the range is in the domain's heap.
+        unsafe { std::slice::from_raw_parts(place as *const u8, 1 << 20) }.iter().filter(|byte| **byte == 0x77).count()
+            as u64
+    };
+    assert_eq!(domain.call(look).unwrap(), 1 << 20, "control");
+    domain.discard();
+    assert_eq!(domain.call(look).unwrap(), 0);
+}
+
+#[test]
+fn keys_run_out_with_an_error_that_names_the_limit() {
+    let first = need!(domain("first"));
+    let mut domains = vec![first];
+    let error = loop {
+        match Domain::builder("more").build() {
+            Ok(domain) => domains.push(domain),
+            Err(error) => break error,
+        }
+        assert!(domains.len() < 17);
+    };
+    let Error::KeysExhausted { limit } = error else { panic!("{error:?}") };
+    assert!((13..=15).contains(&limit), "{limit}");
+    assert!(error.to_string().contains(&limit.to_string()), "{error}");
+    for domain in &mut domains {
+        works(domain);
+    }
+    domains.pop();
+    works(&mut Domain::builder("again").build().unwrap());
+}
+
+#[test]
+fn sizes_that_cannot_be_had_are_refused() {
+    let _ = need!(domain("control"));
+    for (builder, part) in [
+        (Domain::builder("none").heap_size(0), "heap"),
+        (Domain::builder("none").stack_size(0), "stack"),
+        (Domain::builder("huge").heap_size(usize::MAX), "heap"),
+        (Domain::builder("huge").heap_size(1 << 45), "heap"),
+        (Domain::builder("huge").stack_size(1 << 45), "stack"),
+    ] {
+        match builder.build() {
+            Err(error @ Error::Size { part: found, limit, .. }) => {
+                assert_eq!(found, part);
+                assert!(error.to_string().contains(&limit.to_string()), "{error}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn the_smallest_domain_works() {
+    let mut domain = need!(build(Domain::builder("small").stack_size(16384).heap_size(16384)));
+    works(&mut domain);
+}
+
+/// How many mappings the process has.
+fn mappings() -> usize {
+    std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
+}
+
+#[test]
+fn nothing_leaks_over_many_lives() {
+    let live = || {
+        let mut domain = Domain::builder("short").build().unwrap();
+        // SAFETY: none: this is the mistake.
+        contain(&mut domain, || unsafe { (8 as *mut u64).write_volatile(1) });
+    };
+    drop(need!(domain("first")));
+    live();
+    let before = mappings();
+    for _ in 0..300 {
+        live();
+    }
+    assert!(mappings() <= before + 2, "{before} mappings before, {} after", mappings());
+}
+
+#[test]
+fn ten_thousand_rewinds() {
+    let mut domain = need!(domain("rewind"));
+    // SAFETY: none: this is the mistake.
+    let mistake = || unsafe { (8 as *mut u64).write_volatile(1) };
+    for _ in 0..10_000 {
+        domain.call(mistake).unwrap_err();
+    }
+    works(&mut domain);
+}
+
+#[test]
+fn threads_have_domains_of_their_own() {
+    drop(need!(domain("first")));
+    let threads: Vec<_> = (0..4)
+        .map(|number| {
+            std::thread::spawn(move || {
+                let mut domain = Domain::builder("thread").build().unwrap();
+                for round in 0..500 {
+                    assert_eq!(domain.call(|| number * 1000 + round).unwrap(), number * 1000 + round);
+                    // SAFETY: none: this is the mistake.
+                    domain.call(|| unsafe { (8 as *mut u64).write_volatile(1) }).unwrap_err();
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_domain_moves_between_threads() {
+    let mut domain = need!(domain("mover"));
+    works(&mut domain);
+    let mut domain = std::thread::spawn(move || {
+        works(&mut domain);
+        // SAFETY: none: this is the mistake.
+        contain(&mut domain, || unsafe { (8 as *mut u64).write_volatile(1) });
+        domain
+    })
+    .join()
+    .unwrap();
+    works(&mut domain);
+}
+
+#[test]
+fn results_of_many_calls_do_not_fill_the_heap() {
+    let mut domain = need!(build(Domain::builder("results").heap_size(1 << 20)));
+    for round in 0..200 {
+        let result = domain.call(|| vec![round as u8; 100_000]).unwrap();
+        assert!(result.len() == 100_000 && result.iter().all(|byte| *byte == round as u8));
+    }
+}
+
+#[test]
+fn a_library_that_binds_lazily_works_at_once() {
+    let mut domain = need!(domain("lazy"));
+    // Nothing has called these before; unbound, the first call would have the loader write what a domain may not.
+    unsafe extern "C" {
+        fn png_get_header_ver(png: *const libc::c_void) -> *const libc::c_char;
+        fn png_sig_cmp(signature: *const u8, start: usize, count: usize) -> libc::c_int;
+    }
+    #[link(name = "png16")]
+    unsafe extern "C" {}
+    let compare = || {
+        // SAFETY: the signature has eight bytes.
+        unsafe { png_sig_cmp(b"\x89PNG\r\n\x1a\n".as_ptr(), 0, 8) }
+    };
+    assert_eq!(domain.call(compare).unwrap(), 0);
+    // SAFETY: the function takes null.
+    let version = unsafe { png_get_header_ver(std::ptr::null()) };
+    assert!(!version.is_null());
+}

@@ -1,0 +1,252 @@
+//! Every way to go wrong is a violation of its own kind, and the domain works afterwards.
+
+mod common;
+
+use std::arch::asm;
+use std::hint::black_box;
+
+use common::{contain, domain, key_fault};
+use pkru_userspace::{Access, Domain, HeapError, ViolationKind};
+
+#[test]
+fn a_key_fault_names_everything() {
+    let mut domain = need!(domain("names"));
+    static TARGET: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    #[inline(never)]
+    fn culprit(target: *mut u64) {
+        // SAFETY: none: this is the mistake.
+        unsafe { target.write_volatile(1) };
+    }
+    let violation = contain(&mut domain, || culprit(black_box(TARGET.as_ptr())));
+    let fault = key_fault(&violation);
+    assert_eq!((fault.key.number(), fault.access, fault.address), (0, Access::Write, TARGET.as_ptr() as u64));
+    assert!(!fault.rights.get(fault.key).allow(Access::Write));
+    let symbol = violation.symbol().expect("the test has a symbol table");
+    assert!(symbol.name().unwrap().ends_with("culprit"), "{symbol}");
+    assert!(violation.target().unwrap().name().unwrap().ends_with("TARGET"), "{violation}");
+    let text = violation.to_string();
+    for part in ["`names`", "write of", "key 0", "culprit", "TARGET"] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn a_null_write() {
+    let mut domain = need!(domain("null"));
+    // SAFETY: none: this is the mistake.
+    let violation = contain(&mut domain, || unsafe { black_box(8 as *mut u64).write_volatile(1) });
+    assert_eq!(*violation.kind(), ViolationKind::Unmapped { address: 8, access: Access::Write });
+}
+
+#[test]
+fn a_jump_to_nowhere() {
+    let mut domain = need!(domain("jump"));
+    // SAFETY: none: this is the mistake.
+    let function = unsafe { std::mem::transmute::<usize, extern "C" fn()>(black_box(0x10)) };
+    let violation = contain(&mut domain, || function());
+    assert_eq!(*violation.kind(), ViolationKind::Unmapped { address: 0x10, access: Access::Execute });
+}
+
+#[test]
+fn an_address_that_is_none() {
+    let mut domain = need!(domain("canonical"));
+    // SAFETY: none: this is the mistake.
+    let violation = contain(&mut domain, || unsafe { black_box((1u64 << 63) as *mut u64).write_volatile(1) });
+    assert_eq!(*violation.kind(), ViolationKind::GeneralProtection);
+}
+
+#[test]
+fn a_stack_overflow() {
+    #[allow(unconditional_recursion, reason = "overflowing the stack is the point")]
+    fn recurse(depth: u64) -> u64 {
+        black_box(&[depth; 16])[3] + recurse(depth + 1)
+    }
+    let mut domain = need!(domain("deep"));
+    let violation = contain(&mut domain, || {
+        black_box(recurse(0));
+    });
+    assert!(matches!(violation.kind(), ViolationKind::StackOverflow { .. }), "{violation}");
+}
+
+#[test]
+fn a_lost_stack_pointer() {
+    let mut domain = need!(domain("lost"));
+    // SAFETY: none: this is the mistake.
+    let violation = contain(&mut domain, || unsafe { asm!("mov rsp, 64", "push rax", options(noreturn)) });
+    assert!(matches!(violation.kind(), ViolationKind::Unmapped { .. }), "{violation}");
+}
+
+#[test]
+fn an_illegal_instruction() {
+    let mut domain = need!(domain("illegal"));
+    // SAFETY: none: this is the mistake.
+    let violation = contain(&mut domain, || unsafe { asm!("ud2") });
+    assert_eq!(*violation.kind(), ViolationKind::IllegalInstruction);
+}
+
+#[test]
+fn a_division_by_zero() {
+    let mut domain = need!(domain("divide"));
+    // SAFETY: none: this is the mistake.
+    let divide = || unsafe { asm!("div {0:e}", in(reg) 0, inout("eax") 1 => _, inout("edx") 0 => _) };
+    assert_eq!(*contain(&mut domain, divide).kind(), ViolationKind::Arithmetic);
+}
+
+#[test]
+fn a_breakpoint() {
+    let mut domain = need!(domain("break"));
+    // SAFETY: none: this is the mistake.
+    let violation = contain(&mut domain, || unsafe { asm!("int3") });
+    assert_eq!(*violation.kind(), ViolationKind::Breakpoint);
+}
+
+#[test]
+fn a_bus_error() {
+    let mut domain = need!(domain("bus"));
+    let path = std::env::temp_dir().join(format!("pkru-bus-{}", std::process::id()));
+    let file = std::fs::File::create_new(&path).unwrap();
+    file.set_len(4096).unwrap();
+    let file = std::fs::File::open(&path).unwrap();
+    let descriptor = std::os::fd::AsRawFd::as_raw_fd(&file);
+    // SAFETY: a new mapping touches nothing that exists.
+    let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, descriptor, 0) };
+    assert_ne!(page, libc::MAP_FAILED);
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    // SAFETY: none: the file behind the page is gone.
+    let violation = contain(&mut domain, || unsafe {
+        black_box(page.cast::<u8>().read_volatile());
+    });
+    assert_eq!(*violation.kind(), ViolationKind::Bus { address: page as u64 });
+}
+
+#[test]
+fn a_panic() {
+    let mut domain = need!(domain("panic"));
+    let violation = contain(&mut domain, || panic!("in a domain"));
+    // std counts panics in a static before anything else.
+    assert_eq!(key_fault(&violation).access, Access::Write);
+    assert!(violation.symbol().unwrap().name().unwrap().contains("panic"), "{violation}");
+}
+
+#[test]
+fn an_abort() {
+    let mut domain = need!(domain("abort"));
+    contain(&mut domain, || std::process::abort());
+    // SAFETY: none: this is the mistake.
+    contain(&mut domain, || unsafe { libc::abort() });
+}
+
+fn invalid_free(domain: &mut Domain, function: impl Fn()) -> HeapError {
+    match contain(domain, function).kind() {
+        ViolationKind::InvalidFree(error) => *error,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn frees_of_what_is_no_block() {
+    let mut domain = need!(domain("free"));
+    let mut outside = Box::new(1u64);
+    let foreign = &raw mut *outside;
+    // SAFETY: none: this is the mistake.
+    let error = invalid_free(&mut domain, || unsafe { libc::free(foreign.cast()) });
+    assert_eq!(error, HeapError::Foreign { address: foreign as usize });
+    assert_eq!(*outside, 1);
+
+    let error = invalid_free(&mut domain, || {
+        // SAFETY: none: this is the mistake.
+        unsafe {
+            let block = black_box(libc::malloc(100));
+            libc::free(block);
+            libc::free(black_box(block));
+        }
+    });
+    assert!(matches!(error, HeapError::DoubleFree { .. }));
+
+    let error = invalid_free(&mut domain, || {
+        // SAFETY: none: this is the mistake.
+        unsafe { libc::free(black_box(libc::malloc(100)).byte_add(32)) };
+    });
+    assert!(matches!(error, HeapError::NotABlock { .. }));
+    // SAFETY: none: this is the mistake.
+    let error = invalid_free(&mut domain, || unsafe {
+        libc::realloc(foreign.cast(), 100);
+    });
+    assert_eq!(error, HeapError::Foreign { address: foreign as usize });
+}
+
+#[test]
+fn a_spoiled_fs_base() {
+    let mut domain = need!(domain("fs"));
+    // The gate notices on the way out, before it gives the caller's rights back.
+    // SAFETY: none: this is the mistake.
+    let violation = contain(&mut domain, || unsafe { asm!("wrfsbase {}", in(reg) 0x1000_u64) });
+    assert_eq!(*violation.kind(), ViolationKind::IllegalInstruction);
+}
+
+#[test]
+fn spoiled_registers_are_restored() {
+    let mut domain = need!(domain("registers"));
+    let mxcsr = || {
+        let mut value = 0u32;
+        // SAFETY: the instruction stores four bytes.
+        unsafe { asm!("stmxcsr [{}]", in(reg) &raw mut value) };
+        value
+    };
+    let before = mxcsr();
+    let spoil = || {
+        let rounding = 0x7f80_u32;
+        // SAFETY: none: the caller's state is changed against the ABI.
+        unsafe { asm!("ldmxcsr [{}]", "fldz", "std", in(reg) &raw const rounding) };
+    };
+    domain.call(spoil).unwrap();
+    let flags: u64;
+    // SAFETY: reading the flags changes nothing.
+    unsafe { asm!("pushfq", "pop {}", out(reg) flags) };
+    assert_eq!((mxcsr(), flags & 0x400), (before, 0));
+    assert_eq!(black_box(1.0_f64) / black_box(3.0), 1.0 / 3.0);
+}
+
+#[test]
+fn a_fault_outside_any_domain_kills_the_process_as_before() {
+    let _ = need!(domain("bystander"));
+    // SAFETY: the child makes one access and no library call.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: none: this is the fault.
+        unsafe { black_box(8 as *mut u8).write_volatile(1) };
+        std::process::exit(0);
+    }
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
+}
+
+#[test]
+fn a_handler_that_was_there_before_gets_what_is_its_own() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static SEEN: AtomicUsize = AtomicUsize::new(0);
+    extern "C" fn handler(_: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        // SAFETY: the kernel passes valid pointers.
+        SEEN.store(unsafe { (*info).si_addr() } as usize, Ordering::Relaxed);
+        // SAFETY: as above; the faulting instruction below is two bytes long.
+        unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] += 2 };
+    }
+    // SAFETY: a zeroed sigaction is valid, and the handler keeps to what handlers may do.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO;
+        libc::sigaction(libc::SIGSEGV, &raw const action, std::ptr::null_mut());
+    }
+    let mut domain = need!(domain("bystander"));
+    // SAFETY: the handler skips the instruction: `mov [rax], cl` has two bytes.
+    let fault = || unsafe { asm!("mov [rax], cl", in("rax") 0x123, in("cl") 0_u8) };
+    fault();
+    assert_eq!(SEEN.load(Ordering::Relaxed), 0x123);
+    SEEN.store(0, Ordering::Relaxed);
+    contain(&mut domain, fault);
+    assert_eq!(SEEN.load(Ordering::Relaxed), 0, "a fault in a domain is not passed on");
+}
