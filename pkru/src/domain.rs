@@ -12,6 +12,7 @@
 //! calls and signals on Linux, vectors and plain calls in a host test.
 
 use core::fmt;
+use core::mem::ManuallyDrop;
 
 use crate::{AccessRights, KeyRights, ProtectionKey};
 
@@ -89,8 +90,7 @@ pub const fn default_rights(own: ProtectionKey) -> KeyRights {
 pub struct Domain<P: Platform> {
     platform: P,
     key: ProtectionKey,
-    // Invariant: `None` only while it is dropped.
-    memory: Option<P::Memory>,
+    memory: ManuallyDrop<P::Memory>,
     state: State,
 }
 
@@ -129,7 +129,7 @@ impl<P: Platform> Domain<P> {
                 return Err(error);
             }
         };
-        let mut domain = Self { platform, key, memory: Some(memory), state: State::Discarded };
+        let mut domain = Self { platform, key, memory: ManuallyDrop::new(memory), state: State::Discarded };
         domain.make_ready()?;
         Ok(domain)
     }
@@ -151,9 +151,8 @@ impl<P: Platform> Domain<P> {
             self.make_ready().map_err(Failure::NotReady)?;
         }
         self.state = State::Running;
-        let memory = self.memory.as_mut().expect("memory lives as long as the domain");
         // SAFETY: the caller answers for the entry point, and a domain that is ready for its memory.
-        match unsafe { self.platform.enter(memory, entry, argument) } {
+        match unsafe { self.platform.enter(&mut self.memory, entry, argument) } {
             Ok(value) => {
                 self.state = State::Ready;
                 Ok(value)
@@ -167,8 +166,7 @@ impl<P: Platform> Domain<P> {
 
     /// Drops everything that the domain's memory holds.
     pub fn discard(&mut self) {
-        let memory = self.memory.as_mut().expect("memory lives as long as the domain");
-        self.platform.discard(memory);
+        self.platform.discard(&mut self.memory);
         self.state = State::Discarded;
     }
 
@@ -185,23 +183,17 @@ impl<P: Platform> Domain<P> {
     }
 
     /// Returns the domain's memory. What it holds is hostile.
-    ///
-    /// # Panics
-    ///
-    /// Never: memory lives as long as the domain.
     #[must_use]
-    pub const fn memory(&self) -> &P::Memory {
-        self.memory.as_ref().expect("memory lives as long as the domain")
+    #[inline]
+    pub fn memory(&self) -> &P::Memory {
+        &self.memory
     }
 
     /// Returns the domain's memory, to change what the platform keeps with it between calls.
-    ///
-    /// # Panics
-    ///
-    /// Never: memory lives as long as the domain.
     #[must_use]
-    pub const fn memory_mut(&mut self) -> &mut P::Memory {
-        self.memory.as_mut().expect("memory lives as long as the domain")
+    #[inline]
+    pub fn memory_mut(&mut self) -> &mut P::Memory {
+        &mut self.memory
     }
 
     /// Returns the platform.
@@ -216,8 +208,7 @@ impl<P: Platform> Domain<P> {
             // A call was abandoned, by a panic of the platform: nothing is known of the memory.
             self.discard();
         }
-        let memory = self.memory.as_mut().expect("memory lives as long as the domain");
-        self.platform.prepare(memory)?;
+        self.platform.prepare(&mut self.memory)?;
         self.state = State::Ready;
         Ok(())
     }
@@ -225,9 +216,9 @@ impl<P: Platform> Domain<P> {
 
 impl<P: Platform> Drop for Domain<P> {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            self.platform.unmap(memory);
-        }
+        // SAFETY: the field is not used after this.
+        let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
+        self.platform.unmap(memory);
         self.platform.free_key(self.key);
     }
 }

@@ -11,6 +11,7 @@ pub(crate) use pkru::domain::default_rights;
 
 use crate::platform::{Linux, MAILBOX};
 use crate::process::Process;
+use crate::signal::Trap;
 use crate::transfer::{DomainMemory, Transfer};
 use crate::violation::{Violation, ViolationKind};
 use crate::{Error, binding, sys, thread};
@@ -148,8 +149,7 @@ impl Domain {
         }
         match result {
             Ok(_) => self.receive(mailbox),
-            Err(Failure::Trap(trap)) => Err(Violation::of_trap(&self.name, self.core.memory(), &trap)),
-            Err(Failure::NotReady(error)) => Err(self.violation(ViolationKind::NotReady(error))),
+            Err(failure) => Err(self.failed(failure)),
         }
     }
 
@@ -185,13 +185,24 @@ impl Domain {
         let received = R::receive(wire, &memory);
         match received {
             Ok(value) => {
-                self.to_free = memory.into_received();
+                let received = memory.into_received();
+                if !received.is_empty() {
+                    self.to_free = received;
+                }
                 Ok(value)
             }
             Err(invalid) => {
                 self.discard();
                 Err(self.violation(ViolationKind::InvalidResult(invalid)))
             }
+        }
+    }
+
+    #[cold]
+    fn failed(&self, failure: Failure<Trap, Error>) -> Violation {
+        match failure {
+            Failure::Trap(trap) => Violation::of_trap(&self.name, self.core.memory(), &trap),
+            Failure::NotReady(error) => self.violation(ViolationKind::NotReady(error)),
         }
     }
 

@@ -29,6 +29,7 @@ pub(crate) struct Memory {
     running: Box<Running>,
     key: ProtectionKey,
     rights: KeyRights,
+    thread_locals: Option<tls::Template>,
 }
 
 const STACK: usize = 0;
@@ -40,12 +41,14 @@ unsafe impl Send for Memory {}
 
 impl Memory {
     /// Returns the addresses at which a result leaves the domain.
+    #[inline]
     pub(crate) fn mailbox(&self) -> Range<usize> {
         let stack = self.region.part(STACK);
         stack.end - MAILBOX..stack.end
     }
 
     /// Returns the memory that results can lie in.
+    #[inline]
     pub(crate) fn readable(&self) -> [Range<usize>; 2] {
         [self.region.part(STACK), self.region.part(HEAP)]
     }
@@ -85,7 +88,7 @@ unsafe impl Platform for Linux {
         let region = Region::new([sizes.stack, tls::SIZE, sizes.heap], key)?;
         let rights = signal_rights(rights, self.0.signal_stack_key());
         let running = Running { context: Context::new(key, rights, 0, 0), signal_stack: 0..0, trap: Cell::new(None) };
-        Ok(Memory { region, running: Box::new(running), key, rights })
+        Ok(Memory { region, running: Box::new(running), key, rights, thread_locals: None })
     }
 
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
@@ -100,7 +103,7 @@ unsafe impl Platform for Linux {
         // SAFETY: the first bytes are left for the bookkeeping.
         unsafe { heap.write(value) };
         // SAFETY: the memory for thread-locals is the domain's, fresh or discarded, so it is zeroed.
-        let fs_base = unsafe { tls::build(&memory.region.part(TLS), heap) }?;
+        let fs_base = unsafe { tls::lay_out(&mut memory.thread_locals, &memory.region.part(TLS), heap) }?;
         let stack = memory.mailbox().start as u64;
         memory.running.context = Context::new(memory.key, memory.rights, stack, fs_base);
         Ok(())

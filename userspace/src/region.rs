@@ -42,6 +42,7 @@ impl<const PARTS: usize> Region<PARTS> {
     }
 
     /// Returns the addresses of a part.
+    #[inline]
     pub(crate) fn part(&self, index: usize) -> Range<usize> {
         self.parts[index].clone()
     }

@@ -57,7 +57,45 @@ pub(crate) fn thread_pointer() -> usize {
     pointer
 }
 
-/// Writes the thread-locals of a new thread into zeroed memory of a domain, and returns the FS base to run with.
+/// What was laid out once, to be laid out again after a discard.
+#[derive(Debug)]
+pub(crate) struct Template {
+    /// The libraries that it was laid out for, see [`sys::loaded_count`].
+    loaded: u64,
+    fs_base: u64,
+    bytes: Vec<u8>,
+}
+
+/// Lays out a domain's thread-locals, from the template if there is one that still fits, and returns the FS base to run with.
+///
+/// # Errors
+///
+/// [`Error::ThreadLocals`] if they do not fit.
+///
+/// # Safety
+///
+/// As for [`build`]; and the template is of the same memory.
+pub(crate) unsafe fn lay_out(
+    template: &mut Option<Template>,
+    memory: &Range<usize>,
+    heap: NonNull<DomainHeap>,
+) -> Result<u64, Error> {
+    let loaded = sys::loaded_count();
+    if let Some(template) = template.as_ref().filter(|template| template.loaded == loaded) {
+        // SAFETY: the bytes were copied from there.
+        unsafe { copy(template.bytes.as_ptr() as usize, memory.start, template.bytes.len()) };
+        return Ok(template.fs_base);
+    }
+    // SAFETY: the caller answers for the memory.
+    let (fs_base, length) = unsafe { build(memory, heap) }?;
+    // SAFETY: the memory is mapped, and `build` has written that much of it.
+    let bytes = unsafe { std::slice::from_raw_parts(memory.start as *const u8, length) }.to_vec();
+    *template = Some(Template { loaded, fs_base, bytes });
+    Ok(fs_base)
+}
+
+/// Writes the thread-locals of a new thread into zeroed memory of a domain; returns the FS base to run with, and the number of
+/// bytes used.
 ///
 /// # Errors
 ///
@@ -66,7 +104,7 @@ pub(crate) fn thread_pointer() -> usize {
 /// # Safety
 ///
 /// `memory` is mapped, zeroed and writable, and nothing else uses it. `heap` is the domain's.
-pub(crate) unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>) -> Result<u64, Error> {
+unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>) -> Result<(u64, usize), Error> {
     let caller = thread_pointer();
     let mut modules = Vec::new();
     sys::for_each_library(|library| modules.extend(library.tls));
@@ -135,7 +173,7 @@ pub(crate) unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>) -> 
         // SAFETY: the C library's variables are in the static block, and so are their copies.
         unsafe { copy(table, counterpart(table), size_of::<usize>()) };
     }
-    Ok(pointer as u64)
+    Ok((pointer as u64, end - memory.start))
 }
 
 /// Returns where the calling thread has its pointers to the tables behind `isalpha`, `toupper` and `tolower`.

@@ -35,10 +35,12 @@ macro_rules! plain {
             impl Transfer for $type {
                 type Wire = Self;
 
+                #[inline]
                 fn lend(self) -> Self {
                     self
                 }
 
+                #[inline]
                 fn receive(wire: Self, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
                     Ok(wire)
                 }
@@ -147,11 +149,13 @@ impl<'a> DomainMemory<'a> {
     /// # Safety
     ///
     /// The ranges are mapped and readable by the calling thread, and nothing writes them meanwhile.
+    #[inline]
     pub(crate) unsafe fn new(ranges: &'a [Range<usize>]) -> Self {
         let size = ranges.iter().map(Range::len).sum();
         Self { ranges, budget: Cell::new(size), received: RefCell::default() }
     }
 
+    #[inline]
     pub(crate) fn into_received(self) -> Vec<usize> {
         self.received.into_inner()
     }
