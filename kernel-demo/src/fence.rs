@@ -145,6 +145,7 @@ pub fn in_domain() -> bool {
 }
 
 /// Gives all rights, which are the kernel's, and returns those that were in force.
+#[allow(clippy::must_use_candidate, reason = "it is called for what it does")]
 pub fn open() -> Rights {
     let before = read();
     // SAFETY: no access needs more than all rights.

@@ -20,14 +20,15 @@ static CAUGHT: Mutex<Option<Trap>> = Mutex::new(None);
 ///
 /// If the access is allowed, it breaks nothing.
 pub unsafe fn access(address: u64, access: Access) -> Result<(), Trap> {
+    let probe: unsafe extern "C" fn(u64) = match access {
+        Access::Read => read,
+        Access::Write => write,
+        Access::Execute => jump,
+    };
+    *TARGET.lock() = (access == Access::Execute).then_some(address);
     // SAFETY: the caller answers for the access; a trap at it resumes after it.
-    unsafe {
-        match access {
-            Access::Read => read(address),
-            Access::Write => write(address),
-            Access::Execute => execute(address),
-        }
-    }
+    unsafe { probe(address) };
+    *TARGET.lock() = None;
     CAUGHT.lock().take().map_or(Ok(()), Err)
 }
 
@@ -46,13 +47,6 @@ pub(crate) fn record(trap: &Trap) {
 
 /// The address that is being executed.
 static TARGET: Mutex<Option<u64>> = Mutex::new(None);
-
-unsafe fn execute(address: u64) {
-    *TARGET.lock() = Some(address);
-    // SAFETY: the caller answers for what stands there.
-    unsafe { jump(address) };
-    *TARGET.lock() = None;
-}
 
 #[unsafe(naked)]
 unsafe extern "C" fn read(address: u64) {

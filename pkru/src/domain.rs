@@ -56,6 +56,10 @@ pub unsafe trait Platform {
 
     /// Runs `entry` in the domain.
     ///
+    /// # Errors
+    ///
+    /// The trap that ended the call.
+    ///
     /// # Safety
     ///
     /// As for [`Gate::enter`](crate::gate::Gate::enter), except for what this platform provides.

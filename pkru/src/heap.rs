@@ -130,7 +130,7 @@ impl DomainHeap {
     pub unsafe fn free(&mut self, block: NonNull<u8>) -> Result<(), HeapError> {
         let header = self.header(block)?;
         // SAFETY: `header` found a live header in front of the block.
-        unsafe { block.cast::<Header>().sub(1).write(Header { state: FREE, ..header }) };
+        unsafe { header_of(block).write(Header { state: FREE, ..header }) };
         // SAFETY: the offset was written with the header, and leads to the start of the chunk.
         let start = unsafe { block.sub(header.offset as usize) };
         if header.chunk <= SMALL && header.offset as usize == HEADER {
@@ -194,8 +194,10 @@ impl DomainHeap {
     fn take_small(&mut self, chunk: usize) -> Option<NonNull<u8>> {
         let list = &mut self.small[chunk / ALIGNMENT];
         let start = NonNull::new(*list)?;
-        // SAFETY: a chunk on a list has its link in the first word after its header.
-        *list = unsafe { start.add(HEADER).cast::<*mut u8>().read() };
+        // SAFETY: a chunk on a list is longer than a header.
+        let block = unsafe { start.add(HEADER) };
+        // SAFETY: a free small block has its link in its first word.
+        *list = unsafe { block.cast::<*mut u8>().read() };
         Some(start)
     }
 
@@ -228,7 +230,7 @@ impl DomainHeap {
         let block = unsafe { start.add(offset) };
         let header = Header { chunk, offset: offset as u32, state: LIVE };
         // SAFETY: the offset leaves room for a header, at an address that is aligned as both are.
-        unsafe { block.cast::<Header>().sub(1).write(header) };
+        unsafe { header_of(block).write(header) };
         block
     }
 
@@ -241,7 +243,7 @@ impl DomainHeap {
             return Err(HeapError::NotABlock { address });
         }
         // SAFETY: the header's bytes lie in the heap's range, and any bytes make a header.
-        let header = unsafe { block.cast::<Header>().sub(1).read() };
+        let header = unsafe { header_of(block).read() };
         let fits = header.chunk >= header.offset as usize && header.chunk <= self.top - self.bottom;
         match header.state {
             LIVE if fits => Ok(header),
@@ -249,6 +251,11 @@ impl DomainHeap {
             _ => Err(HeapError::NotABlock { address }),
         }
     }
+}
+
+/// Returns where the header of a block stands.
+fn header_of(block: NonNull<u8>) -> *mut Header {
+    block.as_ptr().cast::<Header>().wrapping_sub(1)
 }
 
 impl fmt::Debug for DomainHeap {

@@ -138,7 +138,7 @@ pub fn check(page: &Translation, access: Access, mode: &Mode) -> Result<(), Erro
         match access {
             Access::Read => !(page.user && mode.smap),
             Access::Write => !(page.user && mode.smap) && (page.writable || !mode.wp),
-            Access::Execute => !(page.user && mode.smep) && !(mode.nxe && page.no_execute),
+            Access::Execute => !(page.user && mode.smep || mode.nxe && page.no_execute),
         }
     };
     let by_key = allowed_by_key(page, access, mode);

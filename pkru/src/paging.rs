@@ -409,7 +409,7 @@ mod tests {
         let tag = |table: &mut PageTable, range| tag_range(table, range, key(1)).unwrap_err();
         assert_eq!(tag(table, 0..1), PagingError::Misaligned { address: at(1) });
         assert_eq!(tag(table, 0x1000..0x1000), PagingError::BadRange);
-        assert_eq!(tag(table, 0x2000..0x1000), PagingError::BadRange);
+        assert_eq!(tag(table, Range { start: 0x2000, end: 0x1000 }), PagingError::BadRange);
         assert_eq!(tag(table, 0x1000..0xffff_8000_0000_0000), PagingError::BadRange);
     }
 

@@ -37,28 +37,31 @@ pub(crate) fn bind_all() {
     }
 }
 
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct Relocation {
     offset: u64,
     info: u64,
-    addend: i64,
+    _addend: i64,
 }
 
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct Symbol {
     name: u32,
-    info: u8,
-    other: u8,
-    section: u16,
-    value: u64,
-    size: u64,
+    _info: u8,
+    _other: u8,
+    _section: u16,
+    _value: u64,
+    _size: u64,
 }
 
 fn bind(library: &Library) {
     let Some(tables) = Tables::of(library) else { return };
-    for index in 0..tables.relocations.1 / size_of::<Relocation>() {
+    let (start, length) = tables.relocations;
+    for address in (start..start + length).step_by(size_of::<Relocation>()) {
         // SAFETY: the loader has relocated this table and uses it itself.
-        let relocation = unsafe { &*(tables.relocations.0 as *const Relocation).add(index) };
+        let relocation: Relocation = unsafe { load(address) };
         if relocation.info as u32 != R_X86_64_JUMP_SLOT {
             continue;
         }
@@ -78,6 +81,38 @@ fn bind(library: &Library) {
     }
 }
 
+/// `Elf64_Verneed`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct NeededFile {
+    _version: u16,
+    _count: u16,
+    _file: u32,
+    first: u32,
+    next: u32,
+}
+
+/// `Elf64_Vernaux`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct NeededVersion {
+    _hash: u32,
+    _flags: u16,
+    number: u16,
+    name: u32,
+    next: u32,
+}
+
+/// Reads a value of the loader's tables.
+///
+/// # Safety
+///
+/// There is such a value at the address.
+unsafe fn load<T: Copy>(address: usize) -> T {
+    // SAFETY: the caller answers for the address.
+    unsafe { (address as *const T).read() }
+}
+
 /// The tables of a library that is bound lazily.
 struct Tables {
     relocations: (usize, usize),
@@ -95,7 +130,7 @@ impl Tables {
                 .step_by(16)
                 .map_while(|address| {
                     // SAFETY: the dynamic section is an array of pairs of words in the library's data, ended by a tag of 0.
-                    let [tag, value] = unsafe { (address as *const [u64; 2]).read() };
+                    let [tag, value]: [u64; 2] = unsafe { load(address) };
                     (tag != 0).then_some((tag, value))
                 })
                 .find(|(found, _)| *found == tag)
@@ -122,7 +157,7 @@ impl Tables {
 
     fn resolve(&self, library: &Library, index: usize) -> Option<usize> {
         // SAFETY: the index is from a relocation that the loader would follow.
-        let symbol = unsafe { &*(self.symbols as *const Symbol).add(index) };
+        let symbol: Symbol = unsafe { load(self.symbols + index * size_of::<Symbol>()) };
         let name = self.string(symbol.name as usize);
         let found = library.resolve(name, self.version(index)).or_else(|| library.resolve(name, None))?;
         Some(found.as_ptr() as usize)
@@ -132,35 +167,28 @@ impl Tables {
     fn version(&self, index: usize) -> Option<&CStr> {
         let (numbers, needed) = self.versions?;
         // SAFETY: the table has a number for each symbol.
-        let number = unsafe { (numbers as *const u16).add(index).read() } & 0x7fff;
+        let number = unsafe { load::<u16>(numbers + index * 2) } & 0x7fff;
         // A list of files, each with a list of versions; both are linked by distances in bytes, 0 at the end.
         let mut file = needed;
         loop {
-            // SAFETY: the loader has followed this list itself: version, count, file, first version, next file.
-            let (first, next_file) =
-                unsafe { ((file as *const u32).add(2).read() as usize, (file as *const u32).add(3).read() as usize) };
-            let mut version = file + first;
+            // SAFETY: the loader has followed this list itself.
+            let entry: NeededFile = unsafe { load(file) };
+            let mut version = file + entry.first as usize;
             loop {
-                // SAFETY: as above: hash, flags and number, name, next version.
-                let (other, name, next) = unsafe {
-                    (
-                        (version as *const u16).add(3).read() & 0x7fff,
-                        (version as *const u32).add(2).read() as usize,
-                        (version as *const u32).add(3).read() as usize,
-                    )
-                };
-                if other == number {
-                    return Some(self.string(name));
+                // SAFETY: as above.
+                let entry: NeededVersion = unsafe { load(version) };
+                if entry.number & 0x7fff == number {
+                    return Some(self.string(entry.name as usize));
                 }
-                if next == 0 {
+                if entry.next == 0 {
                     break;
                 }
-                version += next;
+                version += entry.next as usize;
             }
-            if next_file == 0 {
+            if entry.next == 0 {
                 return None;
             }
-            file += next_file;
+            file += entry.next as usize;
         }
     }
 

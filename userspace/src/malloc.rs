@@ -40,7 +40,9 @@ fn pointer(block: Option<NonNull<u8>>) -> *mut c_void {
 #[cold]
 fn fail(errno: c_int) -> *mut c_void {
     // SAFETY: errno is a thread-local of the calling code, in a domain the domain's own.
-    unsafe { *libc::__errno_location() = errno };
+    let place = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    unsafe { place.write(errno) };
     ptr::null_mut()
 }
 

@@ -104,7 +104,7 @@ unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t, frame: *mu
 unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
     // SAFETY: the kernel passes a valid frame, and nobody else uses it while the handler runs.
     let context = unsafe { &mut *frame.cast::<libc::ucontext_t>() };
-    // SAFETY: the kernel passes a valid frame.
+    // SAFETY: as above.
     if let Some(state) = unsafe { SavedPkru::of(context) } {
         let rights = state.read();
         if let Some(running) = Gate::PKRU.running(rights) {
@@ -155,12 +155,13 @@ unsafe fn trap(signal: c_int, info: *const libc::siginfo_t, context: &libc::ucon
 
     let register = |index: c_int| context.uc_mcontext.gregs[index as usize] as u64;
     // SAFETY: the caller answers for the pointer.
-    let code = unsafe { (*info).si_code };
+    let description = unsafe { &*info };
+    let code = description.si_code;
     // SAFETY: a signal of these five that the CPU raised has an address; in others the field is some other number.
-    let address = unsafe { (*info).si_addr() } as u64;
+    let address = unsafe { description.si_addr() } as u64;
     let key = (signal == libc::SIGSEGV && code == SEGV_PKUERR).then(|| {
         // SAFETY: with this code the field is there.
-        unsafe { info.byte_add(SI_PKEY).cast::<u32>().read() }
+        unsafe { info.wrapping_byte_add(SI_PKEY).cast::<u32>().read() }
     });
     let instruction = register(libc::REG_RIP);
     let report = if signal == libc::SIGILL {
@@ -190,7 +191,8 @@ unsafe fn pass_on(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void)
     let index = SIGNALS.iter().position(|known| *known == signal);
     let Some(previous) = index.and_then(|index| PREVIOUS.0.get(index)) else { return };
     // SAFETY: it was written before this handler could be called.
-    match unsafe { *previous.get() } {
+    let previous = unsafe { previous.get().read() };
+    match previous {
         // SAFETY: the handler gets what the kernel passed.
         SignalAction::Full(handler) => unsafe { handler(signal, info, frame) },
         // SAFETY: as above.
@@ -198,7 +200,7 @@ unsafe fn pass_on(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void)
         SignalAction::Default | SignalAction::Ignore => {
             // SAFETY: the kernel passes a valid description of the signal.
             let sent = unsafe { (*info).si_code } <= 0;
-            if sent && matches!(unsafe { *previous.get() }, SignalAction::Ignore) {
+            if sent && matches!(previous, SignalAction::Ignore) {
                 return;
             }
             // On return the instruction faults again, or the signal sent again is delivered, and the kernel acts on it.
@@ -229,6 +231,7 @@ impl SavedPkru {
         const MAGIC1: u32 = 0x4650_5853;
         const MAGIC2: u32 = 0x4650_5845;
         /// The software-reserved bytes of the FXSAVE area, `struct _fpx_sw_bytes`.
+        #[derive(Clone, Copy)]
         #[repr(C)]
         struct SoftwareBytes {
             magic1: u32,
@@ -244,21 +247,19 @@ impl SavedPkru {
         if area.is_null() {
             return None;
         }
-        // SAFETY: the FXSAVE area is at least this long.
-        let software = unsafe { &*area.add(SOFTWARE_BYTES).cast::<SoftwareBytes>() };
+        // SAFETY: the FXSAVE area is longer than these bytes' offset and size.
+        let software = unsafe { area.wrapping_add(SOFTWARE_BYTES).cast::<SoftwareBytes>().read() };
         let offset = PKRU_OFFSET.load(Ordering::Relaxed);
         let size = software.state_size as usize;
         if software.magic1 != MAGIC1 || software.features & Self::COMPONENT == 0 || offset + 4 > size {
             return None;
         }
         // SAFETY: with the first magic number the area has this size, and the second one follows it.
-        if unsafe { area.add(size).cast::<u32>().read_unaligned() } != MAGIC2 {
+        if unsafe { area.wrapping_add(size).cast::<u32>().read_unaligned() } != MAGIC2 {
             return None;
         }
-        // SAFETY: the header follows the FXSAVE area.
-        let present = unsafe { area.add(HEADER).cast() };
-        // SAFETY: the offset was compared with the area's size.
-        let value = unsafe { area.add(offset).cast() };
+        let present = area.wrapping_add(HEADER).cast();
+        let value = area.wrapping_add(offset).cast();
         Some(Self { value, present })
     }
 

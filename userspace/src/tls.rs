@@ -147,27 +147,23 @@ unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>) -> Result<(u64
 
     // The vector: its length, then the generation of the loader's list, then two words for each module: the block, and null
     // because there is nothing to free.
-    // SAFETY: the thread descriptor's head has the address of the caller's vector, whose first entry is the generation.
-    let generation = unsafe { ((caller + TCB_VECTOR) as *const *const usize).read().read() };
-    // SAFETY: all these lie between `vector` and `end`, in the domain's memory.
-    unsafe {
-        (vector as *mut usize).write(last);
-        (vector as *mut usize).add(2).write(generation);
-        for (module, block) in &blocks {
-            (vector as *mut usize).add(2 + 2 * module.id).write(*block);
-        }
-    }
-    // SAFETY: the descriptor's head is in the domain's memory.
-    unsafe {
-        ((pointer + TCB_SELF) as *mut usize).write(pointer);
-        ((pointer + TCB_VECTOR) as *mut usize).write(vector + 16);
-        ((pointer + TCB_THREAD) as *mut usize).write(pointer);
+    // SAFETY: the thread descriptor's head has the address of the caller's vector.
+    let callers_vector: usize = unsafe { load(caller + TCB_VECTOR) };
+    // SAFETY: its first entry is the generation.
+    let generation: usize = unsafe { load(callers_vector) };
+    let words = [(vector, last), (vector + 16, generation)]
+        .into_iter()
+        .chain(blocks.iter().map(|(module, block)| (vector + 16 + 16 * module.id, *block)))
+        .chain([(pointer + TCB_SELF, pointer), (pointer + TCB_VECTOR, vector + 16), (pointer + TCB_THREAD, pointer)]);
+    for (address, value) in words {
+        // SAFETY: the vector and the descriptor's head lie in the domain's memory.
+        unsafe { store(address, value) };
     }
 
     let counterpart = |address: usize| address.wrapping_sub(caller).wrapping_add(pointer);
     let here = HEAP.with(ptr::from_ref) as usize;
     // SAFETY: the executable's variables are in the static block, and so is this one's copy.
-    unsafe { (counterpart(here) as *mut *mut DomainHeap).write(heap.as_ptr()) };
+    unsafe { store(counterpart(here), heap.as_ptr()) };
     for table in character_tables() {
         // A new thread starts with these three unset, and the C library sets them before anything of the thread runs.
         // SAFETY: the C library's variables are in the static block, and so are their copies.
@@ -194,6 +190,26 @@ fn descriptor_size() -> usize {
         // SAFETY: glibc defines the symbol as a `uint32_t`.
         unsafe { size.cast::<u32>().read() as usize }
     })
+}
+
+/// Reads a word.
+///
+/// # Safety
+///
+/// It is mapped.
+unsafe fn load(address: usize) -> usize {
+    // SAFETY: the caller answers for the address.
+    unsafe { (address as *const usize).read() }
+}
+
+/// Writes a value.
+///
+/// # Safety
+///
+/// There is room at the address, which is nobody else's.
+unsafe fn store<T>(address: usize, value: T) {
+    // SAFETY: the caller answers for the address.
+    unsafe { (address as *mut T).write(value) };
 }
 
 /// Copies bytes.

@@ -1,5 +1,7 @@
 //! Writes from a domain to memory that is not its own are stopped; the same writes outside a domain land.
 
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
 mod common;
 
 use std::cell::Cell;
@@ -13,8 +15,10 @@ use pkru_userspace::{Access, ViolationKind};
 const OLD: u64 = 0x0123_4567_89ab_cdef;
 const NEW: u64 = 0xfeed_face_dead_beef;
 
-/// The ways to write a word.
-const WAYS: [(&str, fn(*mut u64)); 3] = [("store", store), ("memcpy", by_memcpy), ("slice", by_slice)];
+/// A way to write a word, and its name.
+type Way = (&'static str, fn(*mut u64));
+
+const WAYS: [Way; 3] = [("store", store), ("memcpy", by_memcpy), ("slice", by_slice)];
 
 fn store(target: *mut u64) {
     // SAFETY: none in a domain: this is the mistake. Outside, the tests own the target.

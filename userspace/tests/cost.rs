@@ -3,6 +3,8 @@
 //! The guest runs with `-icount shift=0,sleep=off`, where the time-stamp counter counts instructions, the kernel's included. A
 //! second count, by single steps, sees those of the program alone and looks at each.
 
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
 mod common;
 
 use std::arch::x86_64::_rdtsc;

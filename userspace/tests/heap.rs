@@ -1,5 +1,7 @@
 //! The malloc family in a domain, from C's side and from Rust's, as the standard says.
 
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
 mod common;
 
 use std::hint::black_box;

@@ -1,8 +1,10 @@
 //! Making, using, discarding and dropping domains; limits; threads.
 
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
 mod common;
 
-use common::{build, contain, domain, works};
+use common::{build, contain, domain, mistake, works};
 use pkru_userspace::{Domain, Error};
 
 #[test]
@@ -17,8 +19,7 @@ fn state_lasts_until_a_violation() {
         unsafe { place.read() }
     };
     assert_eq!([domain.call(count).unwrap(), domain.call(count).unwrap()], [1, 2]);
-    // SAFETY: none: this is the mistake.
-    contain(&mut domain, || unsafe { (8 as *mut u64).write_volatile(1) });
+    contain(&mut domain, mistake);
     // SAFETY: the word is in the domain's memory, which reads as zeros now, or as what was allocated since.
     let bytes = domain.call(|| unsafe { ((place as u64 + 4096) as *const u64).read() }).unwrap();
     assert_eq!(bytes, 0);
@@ -98,8 +99,7 @@ fn mappings() -> usize {
 fn nothing_leaks_over_many_lives() {
     let live = || {
         let mut domain = Domain::builder("short").build().unwrap();
-        // SAFETY: none: this is the mistake.
-        contain(&mut domain, || unsafe { (8 as *mut u64).write_volatile(1) });
+        contain(&mut domain, mistake);
     };
     drop(need!(domain("first")));
     live();
@@ -113,8 +113,6 @@ fn nothing_leaks_over_many_lives() {
 #[test]
 fn ten_thousand_rewinds() {
     let mut domain = need!(domain("rewind"));
-    // SAFETY: none: this is the mistake.
-    let mistake = || unsafe { (8 as *mut u64).write_volatile(1) };
     for _ in 0..10_000 {
         domain.call(mistake).unwrap_err();
     }
@@ -130,8 +128,7 @@ fn threads_have_domains_of_their_own() {
                 let mut domain = Domain::builder("thread").build().unwrap();
                 for round in 0..500 {
                     assert_eq!(domain.call(|| number * 1000 + round).unwrap(), number * 1000 + round);
-                    // SAFETY: none: this is the mistake.
-                    domain.call(|| unsafe { (8 as *mut u64).write_volatile(1) }).unwrap_err();
+                    domain.call(mistake).unwrap_err();
                 }
             })
         })
@@ -147,8 +144,7 @@ fn a_domain_moves_between_threads() {
     works(&mut domain);
     let mut domain = std::thread::spawn(move || {
         works(&mut domain);
-        // SAFETY: none: this is the mistake.
-        contain(&mut domain, || unsafe { (8 as *mut u64).write_volatile(1) });
+        contain(&mut domain, mistake);
         domain
     })
     .join()

@@ -1,11 +1,13 @@
 //! Every way to go wrong is a violation of its own kind, and the domain works afterwards.
 
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
 mod common;
 
 use std::arch::asm;
 use std::hint::black_box;
 
-use common::{contain, domain, key_fault};
+use common::{NOWHERE, contain, domain, key_fault, mistake};
 use pkru_userspace::{Access, Domain, HeapError, ViolationKind};
 
 #[test]
@@ -33,9 +35,8 @@ fn a_key_fault_names_everything() {
 #[test]
 fn a_null_write() {
     let mut domain = need!(domain("null"));
-    // SAFETY: none: this is the mistake.
-    let violation = contain(&mut domain, || unsafe { black_box(8 as *mut u64).write_volatile(1) });
-    assert_eq!(*violation.kind(), ViolationKind::Unmapped { address: 8, access: Access::Write });
+    let violation = contain(&mut domain, mistake);
+    assert_eq!(*violation.kind(), ViolationKind::Unmapped { address: NOWHERE as u64, access: Access::Write });
 }
 
 #[test]
@@ -214,8 +215,7 @@ fn a_fault_outside_any_domain_kills_the_process_as_before() {
     // SAFETY: the child makes one access and no library call.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        // SAFETY: none: this is the fault.
-        unsafe { black_box(8 as *mut u8).write_volatile(1) };
+        mistake();
         std::process::exit(0);
     }
     let mut status = 0;

@@ -73,6 +73,10 @@ fn split(address: VirtAddr) {
 }
 
 /// Gives the exception stacks their own key.
+///
+/// # Panics
+///
+/// If they are not in the identity map.
 pub fn tag_trap_stacks(range: &Range<VirtAddr>, key: ProtectionKey) {
     for address in [range.start, range.end - 1] {
         split(address);
@@ -92,6 +96,10 @@ pub fn tag(range: Range<VirtAddr>, key: ProtectionKey) -> Result<(), PagingError
 }
 
 /// Makes all pages of the identity map user pages, or supervisor pages, but for the exception stacks.
+///
+/// # Panics
+///
+/// If the identity map has a hole besides the first page.
 pub fn set_kernel_pages_user(user: bool) {
     const LIMIT: u64 = 1 << 32;
     let stacks = segments::trap_stacks();
@@ -205,6 +213,10 @@ pub fn map_large(address: VirtAddr, physical: PhysAddr, flags: PageTableFlags) -
 }
 
 /// Unmaps a range of small pages and gives their frames back; pages that are not mapped are passed over.
+///
+/// # Panics
+///
+/// If a large page lies in the range.
 pub fn unmap(range: Range<VirtAddr>) {
     let mut next = range.start;
     while next < range.end {

@@ -53,3 +53,12 @@ pub(crate) fn contain(domain: &mut Domain, function: impl Fn()) -> Violation {
     works(domain);
     violation
 }
+
+/// Writes where nothing is mapped.
+pub(crate) fn mistake() {
+    // SAFETY: none: this is the mistake.
+    unsafe { std::hint::black_box(NOWHERE as *mut u64).write_volatile(1) };
+}
+
+/// An address at which nothing is mapped.
+pub(crate) const NOWHERE: usize = 0x120;
