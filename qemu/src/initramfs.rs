@@ -80,17 +80,17 @@ impl Initramfs {
         self.insert(Path::new(TASK_PATH), REGULAR | 0o644, task.to_bytes());
     }
 
-    /// Writes the archive to a new file.
+    /// Writes the archive to an empty file.
     ///
     /// # Errors
     ///
     /// [`Error::Io`] if it cannot be written.
-    pub fn write(&self, path: &Path) -> Result<(), Error> {
-        self.try_write(path).map_err(Error::io("write the guest's file system"))
+    pub fn write(&self, file: &File) -> Result<(), Error> {
+        self.try_write(file).map_err(Error::io("write the guest's file system"))
     }
 
-    fn try_write(&self, path: &Path) -> std::io::Result<()> {
-        let mut output = BufWriter::new(File::create_new(path)?);
+    fn try_write(&self, file: &File) -> std::io::Result<()> {
+        let mut output = BufWriter::new(file);
         for (number, (path, (mode, contents))) in self.entries.iter().enumerate() {
             let name = path.to_string_lossy();
             let header = NewcBuilder::new(name.trim_start_matches('/')).ino(number as u32 + 1).mode(*mode);

@@ -4,8 +4,11 @@
 //! output, and its standard error.
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::Error;
 use crate::init::{Outcome, Task};
@@ -88,8 +91,8 @@ impl Guest {
             environment: self.environment.clone(),
         });
 
-        let image = TemporaryFile::new()?;
-        archive.write(&image.0)?;
+        let image = nameless_file()?;
+        archive.write(&image)?;
 
         let path = |path: &Path| -> Result<String, Error> {
             path.to_str().map(String::from).ok_or_else(|| Error::input(path, "the path is not UTF-8"))
@@ -99,7 +102,7 @@ impl Guest {
                 "-kernel",
                 &path(&self.kernel)?,
                 "-initrd",
-                &path(&image.0)?,
+                &format!("/proc/{}/fd/{}", std::process::id(), image.as_raw_fd()),
                 "-append",
                 // A panic resets the machine at once, and -no-reboot turns that into an exit.
                 "console=ttyS0 quiet panic=-1 random.trust_cpu=on",
@@ -133,23 +136,15 @@ fn disorderly(reason: &str, console: &str) -> Error {
     Error::Disorderly { reason: format!("{reason}; the console's last line: {last}") }
 }
 
-/// A file name under the build folder, whose file is removed on drop.
-struct TemporaryFile(PathBuf);
-
-impl TemporaryFile {
-    fn new() -> Result<Self, Error> {
-        use std::sync::atomic::{AtomicU32, Ordering};
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let folder = target_directory().join("guest");
-        std::fs::create_dir_all(&folder).map_err(Error::io("make the folder for guest images"))?;
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        Ok(Self(folder.join(format!("initramfs-{}-{number}", std::process::id()))))
-    }
-}
-
-impl Drop for TemporaryFile {
-    fn drop(&mut self) {
-        // If it was never written there is nothing to remove.
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// Makes a file under the build folder without a name, which goes away with this process however that ends. QEMU opens it by
+/// its descriptor's name under /proc.
+fn nameless_file() -> Result<File, Error> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let folder = target_directory().join("guest");
+    std::fs::create_dir_all(&folder).map_err(Error::io("make the folder for guest images"))?;
+    let path = folder.join(format!("initramfs-{}-{number}", std::process::id()));
+    let file = File::create_new(&path).map_err(Error::io("make a guest image"))?;
+    std::fs::remove_file(&path).map_err(Error::io("unlink a guest image"))?;
+    Ok(file)
 }

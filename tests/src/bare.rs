@@ -14,7 +14,7 @@ const MUST_FAIL: &str = "must_fail";
 pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
     let script = build::workspace().join("scripts/cargo-none");
     let script = script.to_str().ok_or("the workspace's path is not UTF-8")?;
-    for binary in build::test_binaries(script, &["test", "-p", "kernel-demo", "--no-run"])? {
+    for binary in build::binaries(script, &["test", "-p", "kernel-demo", "--no-run"], "test")? {
         tally.add(boot(&binary));
     }
     Ok(())

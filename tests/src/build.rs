@@ -1,9 +1,9 @@
-//! Building test binaries with cargo, and finding them.
+//! Building binaries with cargo, and finding them.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A test binary: the name of its target, and where it is.
+/// A binary: the name of its target, and where it is.
 #[derive(Debug, Clone)]
 pub(crate) struct Binary {
     pub(crate) name: String,
@@ -15,8 +15,8 @@ pub(crate) fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
-/// Builds integration tests without running them. `program` is cargo, or a script that calls it.
-pub(crate) fn test_binaries(program: &str, arguments: &[&str]) -> Result<Vec<Binary>, String> {
+/// Builds with `program`, which is cargo or a script that calls it, and returns the binaries of targets of this kind.
+pub(crate) fn binaries(program: &str, arguments: &[&str], kind: &str) -> Result<Vec<Binary>, String> {
     println!("building: {program} {}", arguments.join(" "));
     let output = Command::new(program)
         .args(arguments)
@@ -28,16 +28,17 @@ pub(crate) fn test_binaries(program: &str, arguments: &[&str]) -> Result<Vec<Bin
     if !output.status.success() {
         return Err(format!("{program} {} failed", arguments.join(" ")));
     }
-    let mut binaries: Vec<_> = String::from_utf8_lossy(&output.stdout).lines().filter_map(artifact).collect();
+    let mut binaries: Vec<_> =
+        String::from_utf8_lossy(&output.stdout).lines().filter_map(|line| artifact(line, kind)).collect();
     binaries.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(binaries)
 }
 
-/// Reads one of cargo's messages; `None` if it is about no integration test.
-fn artifact(line: &str) -> Option<Binary> {
+/// Reads one of cargo's messages; `None` if it is not about such a binary.
+fn artifact(line: &str, kind: &str) -> Option<Binary> {
     let message: serde_json::Value = serde_json::from_str(line).ok()?;
     let target = message.get("target")?;
-    if target.get("kind")?.get(0)? != "test" {
+    if target.get("kind")?.get(0)? != kind {
         return None;
     }
     let path = message.get("executable")?.as_str()?.into();

@@ -17,7 +17,7 @@ pub(crate) const COST: &str = "cost";
 pub(crate) const SUITE: &str = "== suite ";
 
 pub(crate) fn suites() -> Result<Vec<Binary>, String> {
-    build::test_binaries("cargo", &["test", "--release", "-p", "pkru-userspace", "--tests", "--no-run"])
+    build::binaries("cargo", &["test", "--release", "-p", "pkru-userspace", "--tests", "--no-run"], "test")
 }
 
 pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
@@ -25,7 +25,42 @@ pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
     for kernel in linux::KERNELS {
         boot(tally, kernel, &others, &Machine { cpus: 2, ..machine() })?;
         boot(tally, kernel, &counted, &Machine { icount: true, ..machine() })?;
+        examples(tally, kernel)?;
     }
+    Ok(())
+}
+
+/// Runs the examples, which say by their exit status whether they saw what they show.
+fn examples(tally: &mut Tally, kernel: &str) -> Result<(), String> {
+    let binaries = build::binaries("cargo", &["build", "--release", "-p", "pkru-userspace", "--examples"], "example")?;
+    let images = build::workspace().join("userspace/examples/data");
+    let images = std::fs::read_dir(&images).map_err(|error| format!("{}: {error}", images.display()))?;
+    let images: Vec<OsString> = images.flatten().map(|entry| entry.path().into_os_string()).collect();
+    let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
+
+    let mut row = Row { suite: format!("Linux {kernel}: examples"), ..Row::default() };
+    for binary in binaries {
+        println!("\n== Linux {kernel}: example {} ==", binary.name);
+        let guest = Guest {
+            kernel: linux::kernel(kernel).map_err(|error| error.to_string())?,
+            program: binary.path,
+            arguments: images.clone(),
+            environment: Vec::new(),
+            files: Vec::new(),
+        };
+        match guest.run(&machine(), &program) {
+            Ok(report) if report.outcome.status() == 0 => row.passed += 1,
+            Ok(report) => {
+                row.failed += 1;
+                row.note = format!("{}: {}", binary.name, report.outcome);
+            }
+            Err(error) => {
+                row.failed += 1;
+                row.note = format!("{}: {error}", binary.name);
+            }
+        }
+    }
+    tally.add(row);
     Ok(())
 }
 

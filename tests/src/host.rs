@@ -41,7 +41,7 @@ fn native(tally: &mut Tally) -> Result<(), String> {
     Ok(())
 }
 
-fn cargo_test(suite: &str, package: &str, kinds: &[&str]) -> Result<Row, String> {
+pub(crate) fn cargo_test(suite: &str, package: &str, kinds: &[&str]) -> Result<Row, String> {
     stream(suite, Command::new("cargo").args(["test", "-p", package]).args(kinds).current_dir(build::workspace()))
 }
 

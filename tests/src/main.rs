@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `pkru-tests all` | all of the below |
 //! | `pkru-tests host` | unit and documentation tests, and the guest suites natively where the CPU has keys |
-//! | `pkru-tests qemu` | the bare-metal suites, and the guest suites on each kernel |
+//! | `pkru-tests qemu` | the bare-metal suites, and the guest suites and examples on each kernel |
 //! | `pkru-tests inside BINARY…` | in a guest: the suites of these binaries, each test in a process of its own |
 
 mod bare;
@@ -38,6 +38,7 @@ fn main() -> ExitCode {
 }
 
 fn qemu(tally: &mut Tally) -> Result<(), String> {
+    tally.add(host::cargo_test("pkru-qemu: the command", "pkru-qemu", &["--test", "command"])?);
     bare::run(tally)?;
     guest::run(tally)
 }
