@@ -14,7 +14,7 @@ use crate::process::Process;
 use crate::signal::Trap;
 use crate::transfer::{DomainMemory, Transfer};
 use crate::violation::{Violation, ViolationKind};
-use crate::{Error, binding, sys, thread};
+use crate::{Error, binding, sys, thread, tls};
 
 /// A compartment of this process in which C and unsafe Rust can run without endangering the rest.
 ///
@@ -90,6 +90,9 @@ impl Builder {
     ///
     /// What is missing on this machine, a size that it cannot have, or that every protection key is in use.
     pub fn build(self) -> Result<Domain, Error> {
+        if tls::is_in_domain() {
+            return Err(Error::InDomain);
+        }
         let limit = sys::physical_memory();
         for (part, requested, minimum) in
             [("stack", self.stack, Self::MINIMUM_STACK), ("heap", self.heap, Self::MINIMUM_HEAP)]
@@ -135,7 +138,8 @@ impl Domain {
         const { assert!(align_of::<R::Wire>() <= MAILBOX) };
         let signal_stack = match thread::make_ready(self.core.key()) {
             Ok(stack) => stack,
-            Err(error) => return Err(self.violation(ViolationKind::NotReady(error))),
+            // With a name of its own: code in another domain, which gets here too, cannot count references to this one.
+            Err(error) => return Err(Violation::new(Arc::from(&*self.name), ViolationKind::NotReady(error))),
         };
         let memory = self.core.memory_mut();
         memory.set_signal_stack(signal_stack);
@@ -208,7 +212,7 @@ impl Domain {
 
     #[cold]
     fn violation(&self, kind: ViolationKind) -> Violation {
-        Violation::new(&self.name, kind)
+        Violation::new(self.name.clone(), kind)
     }
 }
 

@@ -19,6 +19,8 @@ pub enum Error {
     NoSignalFrame,
     /// The program's `malloc` is not this crate's, so C code in a domain could not allocate.
     MallocNotRouted,
+    /// The calling code runs in a domain, which cannot make or call another.
+    InDomain,
     /// Every protection key is in use.
     KeysExhausted {
         /// How many the kernel gives this process.
@@ -77,6 +79,7 @@ impl fmt::Display for Error {
                 "the program's malloc is not pkru-userspace's: link the crate into the executable, and no other allocator that \
                  replaces malloc",
             ),
+            Self::InDomain => f.write_str("code in a domain cannot make or call another domain: let its caller do that"),
             Self::KeysExhausted { limit } => {
                 write!(f, "all {limit} protection keys that the kernel gives this process are in use: drop a domain first")
             }

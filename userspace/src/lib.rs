@@ -26,7 +26,7 @@
 //! # What linking this crate does
 //!
 //! It defines `malloc` and its family for the whole executable. Outside domains they forward to the C library. The first
-//! domain installs handlers for SIGSEGV, SIGBUS, SIGILL, SIGFPE and SIGTRAP, which pass on what did not happen in a domain; a
+//! domain installs handlers for SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP and SIGABRT, which pass on what did not happen in a domain; a
 //! thread that enters its first domain gets an alternate signal stack and gives up restartable sequences.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu"))]

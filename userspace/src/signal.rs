@@ -55,8 +55,8 @@ pub(crate) struct Trap {
     pub(crate) report: Option<Report>,
 }
 
-/// The signals that a fault raises.
-const SIGNALS: [c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP];
+/// The signals that a fault raises, and the one by which code aborts.
+const SIGNALS: [c_int; 6] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGABRT];
 
 /// Where PKRU stands in the XSAVE area of a signal frame.
 static PKRU_OFFSET: AtomicUsize = AtomicUsize::new(0);
@@ -157,7 +157,7 @@ unsafe fn trap(signal: c_int, info: *const libc::siginfo_t, context: &libc::ucon
     // SAFETY: the caller answers for the pointer.
     let description = unsafe { &*info };
     let code = description.si_code;
-    // SAFETY: a signal of these five that the CPU raised has an address; in others the field is some other number.
+    // SAFETY: a signal of these that the CPU raised has an address; in others the field is some other number.
     let address = unsafe { description.si_addr() } as u64;
     let key = (signal == libc::SIGSEGV && code == SEGV_PKUERR).then(|| {
         // SAFETY: with this code the field is there.

@@ -9,7 +9,7 @@ use pkru::{AccessRights, ProtectionKey};
 
 use crate::process::Process;
 use crate::region::Region;
-use crate::{Error, sys};
+use crate::{Error, sys, tls};
 
 thread_local! {
     /// The keys to which this thread has been given rights, one bit each. Bit 0: the thread is ready.
@@ -32,6 +32,10 @@ pub(crate) fn make_ready(key: ProtectionKey) -> Result<Range<usize>, Error> {
 
 #[cold]
 fn set_up(key: ProtectionKey) -> Result<(), Error> {
+    // A domain's own copy of `OPEN` says that nothing is ready, so that its calls come here.
+    if tls::is_in_domain() {
+        return Err(Error::InDomain);
+    }
     let process = Process::get()?;
     if OPEN.get() == 0 {
         sys::unregister_rseq().map_err(Error::system("unregister the thread's restartable sequences"))?;
@@ -42,8 +46,12 @@ fn set_up(key: ProtectionKey) -> Result<(), Error> {
         stack.install()?;
         let range = stack.0.part(0);
         STACK_RANGE.set((range.start, range.end));
-        // It was empty, for the thread was not ready.
-        let _ = SIGNAL_STACK.with(|own| own.set(stack));
+        let mut stack = Some(stack);
+        let kept = SIGNAL_STACK.try_with(|own| own.set(stack.take().expect("it is taken once")));
+        if kept.is_err() {
+            // The thread is ending and calls from a destructor; its stack stays mapped, for nobody will take it away.
+            std::mem::forget(stack);
+        }
     }
     open(key);
     OPEN.set(OPEN.get() | 1 | 1 << key.number());

@@ -49,6 +49,12 @@ pub(crate) fn current_heap() -> *mut DomainHeap {
     HEAP.with(Cell::get)
 }
 
+/// Returns whether the calling code runs in a domain. It asks a variable that the domain can change: for mistakes, not for
+/// attacks.
+pub(crate) fn is_in_domain() -> bool {
+    !current_heap().is_null()
+}
+
 /// Returns the thread pointer.
 pub(crate) fn thread_pointer() -> usize {
     let pointer;

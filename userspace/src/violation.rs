@@ -57,6 +57,8 @@ pub enum ViolationKind {
     Arithmetic,
     /// It ran into a breakpoint.
     Breakpoint,
+    /// It raised SIGABRT. (glibc's `abort` before version 2.41 takes a lock first, and is seen as a write to key 0.)
+    Abort,
     /// It freed or resized what is no live block of the domain's heap.
     InvalidFree(HeapError),
     /// It returned what is no value of the result's type.
@@ -66,8 +68,8 @@ pub enum ViolationKind {
 }
 
 impl Violation {
-    pub(crate) fn new(domain: &Arc<str>, kind: ViolationKind) -> Self {
-        Self { domain: domain.clone(), kind, instruction: None }
+    pub(crate) const fn new(domain: Arc<str>, kind: ViolationKind) -> Self {
+        Self { domain, kind, instruction: None }
     }
 
     pub(crate) fn of_trap(domain: &Arc<str>, memory: &Memory, trap: &Trap) -> Self {
@@ -152,6 +154,7 @@ impl ViolationKind {
             libc::SIGILL => Self::IllegalInstruction,
             libc::SIGFPE => Self::Arithmetic,
             libc::SIGTRAP => Self::Breakpoint,
+            libc::SIGABRT => Self::Abort,
             _ if trap.code == SI_KERNEL => Self::GeneralProtection,
             // A guard page belongs to key 0, which the kernel blames first.
             _ if memory.is_guard(address as usize) && is_near(address, trap.stack) => Self::StackOverflow { address },
@@ -204,6 +207,7 @@ impl fmt::Display for ViolationKind {
             Self::IllegalInstruction => f.write_str("illegal instruction"),
             Self::Arithmetic => f.write_str("division by zero or overflow in a division"),
             Self::Breakpoint => f.write_str("breakpoint"),
+            Self::Abort => f.write_str("abort"),
             Self::InvalidFree(error) => write!(f, "invalid free: {error}"),
             Self::InvalidResult(error) => write!(f, "invalid result: {error}"),
             Self::NotReady(error) => write!(f, "nothing ran: {error}"),

@@ -180,3 +180,42 @@ fn a_library_that_binds_lazily_works_at_once() {
     let version = unsafe { png_get_header_ver(std::ptr::null()) };
     assert!(!version.is_null());
 }
+
+#[test]
+fn a_domain_cannot_make_or_call_another() {
+    let mut outer = need!(domain("outer"));
+    let inner = std::sync::Mutex::new(Domain::builder("inner").build().unwrap());
+    let refused = outer.call(|| Domain::builder("nested").build().is_err_and(|error| error == Error::InDomain));
+    assert!(refused.unwrap());
+    // Locking writes to the caller's memory; a pointer gets around that, to the call itself.
+    let place = inner.lock().unwrap().key().number();
+    let pointer = std::ptr::from_ref(&inner) as usize;
+    let nested = outer.call(|| {
+        // SAFETY: none: the domain is borrowed from under its lock.
+        let inner = unsafe { &mut *(*(pointer as *mut std::sync::Mutex<Domain>)).get_mut().unwrap() };
+        let violation = inner.call(|| 7u8).unwrap_err();
+        (violation.to_string(), inner.key().number())
+    });
+    let (message, key) = nested.unwrap();
+    assert!(message.contains("cannot make or call another"), "{message}");
+    assert_eq!(key, place);
+    works(&mut outer);
+    contain(&mut outer, mistake);
+    works(&mut inner.into_inner().unwrap());
+}
+
+#[test]
+fn a_call_from_a_thread_locals_destructor() {
+    struct Caller(std::cell::Cell<Option<Domain>>);
+    impl Drop for Caller {
+        fn drop(&mut self) {
+            let mut domain = self.0.take().unwrap();
+            works(&mut domain);
+            contain(&mut domain, mistake);
+        }
+    }
+    thread_local! { static CALLER: Caller = const { Caller(std::cell::Cell::new(None)) } }
+    let domain = need!(domain("late"));
+    std::thread::spawn(move || CALLER.with(|caller| caller.0.set(Some(domain)))).join().unwrap();
+    works(&mut Domain::builder("after").build().unwrap());
+}

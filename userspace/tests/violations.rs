@@ -136,6 +136,11 @@ fn an_abort() {
     contain(&mut domain, || std::process::abort());
     // SAFETY: none: this is the mistake.
     contain(&mut domain, || unsafe { libc::abort() });
+    // SAFETY: as above; this is what an abort ends in.
+    let violation = contain(&mut domain, || unsafe {
+        libc::raise(libc::SIGABRT);
+    });
+    assert_eq!(*violation.kind(), ViolationKind::Abort);
 }
 
 fn invalid_free(domain: &mut Domain, function: impl Fn()) -> HeapError {
