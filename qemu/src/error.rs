@@ -94,7 +94,7 @@ impl fmt::Display for Error {
             Self::Input { path, reason } => write!(f, "{}: {reason}", path.display()),
             Self::QemuMissing => write!(f, "qemu-system-x86_64 is not installed: run `make setup`"),
             Self::KernelMissing { path } => {
-                write!(f, "no kernel at {}: run `make setup`, or name one with --kernel", path.display())
+                write!(f, "no kernel at {} (`make setup` gets those for Linux guests)", path.display())
             }
             Self::Panicked { message } => write!(f, "the guest panicked: {message}"),
             Self::TimedOut { limit } => write!(f, "the guest did not end within {} s", limit.as_secs()),

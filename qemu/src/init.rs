@@ -23,6 +23,9 @@ pub(crate) const TASK_PATH: &str = "/task";
 /// The environment variable by which tests know that keys are there and a skip is a failure.
 pub const FORCE: &str = "PKRU_TEST_FORCE";
 
+/// The environment variable by which programs know that the time-stamp counter counts instructions.
+pub const ICOUNT: &str = "PKRU_ICOUNT";
+
 /// What begins the verdict on the console.
 const SENTINEL: &str = "pkru-guest: ";
 

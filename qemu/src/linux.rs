@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::Error;
-use crate::init::{Outcome, Task};
+use crate::init::{ICOUNT, Outcome, Task};
 use crate::initramfs::Initramfs;
 use crate::machine::{EXIT_ORDERLY, Machine, Sink, readable};
 
@@ -84,12 +84,11 @@ impl Guest {
         for file in self.files.iter().map(PathBuf::as_path).chain(named) {
             archive.add_tree(&absolute(file)?)?;
         }
-        archive.add_task(&Task {
-            directory,
-            program,
-            arguments: self.arguments.clone(),
-            environment: self.environment.clone(),
-        });
+        let mut environment = self.environment.clone();
+        if machine.icount {
+            environment.push((ICOUNT.into(), "1".into()));
+        }
+        archive.add_task(&Task { directory, program, arguments: self.arguments.clone(), environment });
 
         let image = nameless_file()?;
         archive.write(&image)?;

@@ -19,7 +19,7 @@ Runs a program in a Linux guest, or a bare kernel, in QEMU.
 
 The guest gets BINARY, the libraries it loads and the files that ARGS name, at the paths they have here, and runs it
 in this folder.
-Its output is passed through, and its exit status is this command's.
+Its output is passed through, and its exit status is this command's. Its standard input is empty.
 
 Options of both:
     --cpu MODEL      QEMU's CPU model [default: max, which has PKU and PKS]
@@ -40,9 +40,12 @@ Exit status, where it is not the program's own:
     121  the kernel is missing          125  the host failed
     127  the program could not start    128+N  signal N killed the program
 
+In the guest PKRU_TEST_FORCE is set, and with --icount PKRU_ICOUNT.
+
 As a cargo runner, so that tests and programs of any crate run in the guest:
     cargo build -p pkru-qemu
-    CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='target/debug/pkru-qemu linux' cargo test -p pkru-userspace
+    export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=\"$PWD/target/debug/pkru-qemu linux\"
+    cargo test --release -p pkru-userspace --tests -- --test-threads 1
 ";
 
 fn main() -> ExitCode {

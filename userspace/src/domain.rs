@@ -14,7 +14,7 @@ use crate::process::Process;
 use crate::signal::Trap;
 use crate::transfer::{DomainMemory, Transfer};
 use crate::violation::{Violation, ViolationKind};
-use crate::{Error, binding, sys, thread, tls};
+use crate::{Error, sys, thread, tls};
 
 /// A compartment of this process in which C and unsafe Rust can run without endangering the rest.
 ///
@@ -83,8 +83,8 @@ impl Builder {
 
     /// Makes the domain.
     ///
-    /// The first time in a process this finds out what the machine can do, installs handlers for the signals that faults
-    /// raise, and each time binds what libraries loaded since then call.
+    /// The first time in a process this finds out what the machine can do, and installs handlers for the signals that faults
+    /// raise. Each time it binds what libraries loaded since then call, and tries a first call.
     ///
     /// # Errors
     ///
@@ -102,10 +102,15 @@ impl Builder {
             }
         }
         let process = Process::get()?;
-        binding::bind_all();
         let sizes = Sizes { stack: self.stack + MAILBOX, heap: self.heap };
         let core = Core::new(Linux(process), sizes, |rights| rights)?;
-        Ok(Domain { core, name: self.name, to_free: Vec::new() })
+        let mut domain = Domain { core, name: self.name, to_free: Vec::new() };
+        // The program may have a `#[global_allocator]` that is not the system's.
+        let heap = domain.core.memory().heap();
+        match domain.call(|| std::ptr::from_ref(&*Box::new(0u64)) as usize) {
+            Ok(block) if heap.contains(&block) => Ok(domain),
+            _ => Err(Error::MallocNotRouted),
+        }
     }
 }
 
@@ -126,13 +131,36 @@ impl Domain {
 
     /// Runs a function in the domain.
     ///
-    /// The function reads what it has captured in place, in the caller's memory. It is [`Fn`], because it cannot write there.
-    /// Its result is [`Transfer`]red: the caller copies and checks it.
+    /// The function reads what it has captured in place, in the caller's memory. It is [`Fn`], because it cannot write there:
+    /// a `Cell`, a lock or an atomic of the caller's ends in a violation, and so does what writes statics of the C library
+    /// or of std (`println!`, `std::env`). Its result is [`Transfer`]red: the caller copies and checks it. What the result is made of
+    /// besides vectors and strings can have at most 4096 bytes.
+    ///
+    /// A mistake shows when memory outside is touched, not when it is made: what code does to its own domain's heap may end a
+    /// later call.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pkru_userspace::{Domain, ViolationKind};
+    ///
+    /// # if pkru_userspace::capability::detect().is_err() { return }
+    /// let mut domain = Domain::builder("decoder").build().unwrap();
+    /// let mut sample = [1, 2, 3];
+    /// let output = sample.as_mut_ptr();
+    /// match domain.call(|| unsafe { output.write(9) }).map_err(|violation| violation.kind().clone()) {
+    ///     Ok(()) => unreachable!("the output buffer is not the domain's"),
+    ///     Err(ViolationKind::Key(fault)) => assert_eq!(fault.address, output as u64),
+    ///     Err(other) => panic!("{other}"),
+    /// }
+    /// assert_eq!(sample, [1, 2, 3]);
+    /// ```
     ///
     /// # Errors
     ///
     /// How the code misbehaved. Then the domain is empty and can be called again, and nothing outside it was written.
-    /// Destructors of what lived in the domain do not run.
+    /// Destructors of what lived in the domain do not run. A Rust panic, and an allocation that fails in Rust, are seen as the
+    /// first write to a static that std makes about them. Code in a domain cannot call a domain.
     pub fn call<F: Fn() -> R, R: Transfer>(&mut self, function: F) -> Result<R, Violation> {
         const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result this large goes in a Vec") };
         const { assert!(align_of::<R::Wire>() <= MAILBOX) };

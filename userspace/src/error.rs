@@ -5,8 +5,9 @@ use std::io;
 
 /// Why a domain could not be made.
 ///
-/// That code in a domain misbehaved is no error but a [`Violation`](crate::Violation).
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// That code in a domain misbehaved is no error but a [`Violation`](crate::Violation). `Debug` writes the same message as
+/// `Display`, for a `main` that returns it.
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {
     /// The CPU has no protection keys.
@@ -17,7 +18,7 @@ pub enum Error {
     NoFsgsbase,
     /// No way was found to take a signal in a domain: neither on a stack that domains cannot write nor on one that they can.
     NoSignalFrame,
-    /// The program's `malloc` is not this crate's, so C code in a domain could not allocate.
+    /// The program's `malloc`, or Rust's global allocator, does not lead to this crate, so code in a domain could not allocate.
     MallocNotRouted,
     /// The calling code runs in a domain, which cannot make or call another.
     InDomain,
@@ -26,7 +27,7 @@ pub enum Error {
         /// How many the kernel gives this process.
         limit: usize,
     },
-    /// A size is zero or beyond what the machine has.
+    /// A size is below the least that works, or beyond what the machine has.
     Size {
         /// The part of a domain that it was asked for: `stack` or `heap`.
         part: &'static str,
@@ -76,8 +77,8 @@ impl fmt::Display for Error {
                 f.write_str("on this kernel a signal that arrives in a domain kills the process: none of the known ways works")
             }
             Self::MallocNotRouted => f.write_str(
-                "the program's malloc is not pkru-userspace's: link the crate into the executable, and no other allocator that \
-                 replaces malloc",
+                "the program's allocator does not lead to pkru-userspace's malloc: link the crate into the executable, with no other \
+                 library that replaces malloc and no `#[global_allocator]` but the system's",
             ),
             Self::InDomain => f.write_str("code in a domain cannot make or call another domain: let its caller do that"),
             Self::KeysExhausted { limit } => {
@@ -93,6 +94,12 @@ impl fmt::Display for Error {
                 write!(f, "cannot {operation}: {}", io::Error::from_raw_os_error(*errno))
             }
         }
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 

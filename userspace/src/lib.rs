@@ -20,16 +20,22 @@
 //! | [`Error`] | why there is no domain |
 //!
 //! Inside: `platform` is Linux as `pkru`'s platform; `process` and `thread` get those two ready; `signal` handles faults;
-//! `region` maps memory; `tls` lays out thread-locals; `malloc` routes allocation; `binding` binds libraries; `keys` hands out
-//! protection keys; `report` and `symbol` say what went wrong; `sys` has every system call.
+//! `region` maps memory; `tls` lays out thread-locals; `malloc` routes allocation, `thread_exit` destructors; `binding` binds
+//! libraries; `keys` hands out protection keys; `report` and `symbol` say what went wrong; `sys` has every system call.
 //!
 //! # What linking this crate does
 //!
-//! It defines `malloc` and its family for the whole executable. Outside domains they forward to the C library. The first
+//! It defines `malloc` and its family, and `__cxa_thread_atexit_impl`, for the whole executable. Outside domains they forward to
+//! the C library. The first
 //! domain installs handlers for SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP and SIGABRT, which pass on what did not happen in a domain; a
 //! thread that enters its first domain gets an alternate signal stack and gives up restartable sequences.
 
-#![cfg(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu")))]
+compile_error!("pkru-userspace needs x86-64 Linux with glibc");
+#[cfg(target_feature = "crt-static")]
+compile_error!(
+    "pkru-userspace needs glibc linked dynamically: it replaces malloc, which a static glibc does not let it do"
+);
 
 mod binding;
 pub mod capability;
@@ -45,6 +51,7 @@ mod signal;
 mod symbol;
 mod sys;
 mod thread;
+mod thread_exit;
 mod tls;
 pub mod transfer;
 mod violation;

@@ -13,7 +13,7 @@ use crate::capability::signal_rights;
 use crate::process::Process;
 use crate::region::Region;
 use crate::signal::{Running, Trap};
-use crate::{Error, keys, thread, tls};
+use crate::{Error, binding, keys, thread, tls};
 
 /// The bytes at the head of a domain's stack through which a result leaves it.
 pub(crate) const MAILBOX: usize = 4096;
@@ -93,6 +93,7 @@ unsafe impl Platform for Linux {
 
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
         thread::make_ready(memory.key)?;
+        binding::bind_all();
         let range = memory.heap();
         let heap = NonNull::new(range.start as *mut DomainHeap).expect("a heap does not start at 0");
         let skip = size_of::<DomainHeap>().next_multiple_of(ALIGNMENT);

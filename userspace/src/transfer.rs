@@ -81,6 +81,13 @@ unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 ///     }
 /// }
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot leave a domain",
+    label = "the result of this function must be `Transfer`",
+    note = "results are integers, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of such; \
+            references cannot leave, so return a `String` or a `Vec`; \
+            for a type of your own implement `Transfer` by its fields, as that trait's documentation shows"
+)]
 pub trait Transfer: Sized {
     /// What is copied out of the domain.
     type Wire: Plain;

@@ -18,8 +18,8 @@ use crate::transfer::InvalidResult;
 /// The outcome of a call whose code misbehaved.
 ///
 /// The domain has been discarded, everything outside it is as it was, and the next call works. What code in a domain had done
-/// with the outside world by system calls is not undone.
-#[derive(Debug, Clone)]
+/// with the outside world by system calls is not undone. `Debug` writes the same message as `Display`, which `unwrap` shows.
+#[derive(Clone)]
 pub struct Violation {
     domain: Arc<str>,
     kind: ViolationKind,
@@ -59,6 +59,11 @@ pub enum ViolationKind {
     Breakpoint,
     /// It raised SIGABRT. (glibc's `abort` before version 2.41 takes a lock first, and is seen as a write to key 0.)
     Abort,
+    /// It was sent a signal, by itself or another, that otherwise means a fault.
+    Raised {
+        /// The signal's number.
+        signal: i32,
+    },
     /// It freed or resized what is no live block of the domain's heap.
     InvalidFree(HeapError),
     /// It returned what is no value of the result's type.
@@ -150,11 +155,13 @@ impl ViolationKind {
         let access = ErrorCode::from_bits_retain(trap.error_code).access();
         let address = trap.address;
         match trap.signal {
+            libc::SIGABRT => Self::Abort,
+            // The kernel's own codes are positive.
+            signal if trap.code <= 0 => Self::Raised { signal },
             libc::SIGBUS => Self::Bus { address },
             libc::SIGILL => Self::IllegalInstruction,
             libc::SIGFPE => Self::Arithmetic,
             libc::SIGTRAP => Self::Breakpoint,
-            libc::SIGABRT => Self::Abort,
             _ if trap.code == SI_KERNEL => Self::GeneralProtection,
             // A guard page belongs to key 0, which the kernel blames first.
             _ if memory.is_guard(address as usize) && is_near(address, trap.stack) => Self::StackOverflow { address },
@@ -185,6 +192,12 @@ impl fmt::Display for Violation {
     }
 }
 
+impl fmt::Debug for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 impl std::error::Error for Violation {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match &self.kind {
@@ -208,6 +221,7 @@ impl fmt::Display for ViolationKind {
             Self::Arithmetic => f.write_str("division by zero or overflow in a division"),
             Self::Breakpoint => f.write_str("breakpoint"),
             Self::Abort => f.write_str("abort"),
+            Self::Raised { signal } => write!(f, "signal {signal} was sent"),
             Self::InvalidFree(error) => write!(f, "invalid free: {error}"),
             Self::InvalidResult(error) => write!(f, "invalid result: {error}"),
             Self::NotReady(error) => write!(f, "nothing ran: {error}"),

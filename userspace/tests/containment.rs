@@ -226,6 +226,27 @@ fn thread_locals_are_the_domains_own() {
 }
 
 #[test]
+fn thread_locals_with_destructors_work() {
+    use std::cell::RefCell;
+    struct Noisy(Vec<u32>);
+    impl Drop for Noisy {
+        fn drop(&mut self) {
+            DROPPED.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+    static DROPPED: AtomicU64 = AtomicU64::new(0);
+    thread_local! { static LIST: RefCell<Noisy> = const { RefCell::new(Noisy(Vec::new())) } }
+    let mut domain = need!(domain("destructors"));
+    let push = || {
+        LIST.with_borrow_mut(|list| list.0.push(7));
+        LIST.with_borrow(|list| list.0.len() as u32)
+    };
+    assert_eq!([domain.call(push).unwrap(), domain.call(push).unwrap()], [1, 2]);
+    std::thread::spawn(push).join().unwrap();
+    assert_eq!(DROPPED.load(std::sync::atomic::Ordering::Relaxed), 1, "outside a domain destructors run");
+}
+
+#[test]
 fn the_signal_stack_where_the_kernel_allows_that() {
     use pkru_userspace::capability::{SignalFrame, detect};
     let mut domain = need!(domain("writer"));
