@@ -33,6 +33,9 @@ impl<const PARTS: usize> Region<PARTS> {
         let start = sys::map_reserved(end).map_err(Error::system("reserve addresses for a domain"))?;
         let base = start.as_ptr() as usize;
         let region = Self { start, size: end, parts: parts.map(|part| base + part.start..base + part.end) };
+        // A discard shall cost what was touched, not the clearing of 2 MiB for each first byte.
+        // SAFETY: the pages were just reserved for this.
+        unsafe { sys::use_small_pages(start, end) };
         for part in &region.parts {
             // SAFETY: the pages were just reserved for this.
             unsafe { sys::protect(pointer(part.start), part.len(), key) }
@@ -57,6 +60,7 @@ impl<const PARTS: usize> Region<PARTS> {
     ///
     /// The cost is in proportion to the pages that were touched.
     pub(crate) fn discard(&mut self) {
+        // Part by part: one call over the guard pages between them costs more (some 2,600 instructions on Linux 6.12).
         for part in &self.parts {
             // SAFETY: the pages are this region's; its owner has exclusive access and relies on nothing in them.
             let dropped = unsafe { sys::discard(sys::DontNeed { start: pointer(part.start), size: part.len() }) };

@@ -32,6 +32,16 @@ pub(crate) fn map_reserved(size: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(address.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
+/// Asks the kernel to back a range with small pages only. A kernel without huge pages refuses, and does so anyway.
+///
+/// # Safety
+///
+/// The pages are the caller's.
+pub(crate) unsafe fn use_small_pages(start: NonNull<u8>, size: usize) {
+    // SAFETY: the advice changes no contents.
+    unsafe { libc::madvise(start.as_ptr().cast(), size, libc::MADV_NOHUGEPAGE) };
+}
+
 /// Makes pages readable and writable, and tags them.
 ///
 /// # Safety
