@@ -76,7 +76,7 @@ mod demo {
     }
 
     fn new(name: &str) -> Domain {
-        let domain = Domain::new(Kernel, SIZES, |rights| rights).unwrap_or_else(|error| panic!("no domain: {error:?}"));
+        let domain = Domain::new(Kernel, SIZES).unwrap_or_else(|error| panic!("no domain: {error:?}"));
         let memory = domain.memory();
         println!(
             "domain {name}: key {}, stack {:#x}..{:#x}, heap {:#x}..{:#x}",

@@ -51,7 +51,7 @@ mod suite {
     static KERNEL_DATA: AtomicU64 = AtomicU64::new(1);
 
     fn new() -> Domain {
-        Domain::new(Kernel, SIZES, |rights| rights).unwrap_or_else(|error| panic!("no domain: {error:?}"))
+        Domain::new(Kernel, SIZES).unwrap_or_else(|error| panic!("no domain: {error:?}"))
     }
 
     fn call(domain: &mut Domain, entry: Entry, argument: u64) -> Result<u64, Trap> {
@@ -389,7 +389,7 @@ mod suite {
         with_each_fence(|| {
             // Of 16 keys, 0 is the kernel's and 1 the exception stacks'.
             let domains: [Domain; 14] = core::array::from_fn(|_| new());
-            match Domain::new(Kernel, SIZES, |rights| rights) {
+            match Domain::new(Kernel, SIZES) {
                 Err(Error::Key(KeyError::Exhausted { limit: 14 })) => {}
                 other => panic!("{other:?}"),
             }
@@ -400,14 +400,14 @@ mod suite {
 
     fn bad_sizes_are_refused() {
         for (stack, heap) in [(0, 4096), (4096, 0), (4095, 4096), (4096, 5000), (usize::MAX & !4095, 4096)] {
-            let result = Domain::new(Kernel, Sizes { stack, heap }, |rights| rights);
+            let result = Domain::new(Kernel, Sizes { stack, heap });
             assert!(matches!(result, Err(Error::Size(_))), "{result:?}");
         }
     }
 
     fn a_domain_larger_than_memory_is_refused() {
         let before = memory::free_frames();
-        let result = Domain::new(Kernel, Sizes { stack: 4096, heap: 3 << 30 }, |rights| rights);
+        let result = Domain::new(Kernel, Sizes { stack: 4096, heap: 3 << 30 });
         assert!(matches!(result, Err(Error::Map(_))), "{result:?}");
         // Tables for the part that was mapped stay; they are few.
         assert!(before - memory::free_frames() < 1024);

@@ -29,7 +29,7 @@ mod suite {
 
     fn new() -> Domain {
         let sizes = Sizes { stack: 16 * 1024, heap: 8 * 1024 };
-        Domain::new(Kernel, sizes, |rights| rights).unwrap_or_else(|error| panic!("no domain: {error:?}"))
+        Domain::new(Kernel, sizes).unwrap_or_else(|error| panic!("no domain: {error:?}"))
     }
 
     fn call(domain: &mut Domain, entry: Entry, argument: u64) -> Result<u64, ()> {

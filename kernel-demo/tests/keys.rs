@@ -161,7 +161,6 @@ mod suite {
         let mut domain = kernel_demo::domain::Domain::new(
             kernel_demo::domain::Kernel,
             pkru::domain::Sizes { stack: 8192, heap: 8192 },
-            |rights| rights,
         )
         .expect("a domain can be made");
         // SAFETY: the function raises an exception, which the domain is there for.

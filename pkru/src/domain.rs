@@ -40,7 +40,8 @@ pub unsafe trait Platform {
     /// Takes a key back whose pages are gone.
     fn free_key(&self, key: ProtectionKey);
 
-    /// Maps a domain's memory, zeroed and tagged with its key, with guard pages around the stack.
+    /// Maps a domain's memory, zeroed and tagged with its key, with guard pages around the stack. The platform may widen the
+    /// rights by what it needs, such as the stack on which a trap is delivered.
     ///
     /// # Errors
     ///
@@ -119,14 +120,14 @@ pub enum Failure<T, E> {
 }
 
 impl<P: Platform> Domain<P> {
-    /// Creates a domain with a key of its own, ready to be entered. `grant` may widen the default rights.
+    /// Creates a domain with a key of its own and the [default rights](default_rights), ready to be entered.
     ///
     /// # Errors
     ///
     /// What the platform gives if a key or memory is not to be had; then nothing is left behind.
-    pub fn new(platform: P, sizes: Sizes, grant: impl FnOnce(KeyRights) -> KeyRights) -> Result<Self, P::Error> {
+    pub fn new(platform: P, sizes: Sizes) -> Result<Self, P::Error> {
         let key = platform.allocate_key()?;
-        let memory = match platform.map(sizes, key, grant(default_rights(key))) {
+        let memory = match platform.map(sizes, key, default_rights(key)) {
             Ok(memory) => memory,
             Err(error) => {
                 platform.free_key(key);
@@ -321,7 +322,7 @@ mod tests {
 
     #[test]
     fn memory_persists_from_call_to_call_until_a_trap() {
-        let mut domain = Domain::new(Host::default(), SIZES, |rights| rights).unwrap();
+        let mut domain = Domain::new(Host::default(), SIZES).unwrap();
         assert_eq!(enter(&mut domain, 7), Ok(7));
         assert_eq!(domain.memory().bytes[0], 0xff);
         assert_eq!((enter(&mut domain, 8), domain.memory().prepared), (Ok(8), 1));
@@ -335,7 +336,7 @@ mod tests {
     fn keys_and_memory_come_back() {
         let host = Host::default();
         for _ in 0..100 {
-            let mut domain = Domain::new(host.clone(), SIZES, |rights| rights).unwrap();
+            let mut domain = Domain::new(host.clone(), SIZES).unwrap();
             let _ = enter(&mut domain, TRAP);
         }
         assert_eq!((host.mapped.get(), host.keys.borrow().available()), (0, 15));
@@ -345,16 +346,16 @@ mod tests {
     fn a_domain_that_cannot_be_made_leaves_nothing_behind() {
         let host = Host::default();
         let too_big = Sizes { heap: LIMIT + 1, ..SIZES };
-        assert!(Domain::new(host.clone(), too_big, |rights| rights).is_err());
+        assert!(Domain::new(host.clone(), too_big).is_err());
         host.fail_prepare.set(true);
-        assert!(Domain::new(host.clone(), SIZES, |rights| rights).is_err());
+        assert!(Domain::new(host.clone(), SIZES).is_err());
         assert_eq!((host.mapped.get(), host.keys.borrow().available()), (0, 15));
     }
 
     #[test]
     fn a_domain_that_cannot_be_made_ready_again_runs_nothing() {
         let host = Host::default();
-        let mut domain = Domain::new(host.clone(), SIZES, |rights| rights).unwrap();
+        let mut domain = Domain::new(host.clone(), SIZES).unwrap();
         let _ = enter(&mut domain, TRAP);
         host.fail_prepare.set(true);
         assert_eq!(enter(&mut domain, 1), Err(Failure::NotReady(KeyError::Exhausted { limit: 0 })));
@@ -366,8 +367,8 @@ mod tests {
     #[test]
     fn the_sixteenth_domain_is_refused() {
         let host = Host::default();
-        let domains: Vec<_> = (0..15).map(|_| Domain::new(host.clone(), SIZES, |rights| rights).unwrap()).collect();
-        let error = Domain::new(host, SIZES, |rights| rights).unwrap_err();
+        let domains: Vec<_> = (0..15).map(|_| Domain::new(host.clone(), SIZES).unwrap()).collect();
+        let error = Domain::new(host, SIZES).unwrap_err();
         assert_eq!((error, domains.len()), (KeyError::Exhausted { limit: 15 }, 15));
     }
 }

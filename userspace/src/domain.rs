@@ -103,7 +103,7 @@ impl Builder {
         }
         let process = Process::get()?;
         let sizes = Sizes { stack: self.stack + MAILBOX, heap: self.heap };
-        let core = Core::new(Linux(process), sizes, |rights| rights)?;
+        let core = Core::new(Linux(process), sizes)?;
         let mut domain = Domain { core, name: self.name, to_free: Vec::new() };
         // The program may have a `#[global_allocator]` that is not the system's.
         let heap = domain.core.memory().heap();
