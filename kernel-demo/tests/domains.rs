@@ -253,7 +253,7 @@ mod suite {
         });
     }
 
-    /// Spoils every register that the caller relies on, and the direction flag, and returns.
+    /// Spoils every register that the caller relies on, and the flags DF, AC and NT, and returns.
     #[unsafe(naked)]
     unsafe extern "C" fn spoil(_: u64) -> u64 {
         naked_asm!(
@@ -269,12 +269,15 @@ mod suite {
             "fldcw [rsp]",
             "pop rax",
             "std",
+            "pushfq",
+            "or dword ptr [rsp], 0x44000",
+            "popfq",
             "ret",
         )
     }
 
     /// Calls `function(argument, argument)` and returns a sum in which every callee-saved register, MXCSR, the x87 control word and the
-    /// direction flag take part: 0 if all are as they were.
+    /// flags AC, NT and DF take part: 0 if all are as they were.
     #[unsafe(naked)]
     unsafe extern "C" fn changes(function: extern "C" fn(u64), argument: u64) -> u64 {
         naked_asm!(
@@ -319,7 +322,7 @@ mod suite {
             "or rax, rcx",
             "pushfq",
             "pop rcx",
-            "and ecx, 0x400",
+            "and ecx, 0x44400",
             "or rax, rcx",
             "cld",
             "add rsp, 24",

@@ -24,8 +24,9 @@
 //! | return | | | restored | | | result; RDX: 0 returned, 1 rewound |
 //!
 //! On the way in the general registers that carry nothing are cleared. The vector registers are not: by the calling
-//! convention they carry nothing, but what they hold can be read in the domain. On the way out the callee-saved registers, the
-//! direction flag, MXCSR and the x87 control word are the caller's, and the x87 stack is empty, whatever the domain did.
+//! convention they carry nothing, but what they hold can be read in the domain. On the way out the callee-saved registers,
+//! MXCSR and the x87 control word are the caller's, the flags DF, AC and NT are clear, and the x87 stack is empty, whatever the
+//! domain did.
 //!
 //! # References
 //!
@@ -411,6 +412,14 @@ unsafe extern "C" fn leave() {
         "wrfsbase rcx",
         "mov rsp, [rdi + {stack}]",
         "cld",
+        // AC would make the caller's misaligned accesses trap, NT its IRET. POPF is slow, so only where one is set.
+        "pushfq",
+        "test dword ptr [rsp], {flags}",
+        "jz 2f",
+        "and dword ptr [rsp], ~{flags}",
+        "popfq",
+        "push rax",
+        "2: pop rax",
         "fninit",
         "fldcw [rdi + {x87}]",
         "ldmxcsr [rdi + {mxcsr}]",
@@ -426,6 +435,7 @@ unsafe extern "C" fn leave() {
         stack = const CALLER_STACK,
         mxcsr = const CALLER_MXCSR,
         x87 = const CALLER_X87,
+        flags = const 1 << 14 | 1 << 18,
     )
 }
 
