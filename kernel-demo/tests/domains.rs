@@ -65,7 +65,7 @@ mod suite {
     /// Calls, expects a trap, and checks that the domain works again.
     fn contain(domain: &mut Domain, entry: Entry, argument: u64) -> Cause {
         let trap = call(domain, entry, argument).expect_err("it must not succeed");
-        assert_eq!(domain.state(), State::Discarded);
+        assert_eq!(domain.state(), State::Violated);
         assert_eq!(call(domain, double, 21).expect("the domain works again"), 42);
         trap.cause
     }

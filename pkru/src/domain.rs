@@ -1,12 +1,14 @@
 //! The life of a domain, the same on every platform.
 //!
 //! ```text
-//!            ┌────────── discard ───────────┐
-//!            ▼                              │
-//! new ──▶ ready ── enter ──▶ running ── violation
-//!            ▲                  │
-//!            └───── return ─────┘
+//! new ──▶ ready ──── enter ───▶ running
+//!          ▲ ▲                   │   │
+//!          │ └────── return ─────┘   │ trap
+//!          │                         ▼
+//!        prepare ◀── discard ◀── violated
 //! ```
+//!
+//! A discard costs more than the rewind itself, and so waits until the domain is entered again, or is asked for.
 //!
 //! A [`Platform`] provides keys, tagged memory and a gate: page tables and an interrupt descriptor table in a kernel, system
 //! calls and signals on Linux, vectors and plain calls in a host test.
@@ -106,14 +108,16 @@ pub enum State {
     Ready,
     /// Code is running in it, or was when its call was abandoned.
     Running,
-    /// A violation ended a call; its memory holds nothing and is prepared again before the next one.
+    /// A violation ended a call. Its memory holds what that left, and is discarded before anything runs in it again.
+    Violated,
+    /// Its memory holds nothing, and is prepared before the next call.
     Discarded,
 }
 
 /// Why a call gave no result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure<T, E> {
-    /// A trap ended it; the domain was discarded.
+    /// A trap ended it.
     Trap(T),
     /// The domain could not be made ready; nothing ran.
     NotReady(E),
@@ -141,7 +145,7 @@ impl<P: Platform> Domain<P> {
 
     /// Calls `entry` with `argument` in the domain, and returns the word that it returned.
     ///
-    /// If a trap ends the call, everything that the domain's memory held is gone when this returns.
+    /// If a trap ends the call, everything that the domain's memory held is gone before the next call.
     ///
     /// # Errors
     ///
@@ -163,7 +167,7 @@ impl<P: Platform> Domain<P> {
                 Ok(value)
             }
             Err(trap) => {
-                self.discard();
+                self.state = State::Violated;
                 Err(Failure::Trap(trap))
             }
         }
@@ -209,8 +213,8 @@ impl<P: Platform> Domain<P> {
 
     #[cold]
     fn make_ready(&mut self) -> Result<(), P::Error> {
-        if self.state == State::Running {
-            // A call was abandoned, by a panic of the platform: nothing is known of the memory.
+        // Running: a call was abandoned, by a panic of the platform, and nothing is known of the memory.
+        if matches!(self.state, State::Violated | State::Running) {
             self.discard();
         }
         self.platform.prepare(&mut self.memory)?;
@@ -328,7 +332,7 @@ mod tests {
         assert_eq!((enter(&mut domain, 8), domain.memory().prepared), (Ok(8), 1));
 
         assert_eq!(enter(&mut domain, TRAP), Err(Failure::Trap("trap")));
-        assert_eq!((domain.state(), domain.memory().bytes[0]), (State::Discarded, 0));
+        assert_eq!(domain.state(), State::Violated);
         assert_eq!((enter(&mut domain, 9), domain.memory().prepared), (Ok(9), 2));
     }
 
@@ -359,7 +363,7 @@ mod tests {
         let _ = enter(&mut domain, TRAP);
         host.fail_prepare.set(true);
         assert_eq!(enter(&mut domain, 1), Err(Failure::NotReady(KeyError::Exhausted { limit: 0 })));
-        assert_eq!(domain.memory().bytes[0], 0);
+        assert_eq!((domain.state(), domain.memory().bytes[0]), (State::Discarded, 0));
         host.fail_prepare.set(false);
         assert_eq!(enter(&mut domain, 2), Ok(2));
     }

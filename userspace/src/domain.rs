@@ -19,8 +19,8 @@ use crate::{Error, sys, thread, tls};
 /// A compartment of this process in which C and unsafe Rust can run without endangering the rest.
 ///
 /// Code in a domain has a stack, a heap and thread-locals of its own. It can read everything that the program can, except
-/// other domains, and write nothing but its own memory. What it does wrong ends its call with a [`Violation`]; then the
-/// domain is empty again and the next call works.
+/// other domains, and write nothing but its own memory. What it does wrong ends its call with a [`Violation`]; the next call
+/// finds the domain empty, and works.
 ///
 /// State that code leaves in the domain, on its heap, lasts from call to call until a violation.
 ///
@@ -158,7 +158,7 @@ impl Domain {
     ///
     /// # Errors
     ///
-    /// How the code misbehaved. Then the domain is empty and can be called again, and nothing outside it was written.
+    /// How the code misbehaved. Nothing outside the domain was written, and it can be called again; the next call finds it empty.
     /// Destructors of what lived in the domain do not run. A Rust panic, and an allocation that fails in Rust, are seen as the
     /// first write to a static that std makes about them. Code in a domain cannot call a domain.
     pub fn call<F: Fn() -> R, R: Transfer>(&mut self, function: F) -> Result<R, Violation> {
@@ -185,7 +185,9 @@ impl Domain {
         }
     }
 
-    /// Drops everything that the domain holds.
+    /// Drops everything that the domain holds, and gives its memory back to the system.
+    ///
+    /// After a violation the next call does so in any case; this does it at once.
     pub fn discard(&mut self) {
         self.to_free.clear();
         self.core.discard();

@@ -17,7 +17,7 @@ use crate::transfer::InvalidResult;
 
 /// The outcome of a call whose code misbehaved.
 ///
-/// The domain has been discarded, everything outside it is as it was, and the next call works. What code in a domain had done
+/// Everything outside the domain is as it was, and the next call finds the domain empty and works. What code in a domain had done
 /// with the outside world by system calls is not undone. `Debug` writes the same message as `Display`, which `unwrap` shows.
 #[derive(Clone)]
 pub struct Violation {
