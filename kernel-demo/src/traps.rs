@@ -151,6 +151,7 @@ fn exception(frame: &mut Frame, rights: &mut Rights) {
     let rewind = unsafe { gate.rewind(context) };
     *LAST.lock() = Some(trap);
     frame.instruction = rewind.instruction;
+    frame.rsp = rewind.stack;
     frame.rdi = rewind.rdi;
     frame.rflags &= !DOMAIN_FLAGS;
     rights.set_behind(fence, rewind.rights);

@@ -142,11 +142,14 @@ pub enum Exit {
 
 /// The state with which execution resumes when a call is rewound.
 ///
-/// The fault handler writes all three into the frame that it returns through.
+/// The fault handler writes all of it into the frame that it returns through. The stack pointer too: another interrupt or signal
+/// may arrive before the gate has loaded it, and push its frame there with the caller's rights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rewind {
     /// The instruction pointer.
     pub instruction: u64,
+    /// The stack pointer.
+    pub stack: u64,
     /// RDI: the context.
     pub rdi: u64,
     /// The rights register: the caller's value.
@@ -239,6 +242,8 @@ impl Gate {
         self.active.0[context.key().index()].store(ptr::null_mut(), Ordering::Relaxed);
         Rewind {
             instruction: self.rewind as usize as u64,
+            // SAFETY: only the gate writes the cell, on the way in, which this call has behind it.
+            stack: unsafe { (*context.caller.get()).stack },
             rdi: ptr::from_ref(context) as u64,
             rights: context.caller_rights(),
         }
@@ -362,13 +367,18 @@ macro_rules! gate {
                     "mov rsi, rax",
                     "lea r10, [rip + {active}]",
                     "mov rdi, [r10 + rbx*8]",
-                    // A domain that left with another FS base traps here, with its own rights.
+                    // A domain that returned to the thunk of another, or left with another FS base, traps here, with its own
+                    // rights.
                     "rdfsbase rdx",
                     "cmp rdx, [rdi + {fs_base}]",
                     "jne {stop}",
-                    "mov eax, [rdi + {caller_rights}]",
-                    "xor edx, edx",
                     $select,
+                    $read,
+                    "cmp eax, [rdi + {rights}]",
+                    "jne {stop}",
+                    // The stack first: a signal between the two shall not push its frame where the domain says.
+                    "mov rsp, [rdi + {caller_stack}]",
+                    "mov eax, [rdi + {caller_rights}]",
                     $write,
                     // From here on nothing set before is trusted: a domain may have jumped to the write.
                     "and ebx, 15",
@@ -384,6 +394,8 @@ macro_rules! gate {
                     "jmp {leave}",
                     active = sym $active,
                     fs_base = const offset_of!(Context, fs_base),
+                    rights = const offset_of!(Context, rights),
+                    caller_stack = const CALLER_STACK,
                     caller_rights = const CALLER_RIGHTS,
                     stop = sym stop,
                     leave = sym leave,

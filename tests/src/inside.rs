@@ -1,10 +1,17 @@
 //! The part that runs in a guest: each test of each binary in a process of its own, so that one that dies fails alone.
 
+use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use crate::guest::SUITE;
+
+/// The longest that a test may take.
+const LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(binaries: &[&str]) -> ExitCode {
     let mut good = true;
@@ -33,7 +40,7 @@ fn tests(binary: &str) -> Result<Vec<String>, String> {
 /// Runs one test; returns whether it did not fail.
 fn run_one(binary: &str, test: &str) -> bool {
     let arguments = ["--exact", test, "--nocapture", "--test-threads", "1"];
-    let output = match Command::new(binary).args(arguments).output() {
+    let output = match run_bounded(Command::new(binary).args(arguments)) {
         Ok(output) => output,
         Err(error) => {
             println!("test {test} ... {error}\nFAILED");
@@ -63,6 +70,24 @@ fn run_one(binary: &str, test: &str) -> bool {
         }
     }
     good
+}
+
+/// Runs a command as [`Command::output`] does, and kills it if it takes too long.
+fn run_bounded(command: &mut Command) -> io::Result<Output> {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let process = child.id();
+    let (done, expired) = mpsc::channel::<()>();
+    let watchdog = thread::spawn(move || {
+        if expired.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            println!("killed after {} s", LIMIT.as_secs());
+            // SAFETY: the call touches no memory. The child is not reaped before this thread has ended, unless it ends just now.
+            unsafe { libc::kill(process as libc::pid_t, libc::SIGKILL) };
+        }
+    });
+    let output = child.wait_with_output();
+    drop(done);
+    let _ = watchdog.join();
+    output
 }
 
 /// Whether a line of the output is the harness's own.

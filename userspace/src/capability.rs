@@ -72,6 +72,7 @@ fn fault_as_a_domain(tagged: bool) -> bool {
     const STACK: usize = 64 * 1024;
     let set = || {
         sys::unregister_rseq().ok()?;
+        sys::unblock(&[libc::SIGSEGV]).ok()?;
         let key = sys::pkey_alloc().ok()?;
         let start = sys::map_reserved(STACK).ok()?;
         let of_stack = if tagged { key } else { ProtectionKey::DEFAULT };

@@ -87,11 +87,17 @@ unsafe impl Platform for Linux {
     fn map(&self, sizes: Sizes, key: ProtectionKey, rights: KeyRights) -> Result<Memory, Error> {
         let region = Region::new([sizes.stack, tls::SIZE, sizes.heap], key)?;
         let rights = signal_rights(rights, self.0.signal_stack_key());
-        let running = Running { context: Context::new(key, rights, 0, 0), signal_stack: 0..0, trap: Cell::new(None) };
+        let running = Running {
+            context: Context::new(key, rights, 0, 0),
+            signal_stack: 0..0,
+            stack: region.part(STACK),
+            trap: Cell::new(None),
+        };
         Ok(Memory { region, running: Box::new(running), key, rights, thread_locals: None })
     }
 
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
+        memory.region.check()?;
         thread::make_ready(memory.key)?;
         binding::bind_all();
         let range = memory.heap();

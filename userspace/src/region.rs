@@ -1,5 +1,6 @@
 //! Mapped, tagged memory between guard pages.
 
+use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
 
@@ -12,8 +13,11 @@ use crate::{Error, sys};
 pub(crate) struct Region<const PARTS: usize> {
     start: NonNull<u8>,
     size: usize,
+    key: ProtectionKey,
     // Invariant: these lie in the mapping, and are whole pages.
     parts: [Range<usize>; PARTS],
+    /// A part could neither be discarded nor mapped anew.
+    lost: bool,
 }
 
 // SAFETY: a region is memory that only its owner uses.
@@ -32,7 +36,8 @@ impl<const PARTS: usize> Region<PARTS> {
         });
         let start = sys::map_reserved(end).map_err(Error::system("reserve addresses for a domain"))?;
         let base = start.as_ptr() as usize;
-        let region = Self { start, size: end, parts: parts.map(|part| base + part.start..base + part.end) };
+        let parts = parts.map(|part| base + part.start..base + part.end);
+        let region = Self { start, size: end, key, parts, lost: false };
         // A discard shall cost what was touched, not the clearing of 2 MiB for each first byte.
         // SAFETY: the pages were just reserved for this.
         unsafe { sys::use_small_pages(start, end) };
@@ -62,14 +67,34 @@ impl<const PARTS: usize> Region<PARTS> {
     pub(crate) fn discard(&mut self) {
         // Part by part: one call over the guard pages between them costs more (some 2,600 instructions on Linux 6.12).
         for part in &self.parts {
+            let pages = sys::DontNeed { start: pointer(part.start), size: part.len() };
             // SAFETY: the pages are this region's; its owner has exclusive access and relies on nothing in them.
-            let dropped = unsafe { sys::discard(sys::DontNeed { start: pointer(part.start), size: part.len() }) };
-            if dropped.is_err() {
-                // The kernel refuses locked pages (mlockall). Then the old contents are overwritten instead.
-                // SAFETY: as above; the caller has rights to the key.
-                unsafe { pointer(part.start).write_bytes(0, part.len()) };
+            if unsafe { sys::discard(pages) }.is_err() {
+                // The kernel refuses locked pages (mlockall).
+                // SAFETY: as above.
+                self.lost |= unsafe { self.replace(pages) }.is_err();
             }
         }
+    }
+
+    /// Maps fresh pages in the place of these.
+    ///
+    /// # Safety
+    ///
+    /// As for [`sys::map_again`].
+    unsafe fn replace(&self, pages: sys::DontNeed) -> io::Result<()> {
+        // SAFETY: the caller answers for the pages.
+        unsafe { sys::map_again(pages) }?;
+        // SAFETY: the pages were just mapped for this.
+        unsafe { sys::protect(pages.start, pages.size, self.key) }
+    }
+
+    /// Checks that no discard has failed, after which the memory can be used no more.
+    pub(crate) const fn check(&self) -> Result<(), Error> {
+        if self.lost {
+            return Err(Error::System { operation: "map a domain's memory anew after a discard", errno: libc::ENOMEM });
+        }
+        Ok(())
     }
 }
 

@@ -31,8 +31,22 @@ pub(crate) struct Running {
     pub(crate) context: Context,
     /// The alternate stack of the thread that runs the call.
     pub(crate) signal_stack: Range<usize>,
+    /// The domain's own stack.
+    pub(crate) stack: Range<usize>,
     /// Written by the handler, when it ends the call.
     pub(crate) trap: Cell<Option<Trap>>,
+}
+
+impl Running {
+    /// Whether the kernel can have put a signal's frame there, and no other domain.
+    ///
+    /// It takes the thread's alternate stack, which is ours unless the program has set another since, or has none any more, as
+    /// std leaves it at the end of a thread; then it takes the stack in use.
+    fn can_have_frame_at(&self, address: usize) -> bool {
+        self.signal_stack.contains(&address)
+            || self.stack.contains(&address)
+            || sys::alternate_stack().is_some_and(|stack| stack.contains(&address))
+    }
 }
 
 /// What the handler notes of a fault.
@@ -56,7 +70,8 @@ pub(crate) struct Trap {
 }
 
 /// The signals that a fault raises, and the one by which code aborts.
-const SIGNALS: [c_int; 6] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGABRT];
+pub(crate) const SIGNALS: [c_int; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGABRT];
 
 /// Where PKRU stands in the XSAVE area of a signal frame.
 static PKRU_OFFSET: AtomicUsize = AtomicUsize::new(0);
@@ -111,8 +126,7 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
             let running = running.cast::<Running>();
             // SAFETY: every context that is entered by this crate is the head of a `Running`, alive while its call runs.
             let call = unsafe { running.as_ref() };
-            // A frame that is not on this call's stack was not put there by the kernel.
-            if call.signal_stack.contains(&(frame as usize)) {
+            if call.can_have_frame_at(frame as usize) {
                 // SAFETY: the kernel passes a valid description of the signal.
                 call.trap.set(Some(unsafe { trap(signal, info, context, rights) }));
                 // SAFETY: the fault struck on this thread with this context's rights, and sigreturn resumes as it says.
@@ -133,12 +147,19 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
 unsafe fn rewind(running: NonNull<Context>, context: &mut libc::ucontext_t, state: &SavedPkru) {
     /// TF, DF, NT and AC.
     const FLAGS: i64 = 1 << 8 | 1 << 10 | 1 << 14 | 1 << 18;
+    /// The word holds CS, GS, FS and SS, from the lowest bits up. A far jump in the domain can have changed the first and the last.
+    const CS_AND_SS: u64 = 0xffff_0000_0000_ffff;
+    /// `__USER_CS` and `__USER_DS` (Linux 6.12, `arch/x86/include/asm/segment.h`).
+    const USER_CS_AND_SS: u64 = 0x002b_0000_0000_0033;
     // SAFETY: the caller answers for it.
     let rewind = unsafe { Gate::PKRU.rewind(running) };
     let registers = &mut context.uc_mcontext.gregs;
     registers[libc::REG_RIP as usize] = rewind.instruction as i64;
+    registers[libc::REG_RSP as usize] = rewind.stack as i64;
     registers[libc::REG_RDI as usize] = rewind.rdi as i64;
     registers[libc::REG_EFL as usize] &= !FLAGS;
+    let segments = &mut registers[libc::REG_CSGSFS as usize];
+    *segments = (*segments as u64 & !CS_AND_SS | USER_CS_AND_SS) as i64;
     state.write(rewind.rights);
 }
 
@@ -203,9 +224,10 @@ unsafe fn pass_on(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void)
             if sent && matches!(previous, SignalAction::Ignore) {
                 return;
             }
-            // On return the instruction faults again, or the signal sent again is delivered, and the kernel acts on it.
+            // On return the instruction faults again, or the signal sent again is delivered, and the kernel acts on it. After a
+            // breakpoint the next instruction would run.
             sys::default_action(signal);
-            if sent {
+            if sent || signal == libc::SIGTRAP {
                 sys::resend(signal);
             }
         }

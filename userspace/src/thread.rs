@@ -1,5 +1,5 @@
-//! What a thread needs before it enters a domain: no restartable sequences, an alternate signal stack, rights to the domain's
-//! memory.
+//! What a thread needs before it enters a domain: no restartable sequences, an alternate signal stack, the signals of faults
+//! unblocked, rights to the domain's memory.
 
 use std::cell::{Cell, OnceCell};
 use std::ops::Range;
@@ -9,7 +9,7 @@ use pkru::{AccessRights, ProtectionKey};
 
 use crate::process::Process;
 use crate::region::Region;
-use crate::{Error, sys, tls};
+use crate::{Error, signal, sys, tls};
 
 thread_local! {
     /// The keys to which this thread has been given rights, one bit each. Bit 0: the thread is ready.
@@ -39,6 +39,7 @@ fn set_up(key: ProtectionKey) -> Result<(), Error> {
     let process = Process::get()?;
     if OPEN.get() == 0 {
         sys::unregister_rseq().map_err(Error::system("unregister the thread's restartable sequences"))?;
+        sys::unblock(&signal::SIGNALS).map_err(Error::system("unblock the signals that faults raise"))?;
         let stack = SignalStack::new(process.signal_stack_key())?;
         if let Some(key) = process.signal_stack_key() {
             open(key);

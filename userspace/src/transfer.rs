@@ -114,8 +114,10 @@ pub enum InvalidResult {
         /// The number of bytes.
         length: u64,
     },
-    /// It is larger, all parts together, than the domain's memory; parts of it must overlap.
+    /// It takes more memory, all parts together, than the domain has; parts of it must overlap.
     TooLarge,
+    /// It is nested too deep; the most is 128 vectors within each other.
+    TooDeep,
     /// A tag or value is none that the type has.
     BadValue {
         /// The type.
@@ -134,6 +136,7 @@ impl fmt::Display for InvalidResult {
                 write!(f, "{length} bytes at {address:#x}, which are not in the domain's memory")
             }
             Self::TooLarge => f.write_str("more bytes than the domain's memory has"),
+            Self::TooDeep => f.write_str("more than 128 vectors within each other"),
             Self::BadValue { of, value } => write!(f, "{value:#x} as a {of}"),
             Self::NotUtf8 => f.write_str("text that is not UTF-8"),
         }
@@ -146,8 +149,10 @@ impl std::error::Error for InvalidResult {}
 #[derive(Debug)]
 pub struct DomainMemory<'a> {
     ranges: &'a [Range<usize>],
-    /// How many bytes may still be copied.
+    /// How many bytes the result may still take, in the caller.
     budget: Cell<usize>,
+    /// How many vectors are being received, each within the one before.
+    depth: Cell<u32>,
     /// Blocks that were copied, for the domain to free.
     received: RefCell<Vec<usize>>,
 }
@@ -159,7 +164,7 @@ impl<'a> DomainMemory<'a> {
     #[inline]
     pub(crate) unsafe fn new(ranges: &'a [Range<usize>]) -> Self {
         let size = ranges.iter().map(Range::len).sum();
-        Self { ranges, budget: Cell::new(size), received: RefCell::default() }
+        Self { ranges, budget: Cell::new(size), depth: Cell::new(0), received: RefCell::default() }
     }
 
     #[inline]
@@ -180,19 +185,21 @@ impl<'a> DomainMemory<'a> {
             length: block.length.saturating_mul(size_of::<W>() as u64),
         };
         let length = usize::try_from(block.length).map_err(|_| out_of_bounds)?;
+        let bytes = length.checked_mul(size_of::<W>()).ok_or(out_of_bounds)?;
         // Values without bytes could be any number; they cost the caller time all the same.
-        let cost = length.checked_mul(size_of::<W>().max(1)).ok_or(out_of_bounds)?;
-        let bytes = length * size_of::<W>();
-        let budget = self.budget.get().checked_sub(cost).ok_or(InvalidResult::TooLarge)?;
-        if bytes == 0 {
-            self.budget.set(budget);
-            return Ok(vec![W::zeroed(); length]);
-        }
+        self.charge(bytes.max(length))?;
         let address = block.address as usize;
         let inside =
             |range: &&Range<usize>| address >= range.start && address < range.end && range.end - address >= bytes;
-        self.ranges.iter().find(inside).ok_or(out_of_bounds)?;
-        self.budget.set(budget);
+        let found = self.ranges.iter().find(inside);
+        if found.is_some() {
+            self.received.borrow_mut().push(address);
+        }
+        if bytes == 0 {
+            // It may have a block all the same, with room for more.
+            return Ok(vec![W::zeroed(); length]);
+        }
+        found.ok_or(out_of_bounds)?;
 
         let mut values = Vec::<W>::with_capacity(length);
         let target = values.as_mut_ptr().cast::<u8>();
@@ -200,8 +207,31 @@ impl<'a> DomainMemory<'a> {
         unsafe { std::ptr::copy_nonoverlapping(address as *const u8, target, bytes) };
         // SAFETY: all elements were copied, and any bytes are a value.
         unsafe { values.set_len(length) };
-        self.received.borrow_mut().push(address);
         Ok(values)
+    }
+
+    /// Counts memory that a part of the result takes in the caller.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidResult::TooLarge`] if all parts together take more than the domain has.
+    pub fn charge(&self, bytes: usize) -> Result<(), InvalidResult> {
+        let left = self.budget.get().checked_sub(bytes).ok_or(InvalidResult::TooLarge)?;
+        self.budget.set(left);
+        Ok(())
+    }
+
+    /// Receives the parts of a vector, which may be vectors again.
+    fn descend<R>(&self, receive: impl FnOnce() -> Result<R, InvalidResult>) -> Result<R, InvalidResult> {
+        const LIMIT: u32 = 128;
+        let depth = self.depth.get();
+        if depth == LIMIT {
+            return Err(InvalidResult::TooDeep);
+        }
+        self.depth.set(depth + 1);
+        let result = receive();
+        self.depth.set(depth);
+        result
     }
 }
 
@@ -230,7 +260,9 @@ impl<T: Transfer> Transfer for Vec<T> {
 
     fn receive(wire: Block, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
         let wires: Vec<T::Wire> = memory.copy_block(wire)?;
-        wires.into_iter().map(|wire| T::receive(wire, memory)).collect()
+        // A value can be larger than its wire.
+        memory.charge(wires.len() * size_of::<T>().saturating_sub(size_of::<T::Wire>()))?;
+        memory.descend(|| wires.into_iter().map(|wire| T::receive(wire, memory)).collect())
     }
 }
 
@@ -254,6 +286,9 @@ impl<T: Transfer> Transfer for Box<T> {
     }
 
     fn receive(wire: T::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        /// What an allocator takes for a block beside its contents.
+        const OVERHEAD: usize = 32;
+        memory.charge(size_of::<T>() + OVERHEAD)?;
         T::receive(wire, memory).map(Self::new)
     }
 }
@@ -451,6 +486,33 @@ mod tests {
         assert_eq!(arena.receive::<Vec<Vec<u64>>>(arena.block(0, 32)), Err(InvalidResult::TooLarge));
         assert_eq!(arena.receive::<Vec<()>>(Block { address: 0, length: u64::MAX }), Err(InvalidResult::TooLarge));
         assert_eq!(arena.receive::<Vec<()>>(Block { address: 0, length: 3 }), Ok(vec![(); 3]));
+    }
+
+    #[test]
+    fn a_value_that_takes_more_than_its_wire_is_counted_as_it_is() {
+        let arena = Arena::new();
+        let bytes = Block { length: 512, ..arena.block(0, 0) };
+        assert_eq!(arena.receive::<Vec<u8>>(bytes).unwrap().len(), 512);
+        assert_eq!(arena.receive::<Vec<Box<u8>>>(bytes), Err(InvalidResult::TooLarge));
+    }
+
+    #[test]
+    fn a_value_within_itself_ends() {
+        #[derive(Debug, PartialEq)]
+        struct Node(Vec<Self>);
+        impl Transfer for Node {
+            type Wire = Block;
+            fn lend(self) -> Block {
+                self.0.lend()
+            }
+            fn receive(wire: Block, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+                Transfer::receive(wire, memory).map(Node)
+            }
+        }
+        let mut arena = Arena(vec![0; 4096]);
+        let itself = arena.block(0, 1);
+        arena.0[..2].copy_from_slice(&[itself.address, 1]);
+        assert_eq!(arena.receive::<Node>(itself), Err(InvalidResult::TooDeep));
     }
 
     #[test]

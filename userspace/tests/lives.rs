@@ -162,6 +162,64 @@ fn results_of_many_calls_do_not_fill_the_heap() {
 }
 
 #[test]
+fn empty_results_with_room_do_not_fill_the_heap() {
+    let mut domain = need!(build(Domain::builder("capacity").heap_size(1 << 20)));
+    for _ in 0..200 {
+        assert!(domain.call(|| Vec::<u8>::with_capacity(100_000)).unwrap().is_empty());
+    }
+}
+
+#[test]
+fn a_thread_that_blocks_every_signal() {
+    drop(need!(domain("first")));
+    let blocked = std::thread::spawn(|| {
+        // SAFETY: the set is filled before it is used.
+        unsafe {
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
+        }
+        let mut domain = Domain::builder("blocked").build().unwrap();
+        contain(&mut domain, mistake);
+    });
+    blocked.join().unwrap();
+}
+
+#[test]
+fn a_program_with_a_signal_stack_of_its_own() {
+    let mut domain = need!(domain("stack"));
+    let stack = vec![0u8; 256 * 1024].leak();
+    // Before Linux 6.12 the kernel could not write a domain's signal frame there.
+    use pkru_userspace::capability::{SignalFrame, detect};
+    if detect().unwrap().signal_frame == SignalFrame::OnWritableStack {
+        return;
+    }
+    let new = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: stack.len() };
+    // SAFETY: the stack is leaked.
+    assert_eq!(unsafe { libc::sigaltstack(&raw const new, std::ptr::null_mut()) }, 0);
+    contain(&mut domain, mistake);
+}
+
+#[test]
+fn locked_memory_is_discarded_from_any_thread() {
+    let mut domain = need!(build(Domain::builder("locked").heap_size(1 << 20)));
+    // SAFETY: the call touches no memory of ours.
+    assert_eq!(unsafe { libc::mlockall(libc::MCL_CURRENT) }, 0);
+    contain(&mut domain, mistake);
+    let place = domain.call(|| vec![0x77_u8; 1000].leak().as_ptr() as usize).unwrap();
+    let mut domain = std::thread::spawn(move || {
+        domain.discard();
+        domain
+    })
+    .join()
+    .unwrap();
+    // SAFETY: the place is in the domain's heap.
+    let read = || unsafe { std::slice::from_raw_parts(place as *const u8, 1000) }.contains(&0x77);
+    assert!(!domain.call(read).unwrap());
+    contain(&mut domain, mistake);
+}
+
+#[test]
 fn a_library_that_binds_lazily_works_at_once() {
     let mut domain = need!(domain("lazy"));
     // Nothing has called these before; unbound, the first call would have the loader write what a domain may not.

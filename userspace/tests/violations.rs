@@ -202,6 +202,54 @@ fn a_spoiled_fs_base() {
 }
 
 #[test]
+fn a_jump_to_32_bit_code() {
+    let mut domain = need!(domain("far"));
+    // Offset and selector of Linux's 32-bit code segment. A far return would do too, but QEMU 7.2 reads its stack as the kernel.
+    let target = [0x1000_u32, 0x23];
+    // SAFETY: none: this is the mistake.
+    let violation =
+        contain(&mut domain, || unsafe { asm!("jmp fword ptr [{}]", in(reg) &raw const target, options(noreturn)) });
+    assert_eq!(*violation.kind(), ViolationKind::Unmapped { address: 0x1000, access: Access::Execute });
+}
+
+#[test]
+fn a_return_through_another_domains_gate() {
+    let mut other = need!(domain("other"));
+    let mut domain = need!(domain("liar"));
+    // The innermost return address of a call lies at the top of the domain's stack: the gate's thunk for this key.
+    let thunk = || {
+        let stack: u64;
+        // SAFETY: reading the stack pointer changes nothing.
+        unsafe { asm!("mov {}, rsp", out(reg) stack) };
+        let top = (stack + 4096) & !4095;
+        // SAFETY: the word is at the top of the domain's stack.
+        unsafe { *((top - 8) as *const u64) }
+    };
+    let (of_other, of_domain) = (other.call(thunk).unwrap(), domain.call(thunk).unwrap());
+    let distance = (i64::from(other.key().number()) - i64::from(domain.key().number())) * 16;
+    assert_eq!(of_other.wrapping_sub(of_domain) as i64, distance, "one thunk of 16 bytes for each key");
+    // SAFETY: none: this is the mistake.
+    contain(&mut domain, || unsafe { asm!("mov rax, {}", "jmp rax", in(reg) of_other, options(noreturn)) });
+    common::works(&mut other);
+}
+
+#[test]
+fn a_breakpoint_outside_any_domain_kills_the_process_as_before() {
+    let _ = need!(domain("bystander"));
+    // SAFETY: the child executes one instruction and exits.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: none: this is the fault.
+        unsafe { asm!("int3") };
+        std::process::exit(0);
+    }
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGTRAP, "{status:#x}");
+}
+
+#[test]
 fn spoiled_registers_are_restored() {
     let mut domain = need!(domain("registers"));
     let mxcsr = || {

@@ -32,6 +32,18 @@ pub(crate) fn map_reserved(size: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(address.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
+/// Maps fresh pages, without access, in the place of others; locked pages too, whose contents cannot be dropped otherwise.
+///
+/// # Safety
+///
+/// The pages are private anonymous memory of the caller, and nothing relies on their contents.
+pub(crate) unsafe fn map_again(pages: DontNeed) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: the caller answers for the pages.
+    let address = unsafe { libc::mmap(pages.start.as_ptr().cast(), pages.size, libc::PROT_NONE, flags, -1, 0) };
+    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Asks the kernel to back a range with small pages only. A kernel without huge pages refuses, and does so anyway.
 ///
 /// # Safety

@@ -6,9 +6,9 @@ mod process;
 
 pub(crate) use loader::{Library, TlsModule, for_each_library, loaded_count, lookup, lookup_next};
 pub(crate) use memory::{
-    DontNeed, discard, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
+    DontNeed, discard, map_again, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
 };
 pub(crate) use process::{
-    AlternateStack, SignalAction, auxiliary, default_action, fork_probe, minimum_signal_stack, replace_action, resend,
-    set_alternate_stack, unregister_rseq,
+    AlternateStack, SignalAction, alternate_stack, auxiliary, default_action, fork_probe, minimum_signal_stack,
+    replace_action, resend, set_alternate_stack, unblock, unregister_rseq,
 };

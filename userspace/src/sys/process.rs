@@ -3,6 +3,7 @@
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::mem;
+use std::ops::Range;
 use std::ptr;
 
 /// A signal handler as the kernel calls it with `SA_SIGINFO`.
@@ -83,6 +84,32 @@ pub(crate) unsafe fn set_alternate_stack(stack: &AlternateStack) -> io::Result<(
     match unsafe { libc::sigaltstack(&raw const new, ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Returns the calling thread's alternate signal stack, if it has one; async-signal-safe.
+pub(crate) fn alternate_stack() -> Option<Range<usize>> {
+    let mut stack = libc::stack_t { ss_sp: ptr::null_mut(), ss_flags: 0, ss_size: 0 };
+    // SAFETY: `stack` is writable, and nothing is changed.
+    let result = unsafe { libc::sigaltstack(ptr::null(), &raw mut stack) };
+    let start = stack.ss_sp as usize;
+    (result == 0 && stack.ss_flags & libc::SS_DISABLE == 0).then(|| start..start + stack.ss_size)
+}
+
+/// Lets signals reach the calling thread. One that a fault raises kills the process where it is blocked.
+pub(crate) fn unblock(signals: &[c_int]) -> io::Result<()> {
+    // SAFETY: a signal set is a C struct of integers, for which zero is a value.
+    let mut set: libc::sigset_t = unsafe { mem::zeroed() };
+    // SAFETY: the set is writable.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    for signal in signals {
+        // SAFETY: as above.
+        unsafe { libc::sigaddset(&raw mut set, *signal) };
+    }
+    // SAFETY: the set lives across the call.
+    match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 
