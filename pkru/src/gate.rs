@@ -11,6 +11,8 @@
 //! Each side checks after its write of the register that the value written is the one that this context calls for, because
 //! code in the domain could have jumped at the instruction itself with a value of its choice; on a mismatch it stops with
 //! `ud2`. A domain's own key is open to no other domain, and so the values of the register tell the running contexts apart.
+//! Code that sets out to escape can still jump at the instruction with another running context's values, and its FS base set to
+//! match: this contains mistakes.
 //!
 //! # Registers
 //!
@@ -25,7 +27,7 @@
 //!
 //! On the way in the general registers that carry nothing are cleared. The vector registers are not: by the calling
 //! convention they carry nothing, but what they hold can be read in the domain. On the way out the callee-saved registers,
-//! MXCSR and the x87 control word are the caller's, the flags DF, AC and NT are clear, and the x87 stack is empty, whatever the
+//! FS and GS base, MXCSR and the x87 control word are the caller's, the flags DF, AC and NT are clear, and the x87 stack is empty, whatever the
 //! domain did.
 //!
 //! # References
@@ -54,6 +56,9 @@ pub struct Context {
     rights: u32,
     /// Invariant: below 16, for it indexes [`Active`] and the thunks.
     key: u32,
+    /// The bits of `rights` that tell the domain apart: those of key 0 and of its own key. Code may change the others with reason:
+    /// Linux does when it makes memory executable only.
+    identity: u32,
     caller: UnsafeCell<Caller>,
 }
 
@@ -63,6 +68,7 @@ pub struct Context {
 struct Caller {
     stack: u64,
     fs_base: u64,
+    gs_base: u64,
     rights: u32,
     mxcsr: u32,
     x87_control: u16,
@@ -71,6 +77,7 @@ struct Caller {
 const CALLER: usize = offset_of!(Context, caller);
 const CALLER_STACK: usize = CALLER + offset_of!(Caller, stack);
 const CALLER_FS_BASE: usize = CALLER + offset_of!(Caller, fs_base);
+const CALLER_GS_BASE: usize = CALLER + offset_of!(Caller, gs_base);
 const CALLER_RIGHTS: usize = CALLER + offset_of!(Caller, rights);
 const CALLER_MXCSR: usize = CALLER + offset_of!(Caller, mxcsr);
 const CALLER_X87: usize = CALLER + offset_of!(Caller, x87_control);
@@ -93,7 +100,8 @@ impl Context {
             fs_base,
             rights: rights.bits(),
             key: key.number() as u32,
-            caller: UnsafeCell::new(Caller { stack: 0, fs_base: 0, rights: 0, mxcsr: 0, x87_control: 0 }),
+            identity: 3 | 3 << (2 * key.number()),
+            caller: UnsafeCell::new(Caller { stack: 0, fs_base: 0, gs_base: 0, rights: 0, mxcsr: 0, x87_control: 0 }),
         }
     }
 
@@ -174,7 +182,8 @@ impl Active {
         own.filter_map(|key| NonNull::new(self.0[key.index()].load(Ordering::Relaxed))).find(|context| {
             // SAFETY: rights with write access to a domain's own key are in force only while that domain runs, here; so its
             // context is alive.
-            unsafe { context.as_ref() }.rights() == rights
+            let context = unsafe { context.as_ref() };
+            (context.rights ^ rights.bits()) & context.identity == 0
         })
     }
 }
@@ -278,6 +287,8 @@ macro_rules! gate {
                     "fnstcw [rdi + {x87}]",
                     "rdfsbase rax",
                     "mov [rdi + {caller_fs_base}], rax",
+                    "rdgsbase rax",
+                    "mov [rdi + {caller_gs_base}], rax",
                     "mov [rdi + {caller_stack}], rsp",
                     "mov r8, rsi",
                     "mov r9, rdx",
@@ -319,6 +330,7 @@ macro_rules! gate {
                     mxcsr = const CALLER_MXCSR,
                     x87 = const CALLER_X87,
                     caller_fs_base = const CALLER_FS_BASE,
+                    caller_gs_base = const CALLER_GS_BASE,
                     caller_stack = const CALLER_STACK,
                     caller_rights = const CALLER_RIGHTS,
                     key = const offset_of!(Context, key),
@@ -374,7 +386,8 @@ macro_rules! gate {
                     "jne {stop}",
                     $select,
                     $read,
-                    "cmp eax, [rdi + {rights}]",
+                    "xor eax, [rdi + {rights}]",
+                    "test eax, [rdi + {identity}]",
                     "jne {stop}",
                     // The stack first: a signal between the two shall not push its frame where the domain says.
                     "mov rsp, [rdi + {caller_stack}]",
@@ -395,6 +408,7 @@ macro_rules! gate {
                     active = sym $active,
                     fs_base = const offset_of!(Context, fs_base),
                     rights = const offset_of!(Context, rights),
+                    identity = const offset_of!(Context, identity),
                     caller_stack = const CALLER_STACK,
                     caller_rights = const CALLER_RIGHTS,
                     stop = sym stop,
@@ -422,6 +436,8 @@ unsafe extern "C" fn leave() {
     naked_asm!(
         "mov rcx, [rdi + {fs_base}]",
         "wrfsbase rcx",
+        "mov rcx, [rdi + {gs_base}]",
+        "wrgsbase rcx",
         "mov rsp, [rdi + {stack}]",
         "cld",
         // AC would make the caller's misaligned accesses trap, NT its IRET. POPF is slow, so only where one is set.
@@ -444,6 +460,7 @@ unsafe extern "C" fn leave() {
         "pop rbp",
         "ret",
         fs_base = const CALLER_FS_BASE,
+        gs_base = const CALLER_GS_BASE,
         stack = const CALLER_STACK,
         mxcsr = const CALLER_MXCSR,
         x87 = const CALLER_X87,

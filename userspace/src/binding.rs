@@ -32,7 +32,7 @@ pub(crate) fn bind_all() {
     let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
     let loaded = sys::loaded_count();
     if *done != loaded {
-        sys::for_each_library(|library| bind(&library));
+        sys::libraries().iter().for_each(bind);
         *done = loaded;
     }
 }
@@ -59,7 +59,7 @@ struct Symbol {
 fn bind(library: &Library) {
     let Some(tables) = Tables::of(library) else { return };
     let (start, length) = tables.relocations;
-    for address in (start..start + length).step_by(size_of::<Relocation>()) {
+    for (index, address) in (start..start + length).step_by(size_of::<Relocation>()).enumerate() {
         // SAFETY: the loader has relocated this table and uses it itself.
         let relocation: Relocation = unsafe { load(address) };
         if relocation.info as u32 != R_X86_64_JUMP_SLOT {
@@ -68,8 +68,7 @@ fn bind(library: &Library) {
         let slot = (library.base + relocation.offset as usize) as *mut usize;
         // SAFETY: the slot is a word of the library's table.
         let bound = unsafe { slot.read_volatile() };
-        // An unbound slot leads back into the library's own linkage table.
-        if !library.has_code_at(bound) {
+        if !library.has_code_at(bound) || !is_linkage_stub(bound, index) {
             continue;
         }
         let symbol = (relocation.info >> 32) as usize;
@@ -79,6 +78,17 @@ fn bind(library: &Library) {
             unsafe { slot.write_volatile(target) };
         }
     }
+}
+
+/// Whether the code at an address is where an unbound slot leads: it pushes the number of the slot's relocation, and goes on to the
+/// loader. A slot that is bound to a function of its own library leads to something else.
+fn is_linkage_stub(address: usize, index: usize) -> bool {
+    const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+    const PUSH: u8 = 0x68;
+    // SAFETY: a stub or a function is longer than this, and what follows either is code too.
+    let code: [u8; 9] = unsafe { load(address) };
+    let push = code.strip_prefix(&ENDBR64).unwrap_or(&code);
+    push[0] == PUSH && push[1..5] == (index as u32).to_le_bytes()
 }
 
 /// `Elf64_Verneed`.

@@ -7,7 +7,7 @@ use pkru::cpuid::Features;
 use pkru::{AccessRights, KeyRights, ProtectionKey};
 
 use crate::domain::default_rights;
-use crate::{Error, sys};
+use crate::{Error, sys, tls};
 
 /// What domains can build on here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +34,9 @@ pub enum SignalFrame {
 ///
 /// What is missing, in the order in which it is needed.
 pub fn detect() -> Result<Capability, Error> {
+    if tls::is_in_domain() {
+        return Err(Error::InDomain);
+    }
     let features = Features::of_this_cpu();
     if !features.pku {
         return Err(Error::NoPku);
@@ -56,9 +59,11 @@ fn kernel_allows_fsgsbase() -> bool {
 }
 
 fn signal_frame() -> Result<SignalFrame, Error> {
+    // Before the fork: another thread may hold the loader's lock at that moment, and in the child for ever.
+    let rseq = sys::rseq_area();
     for (frame, tagged) in [(SignalFrame::OnAnyStack, false), (SignalFrame::OnWritableStack, true)] {
         // SAFETY: the experiment makes system calls only.
-        let survived = unsafe { sys::fork_probe(|| fault_as_a_domain(tagged)) };
+        let survived = unsafe { sys::fork_probe(|| fault_as_a_domain(tagged, rseq)) };
         if survived.map_err(Error::system("fork a child to try how signals work"))? {
             return Ok(frame);
         }
@@ -68,10 +73,10 @@ fn signal_frame() -> Result<SignalFrame, Error> {
 
 /// In a child: takes a fault with key 0 read-only. The handler exits with 0; if the signal cannot be delivered the kernel kills
 /// the child; `false` if the stage could not be set.
-fn fault_as_a_domain(tagged: bool) -> bool {
+fn fault_as_a_domain(tagged: bool, rseq: Option<usize>) -> bool {
     const STACK: usize = 64 * 1024;
     let set = || {
-        sys::unregister_rseq().ok()?;
+        rseq.map_or(Ok(()), sys::unregister_rseq).ok()?;
         sys::unblock(&[libc::SIGSEGV]).ok()?;
         let key = sys::pkey_alloc().ok()?;
         let start = sys::map_reserved(STACK).ok()?;

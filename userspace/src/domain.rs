@@ -214,8 +214,9 @@ impl Domain {
         // SAFETY: any bytes are a value of a plain type.
         let wire = unsafe { wire.assume_init() };
         let ranges = self.core.memory().readable();
+        let heap = self.core.memory().heap();
         // SAFETY: these are the domain's mapped memory, which this thread can read; nothing runs in the domain.
-        let memory = unsafe { DomainMemory::new(&ranges) };
+        let memory = unsafe { DomainMemory::new(&ranges, heap) };
         let received = R::receive(wire, &memory);
         match received {
             Ok(value) => {

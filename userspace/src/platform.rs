@@ -59,6 +59,7 @@ impl Memory {
     }
 
     /// Returns the heap's addresses.
+    #[inline]
     pub(crate) fn heap(&self) -> Range<usize> {
         self.region.part(HEAP)
     }

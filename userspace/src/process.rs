@@ -1,11 +1,24 @@
 //! What a process needs once before its first domain.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use pkru::ProtectionKey;
 
 use crate::capability::{self, Capability, SignalFrame};
-use crate::{Error, keys, malloc, signal, tls};
+use crate::{Error, keys, malloc, signal, sys, tls};
+
+/// The number of this process: set at the first domain, and in a child that the program forks.
+static PROCESS: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn note_process() {
+    PROCESS.store(sys::process_id(), Ordering::Relaxed);
+}
+
+/// Whether this process is the program's, and not a copy that code in a domain has made by a system call.
+pub(crate) fn is_original() -> bool {
+    PROCESS.load(Ordering::Relaxed) == sys::process_id()
+}
 
 /// The process, ready for domains.
 #[derive(Debug)]
@@ -34,6 +47,8 @@ impl Process {
             SignalFrame::OnAnyStack => None,
             SignalFrame::OnWritableStack => Some(keys::allocate()?),
         };
+        note_process();
+        sys::in_forked_children(note_process).map_err(Error::system("be told of forks"))?;
         signal::install(pkru_offset)?;
         Ok(Self { signal_stack_key })
     }

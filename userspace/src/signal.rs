@@ -21,8 +21,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use pkru::gate::{Context, Gate};
 use pkru::{KeyRights, ProtectionKey};
 
+use crate::report::Report;
 use crate::sys::{self, SignalAction};
-use crate::{Error, report::Report};
+use crate::{Error, process};
 
 /// A call that runs in a domain, as the handler sees it. Domains can read it and not write it.
 #[repr(C)]
@@ -109,6 +110,10 @@ unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t, frame: *mu
         // A domain may have jumped to the write.
         "test eax, eax",
         "jne 2f",
+        // Linux leaves AC as it was, and a misaligned access here would be the end.
+        "pushfq",
+        "and dword ptr [rsp], ~0x40000",
+        "popfq",
         "mov rdx, r8",
         "jmp {handle}",
         "2: ud2",
@@ -127,6 +132,10 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
             // SAFETY: every context that is entered by this crate is the head of a `Running`, alive while its call runs.
             let call = unsafe { running.as_ref() };
             if call.can_have_frame_at(frame as usize) {
+                // Code in the domain has duplicated the process: the copy must not go on as the program.
+                if !process::is_original() {
+                    sys::exit_now();
+                }
                 // SAFETY: the kernel passes a valid description of the signal.
                 call.trap.set(Some(unsafe { trap(signal, info, context, rights) }));
                 // SAFETY: the fault struck on this thread with this context's rights, and sigreturn resumes as it says.

@@ -49,13 +49,9 @@ impl fmt::Display for Symbol {
 
 /// Finds the symbol that an address belongs to; `None` if it is in no loaded object.
 pub(crate) fn find(address: u64) -> Option<Symbol> {
-    let mut found = None;
-    sys::for_each_library(|library| {
-        if library.contains(address as usize) {
-            found = Some((library.path(), address - library.base as u64));
-        }
-    });
-    let (library, in_file) = found?;
+    let libraries = sys::libraries();
+    let library = libraries.iter().find(|library| library.contains(address as usize))?;
+    let (library, in_file) = (library.path(), address - library.base as u64);
     let (name, offset) = name(&library, in_file).map_or((None, in_file), |(name, offset)| (Some(name), offset));
     Some(Symbol { name, offset, library })
 }

@@ -12,8 +12,8 @@ use crate::region::Region;
 use crate::{Error, signal, sys, tls};
 
 thread_local! {
-    /// The keys to which this thread has been given rights, one bit each. Bit 0: the thread is ready.
-    static OPEN: Cell<u16> = const { Cell::new(0) };
+    /// The thread is ready, but for rights to a domain's key.
+    static READY: Cell<bool> = const { Cell::new(false) };
     static SIGNAL_STACK: OnceCell<SignalStack> = const { OnceCell::new() };
     /// The addresses of the signal stack, without a destructor, to be read at each call.
     static STACK_RANGE: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
@@ -22,28 +22,36 @@ thread_local! {
 /// Makes the calling thread ready to enter a domain with this key.
 #[inline]
 pub(crate) fn make_ready(key: ProtectionKey) -> Result<Range<usize>, Error> {
-    let needed = 1 | 1 << key.number();
-    if OPEN.get() & needed != needed {
+    // The rights are read and not remembered: a signal handler starts with others.
+    if !READY.get() || !has_rights(key) {
         set_up(key)?;
     }
     let (start, end) = STACK_RANGE.get();
     Ok(start..end)
 }
 
+#[inline]
+fn has_rights(key: ProtectionKey) -> bool {
+    // SAFETY: a thread is ready only after the process's capability check has found PKU.
+    unsafe { Pkru::assume() }.read().get(key).is_empty()
+}
+
 #[cold]
 fn set_up(key: ProtectionKey) -> Result<(), Error> {
-    // A domain's own copy of `OPEN` says that nothing is ready, so that its calls come here.
+    // A domain's own copy of `READY` is false, so that its calls come here.
     if tls::is_in_domain() {
         return Err(Error::InDomain);
     }
     let process = Process::get()?;
-    if OPEN.get() == 0 {
-        sys::unregister_rseq().map_err(Error::system("unregister the thread's restartable sequences"))?;
+    if let Some(key) = process.signal_stack_key() {
+        open(key);
+    }
+    if !READY.get() {
+        if let Some(area) = sys::rseq_area() {
+            sys::unregister_rseq(area).map_err(Error::system("unregister the thread's restartable sequences"))?;
+        }
         sys::unblock(&signal::SIGNALS).map_err(Error::system("unblock the signals that faults raise"))?;
         let stack = SignalStack::new(process.signal_stack_key())?;
-        if let Some(key) = process.signal_stack_key() {
-            open(key);
-        }
         stack.install()?;
         let range = stack.0.part(0);
         STACK_RANGE.set((range.start, range.end));
@@ -53,9 +61,9 @@ fn set_up(key: ProtectionKey) -> Result<(), Error> {
             // The thread is ending and calls from a destructor; its stack stays mapped, for nobody will take it away.
             std::mem::forget(stack);
         }
+        READY.set(true);
     }
     open(key);
-    OPEN.set(OPEN.get() | 1 | 1 << key.number());
     Ok(())
 }
 
@@ -89,7 +97,7 @@ impl SignalStack {
 
 impl Drop for SignalStack {
     fn drop(&mut self) {
-        OPEN.set(0);
+        READY.set(false);
         // SAFETY: no stack is always a valid choice. If it fails the thread is on that stack, which is not the case here.
         let _ = unsafe { sys::set_alternate_stack(&sys::AlternateStack { start: None, size: 0 }) };
     }

@@ -112,15 +112,20 @@ pub(crate) unsafe fn lay_out(
 /// `memory` is mapped, zeroed and writable, and nothing else uses it. `heap` is the domain's.
 unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>) -> Result<(u64, usize), Error> {
     let caller = thread_pointer();
-    let mut modules = Vec::new();
-    sys::for_each_library(|library| modules.extend(library.tls));
+    // Kept until the end: their initial contents are read.
+    let libraries = sys::libraries();
+    let modules: Vec<_> = libraries.iter().filter_map(|library| library.tls.as_ref()).collect();
+    // A block that this thread has not used yet is not in its vector, and then neither is the loader's last generation.
+    for module in modules.iter().filter(|module| module.block.is_none()) {
+        sys::touch_module(module.id);
+    }
 
     // A module in the static block lies at the same distance below every thread pointer.
     let distance = |module: &sys::TlsModule| {
         let distance = caller.checked_sub(module.block?)?;
         (distance <= SIZE).then_some(distance)
     };
-    let below = modules.iter().filter_map(distance).max().unwrap_or(0);
+    let below = modules.iter().copied().filter_map(distance).max().unwrap_or(0);
     let align = modules.iter().map(|module| module.align).max().unwrap_or(1).max(64);
     let pointer = (memory.start + below).next_multiple_of(align);
     let vector = (pointer + descriptor_size()).next_multiple_of(16);
@@ -128,7 +133,7 @@ unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>) -> Result<(u64
     let mut end = vector + (last + 2) * 16;
 
     let mut blocks = Vec::new();
-    for module in &modules {
+    for module in modules.iter().copied() {
         let block = match distance(module) {
             Some(distance) => pointer - distance,
             None => {

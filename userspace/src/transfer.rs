@@ -149,6 +149,8 @@ impl std::error::Error for InvalidResult {}
 #[derive(Debug)]
 pub struct DomainMemory<'a> {
     ranges: &'a [Range<usize>],
+    /// The range in which there are blocks to free.
+    heap: Range<usize>,
     /// How many bytes the result may still take, in the caller.
     budget: Cell<usize>,
     /// How many vectors are being received, each within the one before.
@@ -162,9 +164,9 @@ impl<'a> DomainMemory<'a> {
     ///
     /// The ranges are mapped and readable by the calling thread, and nothing writes them meanwhile.
     #[inline]
-    pub(crate) unsafe fn new(ranges: &'a [Range<usize>]) -> Self {
+    pub(crate) unsafe fn new(ranges: &'a [Range<usize>], heap: Range<usize>) -> Self {
         let size = ranges.iter().map(Range::len).sum();
-        Self { ranges, budget: Cell::new(size), depth: Cell::new(0), received: RefCell::default() }
+        Self { ranges, heap, budget: Cell::new(size), depth: Cell::new(0), received: RefCell::default() }
     }
 
     #[inline]
@@ -179,7 +181,7 @@ impl<'a> DomainMemory<'a> {
     /// # Errors
     ///
     /// [`InvalidResult::OutOfBounds`] and [`InvalidResult::TooLarge`].
-    pub fn copy_block<W: Plain>(&self, block: Block) -> Result<Vec<W>, InvalidResult> {
+    pub(crate) fn copy_block<W: Plain>(&self, block: Block) -> Result<Vec<W>, InvalidResult> {
         let out_of_bounds = InvalidResult::OutOfBounds {
             address: block.address,
             length: block.length.saturating_mul(size_of::<W>() as u64),
@@ -192,7 +194,7 @@ impl<'a> DomainMemory<'a> {
         let inside =
             |range: &&Range<usize>| address >= range.start && address < range.end && range.end - address >= bytes;
         let found = self.ranges.iter().find(inside);
-        if found.is_some() {
+        if self.heap.contains(&address) {
             self.received.borrow_mut().push(address);
         }
         if bytes == 0 {
@@ -201,7 +203,8 @@ impl<'a> DomainMemory<'a> {
         }
         found.ok_or(out_of_bounds)?;
 
-        let mut values = Vec::<W>::with_capacity(length);
+        let mut values = Vec::<W>::new();
+        values.try_reserve_exact(length).map_err(|_| InvalidResult::TooLarge)?;
         let target = values.as_mut_ptr().cast::<u8>();
         // SAFETY: the source is in the domain's memory, which can be read and is not written meanwhile; the target has room.
         unsafe { std::ptr::copy_nonoverlapping(address as *const u8, target, bytes) };
@@ -215,7 +218,7 @@ impl<'a> DomainMemory<'a> {
     /// # Errors
     ///
     /// [`InvalidResult::TooLarge`] if all parts together take more than the domain has.
-    pub fn charge(&self, bytes: usize) -> Result<(), InvalidResult> {
+    fn charge(&self, bytes: usize) -> Result<(), InvalidResult> {
         let left = self.budget.get().checked_sub(bytes).ok_or(InvalidResult::TooLarge)?;
         self.budget.set(left);
         Ok(())
@@ -440,7 +443,7 @@ mod tests {
         fn receive<T: Transfer>(&self, wire: T::Wire) -> Result<T, InvalidResult> {
             let range = self.range();
             // SAFETY: the range is the vector's, which nothing writes.
-            T::receive(wire, &unsafe { DomainMemory::new(std::slice::from_ref(&range)) })
+            T::receive(wire, &unsafe { DomainMemory::new(std::slice::from_ref(&range), range.clone()) })
         }
 
         fn block(&self, first: usize, length: u64) -> Block {
@@ -543,7 +546,7 @@ mod tests {
         // What is lent lies anywhere on this test's heap; it is never freed.
         let everywhere = std::slice::from_ref(&(1..usize::MAX));
         // SAFETY: the wire refers to what was just lent.
-        let memory = unsafe { DomainMemory::new(everywhere) };
+        let memory = unsafe { DomainMemory::new(everywhere, 0..0) };
         let back = Transfer::receive(wire, &memory);
         assert_eq!(back, Ok(value));
     }

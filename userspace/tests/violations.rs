@@ -213,6 +213,63 @@ fn a_jump_to_32_bit_code() {
 }
 
 #[test]
+fn a_stack_pointer_in_the_signal_stack() {
+    let mut domain = need!(domain("lost"));
+    let mut stack = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: 0, ss_size: 0 };
+    // SAFETY: the struct is writable.
+    unsafe { libc::sigaltstack(std::ptr::null(), &raw mut stack) };
+    for offset in [64, 200, 2000, 8000] {
+        let place = stack.ss_sp as usize + offset;
+        // SAFETY: none: this is the mistake.
+        contain(&mut domain, || unsafe { asm!("mov rsp, {}", "ud2", in(reg) place, options(noreturn)) });
+    }
+}
+
+#[test]
+fn memory_made_executable_only() {
+    let mut domain = need!(domain("exec"));
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping touches nothing that exists.
+    let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, flags, -1, 0) };
+    // Linux takes a key for such memory and changes the thread's rights to it.
+    // SAFETY: the page is the test's.
+    let protect = || unsafe { libc::mprotect(page, 4096, libc::PROT_EXEC) };
+    assert_eq!(domain.call(protect).unwrap(), 0);
+    contain(&mut domain, mistake);
+    assert_eq!(domain.call(protect).unwrap(), 0);
+    contain(&mut domain, || {
+        protect();
+        mistake();
+    });
+}
+
+#[test]
+fn a_copy_of_the_process_made_in_a_domain_ends() {
+    let mut domain = need!(domain("fork"));
+    let mut pipe = [0; 2];
+    // SAFETY: the array has room for two descriptors.
+    assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+    // SAFETY: none: a fork without the C library; the copy faults.
+    let child = domain.call(|| unsafe {
+        let child = libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0);
+        if child == 0 {
+            mistake();
+        }
+        child
+    });
+    // Only one process gets here.
+    // SAFETY: both descriptors are this process's.
+    unsafe { libc::write(pipe[1], b"x".as_ptr().cast(), 1) };
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    unsafe { libc::waitpid(child.unwrap() as i32, &raw mut status, 0) };
+    assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 1, "{status:#x}");
+    let mut bytes = [0u8; 8];
+    // SAFETY: the buffer has eight bytes.
+    assert_eq!(unsafe { libc::read(pipe[0], bytes.as_mut_ptr().cast(), 8) }, 1);
+}
+
+#[test]
 fn a_return_through_another_domains_gate() {
     let mut other = need!(domain("other"));
     let mut domain = need!(domain("liar"));
@@ -258,19 +315,36 @@ fn spoiled_registers_are_restored() {
         unsafe { asm!("stmxcsr [{}]", in(reg) &raw mut value) };
         value
     };
-    let before = mxcsr();
+    let x87 = || {
+        let mut environment = [0u32; 7];
+        // SAFETY: the instruction stores 28 bytes; it masks exceptions, which the one after undoes.
+        unsafe { asm!("fnstenv [{0}]", "fldcw [{0}]", in(reg) &raw mut environment) };
+        // The control word and the tags of the stack's registers.
+        (environment[0] as u16, environment[2] as u16)
+    };
+    let gs_base = || {
+        let base: u64;
+        // SAFETY: reading the base changes nothing.
+        unsafe { asm!("rdgsbase {}", out(reg) base) };
+        base
+    };
+    let before = (mxcsr(), x87(), gs_base());
     let spoil = || {
-        let rounding = 0x7f80_u32;
+        // Other rounding in MXCSR, other precision in the x87 control word.
+        let (rounding, precision) = (0x7f80_u32, 0x007f_u32);
         // SAFETY: none: the caller's state is changed against the ABI.
         unsafe {
-            asm!("ldmxcsr [{}]", "fldz", "std", "pushfq", "or dword ptr [rsp], 0x44000", "popfq", in(reg) &raw const rounding)
+            asm!("ldmxcsr [{}]", "fldz", "fldcw [{}]", in(reg) &raw const rounding, in(reg) &raw const precision);
+            asm!("wrgsbase {}", in(reg) 0x1234_5000_u64);
+            asm!("std", "pushfq", "or dword ptr [rsp], 0x44000", "popfq");
         };
     };
     domain.call(spoil).unwrap();
     let flags: u64;
     // SAFETY: reading the flags changes nothing.
     unsafe { asm!("pushfq", "pop {}", out(reg) flags) };
-    assert_eq!((mxcsr(), flags & 0x44400), (before, 0), "MXCSR; AC, NT and DF");
+    assert_eq!(flags & 0x44400, 0, "AC, NT and DF");
+    assert_eq!((mxcsr(), x87(), gs_base()), before);
     assert_eq!(black_box(1.0_f64) / black_box(3.0), 1.0 / 3.0);
 }
 

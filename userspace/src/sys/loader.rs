@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::slice;
 
-/// A loaded object: the executable, a library, or the kernel's vDSO.
-#[derive(Debug, Clone)]
+/// A loaded object: the executable, a library, or the kernel's vDSO. A library stays loaded while this value lives.
+#[derive(Debug)]
 pub(crate) struct Library {
     /// The path by which the loader knows it; empty for the executable.
     pub(crate) name: CString,
@@ -19,6 +19,26 @@ pub(crate) struct Library {
     pub(crate) dynamic: Option<Range<usize>>,
     /// Its thread-local variables, if it has any.
     pub(crate) tls: Option<TlsModule>,
+    /// Keeps a library loaded; the executable and the vDSO always are.
+    pin: Option<Pin>,
+}
+
+/// A reference to a loaded library.
+#[derive(Debug)]
+struct Pin(NonNull<c_void>);
+
+impl Pin {
+    fn new(name: &CStr) -> Option<Self> {
+        // SAFETY: with RTLD_NOLOAD this loads nothing and runs no constructors.
+        NonNull::new(unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOLOAD | libc::RTLD_LAZY) }).map(Self)
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        // SAFETY: the handle was opened by `new`, and is closed once.
+        unsafe { libc::dlclose(self.0.as_ptr()) };
+    }
 }
 
 /// A loaded segment.
@@ -63,20 +83,42 @@ impl Library {
     }
 }
 
-/// Calls a function with each loaded object.
-pub(crate) fn for_each_library(mut function: impl FnMut(Library)) {
-    let mut libraries = Vec::new();
+/// Returns the loaded objects, the executable first.
+pub(crate) fn libraries() -> Vec<Library> {
+    let mut libraries: Vec<Library> = Vec::new();
     // SAFETY: `collect` gets back the vector that is passed here, which lives across the call.
     unsafe { libc::dl_iterate_phdr(Some(collect), (&raw mut libraries).cast()) };
-    // Outside the iteration, during which the loader holds a lock.
-    libraries.drain(..).for_each(&mut function);
+    // Outside the iteration, during which the loader holds a lock: another thread may be closing some of them by now, which
+    // then are not to be had any more.
+    libraries.retain_mut(|library| {
+        library.pin = Pin::new(&library.name);
+        library.pin.is_some() || library.name.is_empty()
+    });
+    libraries
 }
 
-/// Returns how many objects have been loaded so far, unloaded ones included: a new number means new objects.
+/// Brings the calling thread's vector of thread-local blocks up to date, up to a module; returns the module's block.
+pub(crate) fn touch_module(id: usize) -> Option<usize> {
+    #[repr(C)]
+    struct Index {
+        module: usize,
+        offset: usize,
+    }
+    let function = lookup(c"__tls_get_addr")?;
+    // SAFETY: the ABI gives the function this type.
+    let function =
+        unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const Index) -> usize>(function.as_ptr()) };
+    let index = Index { module: id, offset: 0 };
+    // SAFETY: the caller's library is loaded, so that the module exists.
+    Some(unsafe { function(&raw const index) })
+}
+
+/// Returns how many objects have been loaded and unloaded so far: a new number means that the objects are others.
 pub(crate) fn loaded_count() -> u64 {
     unsafe extern "C" fn first(info: *mut libc::dl_phdr_info, _: usize, data: *mut c_void) -> c_int {
         // SAFETY: the loader passes a valid struct.
-        let count = unsafe { (*info).dlpi_adds };
+        let info = unsafe { &*info };
+        let count = info.dlpi_adds + info.dlpi_subs;
         // SAFETY: `data` is the variable below.
         unsafe { data.cast::<u64>().write(count) };
         1
@@ -123,6 +165,7 @@ unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, data: *mut
         segments: segments.collect(),
         dynamic: find(libc::PT_DYNAMIC).map(addresses),
         tls,
+        pin: None,
     });
     0
 }
@@ -144,16 +187,8 @@ impl Library {
                 None => unsafe { libc::dlsym(scope, name.as_ptr()) },
             })
         };
-        in_scope(libc::RTLD_DEFAULT).or_else(|| {
-            // It may have been loaded into a scope of its own.
-            // SAFETY: with RTLD_NOLOAD this loads nothing and runs no constructors.
-            let handle = unsafe { libc::dlopen(self.name.as_ptr(), libc::RTLD_NOLOAD | libc::RTLD_LAZY) };
-            let handle = NonNull::new(handle)?;
-            let found = in_scope(handle.as_ptr());
-            // SAFETY: the handle was opened above; the library stays, for it was loaded before.
-            unsafe { libc::dlclose(handle.as_ptr()) };
-            found
-        })
+        // It may have been loaded into a scope of its own, which is searched after the global one.
+        in_scope(libc::RTLD_DEFAULT).or_else(|| in_scope(self.pin.as_ref()?.0.as_ptr()))
     }
 }
 

@@ -75,9 +75,12 @@ pub(crate) struct AlternateStack {
 ///
 /// The memory stays mapped, for nothing else, until another stack is set.
 pub(crate) unsafe fn set_alternate_stack(stack: &AlternateStack) -> io::Result<()> {
+    /// Take the stack from its top even if the stack pointer lies in it already, where a domain may have put it.
+    /// (Linux 6.12, `include/uapi/linux/signal.h`.)
+    const SS_AUTODISARM: c_int = 1 << 31;
     let new = libc::stack_t {
         ss_sp: stack.start.map_or(ptr::null_mut(), |start| start.as_ptr().cast()),
-        ss_flags: if stack.start.is_some() { 0 } else { libc::SS_DISABLE },
+        ss_flags: if stack.start.is_some() { SS_AUTODISARM } else { libc::SS_DISABLE },
         ss_size: stack.size,
     };
     // SAFETY: `new` lives across the call; the caller answers for the memory.
@@ -125,7 +128,40 @@ pub(crate) fn auxiliary(entry: libc::c_ulong) -> libc::c_ulong {
     unsafe { libc::getauxval(entry) }
 }
 
-/// Unregisters the calling thread's restartable-sequences area, if glibc registered one.
+/// Returns the number of this process; async-signal-safe.
+pub(crate) fn process_id() -> u32 {
+    // SAFETY: the call touches no memory.
+    unsafe { libc::getpid() as u32 }
+}
+
+/// Ends this process and nothing else; async-signal-safe.
+pub(crate) fn exit_now() -> ! {
+    // SAFETY: _exit leaves without running anything of the process's.
+    unsafe { libc::_exit(libc::EXIT_FAILURE) }
+}
+
+/// Has a function called in the child of each fork that the C library makes.
+pub(crate) fn in_forked_children(function: extern "C" fn()) -> io::Result<()> {
+    // SAFETY: the function may be called at any time in a child.
+    match unsafe { libc::pthread_atfork(None, None, Some(function)) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Returns the calling thread's restartable-sequences area, if glibc registered one.
+pub(crate) fn rseq_area() -> Option<usize> {
+    let (offset, size) = (super::lookup(c"__rseq_offset")?, super::lookup(c"__rseq_size")?);
+    // SAFETY: glibc defines the symbol as an `unsigned int`.
+    if unsafe { size.cast::<u32>().read() } == 0 {
+        return None;
+    }
+    // SAFETY: glibc defines the symbol as a `ptrdiff_t`.
+    let offset = unsafe { offset.cast::<isize>().read() };
+    Some(crate::tls::thread_pointer().wrapping_add_signed(offset))
+}
+
+/// Unregisters a restartable-sequences area of the calling thread; async-signal-safe.
 ///
 /// The kernel writes that area whenever it returns to the thread, with the rights in force; in a domain, which cannot write
 /// it, that write would kill the process.
@@ -133,20 +169,10 @@ pub(crate) fn auxiliary(entry: libc::c_ulong) -> libc::c_ulong {
 /// # References
 ///
 /// Linux 6.12, `kernel/rseq.c`; glibc 2.35 manual, "Restartable Sequences".
-pub(crate) fn unregister_rseq() -> io::Result<()> {
+pub(crate) fn unregister_rseq(area: usize) -> io::Result<()> {
     const UNREGISTER: c_int = 1;
     const SIGNATURE: u32 = 0x5305_3053;
     const LENGTH: u32 = 32;
-    let (Some(offset), Some(size)) = (super::lookup(c"__rseq_offset"), super::lookup(c"__rseq_size")) else {
-        return Ok(());
-    };
-    // SAFETY: glibc defines the symbol as an `unsigned int`.
-    if unsafe { size.cast::<u32>().read() } == 0 {
-        return Ok(());
-    }
-    // SAFETY: glibc defines the symbol as a `ptrdiff_t`.
-    let offset = unsafe { offset.cast::<isize>().read() };
-    let area = crate::tls::thread_pointer().wrapping_add_signed(offset);
     // SAFETY: the arguments are those with which glibc registered the area; without it nothing is written there any more.
     let result = unsafe { libc::syscall(libc::SYS_rseq, area, LENGTH, UNREGISTER, SIGNATURE) };
     match result {
