@@ -21,6 +21,7 @@ const DT_BIND_NOW: u64 = 24;
 const DT_FLAGS: u64 = 30;
 const DT_VERSYM: u64 = 0x6fff_fff0;
 const DT_FLAGS_1: u64 = 0x6fff_fffb;
+const DT_VERDEF: u64 = 0x6fff_fffc;
 const DT_VERNEED: u64 = 0x6fff_fffe;
 const DF_BIND_NOW: u64 = 8;
 const DF_1_NOW: u64 = 1;
@@ -32,7 +33,12 @@ pub(crate) fn bind_all() {
     let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
     let loaded = sys::loaded_count();
     if *done != loaded {
-        sys::libraries().iter().for_each(bind);
+        let libraries = sys::libraries();
+        // Objects that define symbols without versions, as executables do: these serve a reference to any version.
+        let unversioned: Vec<_> = libraries.iter().filter(|library| entry(library, DT_VERDEF).is_none()).collect();
+        for library in &libraries {
+            bind(library, &unversioned);
+        }
         *done = loaded;
     }
 }
@@ -56,7 +62,18 @@ struct Symbol {
     _size: u64,
 }
 
-fn bind(library: &Library) {
+/// Finds an entry of a library's dynamic section by its tag.
+fn entry(library: &Library, tag: u64) -> Option<u64> {
+    let section = library.dynamic.clone()?;
+    let mut entries = section.step_by(16).map_while(|address| {
+        // SAFETY: the dynamic section is an array of pairs of words in the library's data, ended by a tag of 0.
+        let [tag, value]: [u64; 2] = unsafe { load(address) };
+        (tag != 0).then_some((tag, value))
+    });
+    entries.find(|(found, _)| *found == tag).map(|(_, value)| value)
+}
+
+fn bind(library: &Library, unversioned: &[&Library]) {
     let Some(tables) = Tables::of(library) else { return };
     let (start, length) = tables.relocations;
     for (index, address) in (start..start + length).step_by(size_of::<Relocation>()).enumerate() {
@@ -72,7 +89,7 @@ fn bind(library: &Library) {
             continue;
         }
         let symbol = (relocation.info >> 32) as usize;
-        let Some(target) = tables.resolve(library, symbol) else { continue };
+        let Some(target) = tables.resolve(library, unversioned, symbol) else { continue };
         if target != bound {
             // SAFETY: the slot is writable while it is unbound, and this is what the loader would write there.
             unsafe { slot.write_volatile(target) };
@@ -133,19 +150,7 @@ struct Tables {
 
 impl Tables {
     fn of(library: &Library) -> Option<Self> {
-        let section = library.dynamic.clone()?;
-        let entry = |tag: u64| {
-            section
-                .clone()
-                .step_by(16)
-                .map_while(|address| {
-                    // SAFETY: the dynamic section is an array of pairs of words in the library's data, ended by a tag of 0.
-                    let [tag, value]: [u64; 2] = unsafe { load(address) };
-                    (tag != 0).then_some((tag, value))
-                })
-                .find(|(found, _)| *found == tag)
-                .map(|(_, value)| value)
-        };
+        let entry = |tag| entry(library, tag);
         let eager = entry(DT_BIND_NOW).is_some()
             || entry(DT_FLAGS).is_some_and(|flags| flags & DF_BIND_NOW != 0)
             || entry(DT_FLAGS_1).is_some_and(|flags| flags & DF_1_NOW != 0);
@@ -165,12 +170,17 @@ impl Tables {
         })
     }
 
-    fn resolve(&self, library: &Library, index: usize) -> Option<usize> {
+    fn resolve(&self, library: &Library, unversioned: &[&Library], index: usize) -> Option<usize> {
         // SAFETY: the index is from a relocation that the loader would follow.
         let symbol: Symbol = unsafe { load(self.symbols + index * size_of::<Symbol>()) };
         let name = self.string(symbol.name as usize);
-        let found = library.resolve(name, self.version(index)).or_else(|| library.resolve(name, None))?;
-        Some(found.as_ptr() as usize)
+        let first = library.resolve(name, None).map(|found| found.as_ptr() as usize);
+        // `dlvsym` passes over definitions without a version, which the loader takes if they come first: malloc is such a one.
+        if let Some(first) = first.filter(|first| unversioned.iter().any(|library| library.contains(*first))) {
+            return Some(first);
+        }
+        let versioned = self.version(index).and_then(|version| library.resolve(name, Some(version)));
+        versioned.map(|found| found.as_ptr() as usize).or(first)
     }
 
     /// The name of the version that a symbol is needed in.
