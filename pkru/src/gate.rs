@@ -6,7 +6,7 @@
 //!
 //! # What the way out trusts
 //!
-//! Nothing that the domain could have set: not a register, not the domain's stack. It knows the call by the *number of the
+//! Nothing that a mistake in the domain could have set: not a register, not the domain's stack. It knows the call by the *number of the
 //! key* in whose copy of the entry thunk the domain returned, and finds the context through a table that no domain can write.
 //! Each side checks after its write of the register that the value written is the one that this context calls for, because
 //! code in the domain could have jumped at the instruction itself with a value of its choice; on a mismatch it stops with
@@ -27,8 +27,8 @@
 //!
 //! On the way in the general registers that carry nothing are cleared. The vector registers are not: by the calling
 //! convention they carry nothing, but what they hold can be read in the domain. On the way out the callee-saved registers,
-//! FS and GS base, MXCSR and the x87 control word are the caller's, the flags DF, AC and NT are clear, and the x87 stack is empty, whatever the
-//! domain did.
+//! FS and GS base, MXCSR and the x87 control word are the caller's, the flags DF, AC and NT are clear, and the x87 stack is
+//! empty, whatever the domain did.
 //!
 //! # References
 //!
@@ -127,13 +127,6 @@ impl Context {
         // SAFETY: only the gate writes the cell, on the way in; this type is not Sync, so no other thread is there.
         KeyRights::from_bits(unsafe { (*self.caller.get()).rights })
     }
-
-    /// Returns the FS base that the caller had, while a call is running.
-    #[must_use]
-    pub const fn caller_fs_base(&self) -> u64 {
-        // SAFETY: as in `caller_rights`.
-        unsafe { (*self.caller.get()).fs_base }
-    }
 }
 
 // SAFETY: a context is plain data; a running call is tied to its thread by the borrow that `Gate::enter` holds.
@@ -179,12 +172,16 @@ impl Active {
             return None;
         }
         let own = ProtectionKey::all().filter(|key| rights.get(*key).is_empty());
-        own.filter_map(|key| NonNull::new(self.0[key.index()].load(Ordering::Relaxed))).find(|context| {
-            // SAFETY: rights with write access to a domain's own key are in force only while that domain runs, here; so its
-            // context is alive.
-            let context = unsafe { context.as_ref() };
-            (context.rights ^ rights.bits()) & context.identity == 0
-        })
+        let mut running = own.filter_map(|key| NonNull::new(self.0[key.index()].load(Ordering::Relaxed)));
+        let found = running.next()?;
+        if running.next().is_some() {
+            // Code in a domain has opened the key of another that is running, too; which one this is cannot be told.
+            return None;
+        }
+        // SAFETY: rights to write under a domain's own key, and not under key 0, are in force only while that domain runs, here;
+        // so its context is alive.
+        let context = unsafe { found.as_ref() };
+        ((context.rights ^ rights.bits()) & context.identity == 0).then_some(found)
     }
 }
 

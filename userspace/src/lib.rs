@@ -26,9 +26,9 @@
 //! # What linking this crate does
 //!
 //! It defines `malloc` and its family, and `__cxa_thread_atexit_impl`, for the whole executable. Outside domains they forward to
-//! the C library. The first
-//! domain installs handlers for SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP and SIGABRT, which pass on what did not happen in a domain; a
-//! thread that enters its first domain gets an alternate signal stack and gives up restartable sequences.
+//! the C library. The first domain installs handlers for SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP and SIGABRT, which pass on
+//! what did not happen in a domain; a thread that enters its first domain has these signals unblocked, gets an alternate signal
+//! stack, and gives up restartable sequences.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu")))]
 compile_error!("pkru-userspace needs x86-64 Linux with glibc");

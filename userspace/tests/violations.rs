@@ -291,6 +291,52 @@ fn a_return_through_another_domains_gate() {
 }
 
 #[test]
+fn opening_the_key_of_a_running_domain_ends_the_process() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    static INSIDE: AtomicBool = AtomicBool::new(false);
+    let (mut domain, mut other) = (need!(domain("opener")), need!(domain("running")));
+    let of_other = 3u32 << (2 * other.key().number());
+    let open_and_fault = || {
+        // SAFETY: none: the domain gives itself rights.
+        unsafe {
+            asm!("rdpkru", "and eax, {:e}", "wrpkru", in(reg) !of_other, out("eax") _, in("ecx") 0, out("edx") _);
+        }
+        mistake();
+    };
+    // While the other domain is not running, it can be told whose fault it is.
+    contain(&mut domain, open_and_fault);
+
+    // SAFETY: the child runs two domains and does not return.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: the call touches no memory.
+        unsafe { libc::alarm(20) };
+        std::thread::spawn(move || {
+            INSIDE.store(true, Ordering::Relaxed);
+            other.call(loop_forever)
+        });
+        while !INSIDE.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let _ = domain.call(open_and_fault);
+        // SAFETY: leaves without running anything of the parent's.
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
+}
+
+/// Code in a domain that does not end.
+fn loop_forever() {
+    loop {
+        std::hint::spin_loop();
+    }
+}
+
+#[test]
 fn a_breakpoint_outside_any_domain_kills_the_process_as_before() {
     let _ = need!(domain("bystander"));
     // SAFETY: the child executes one instruction and exits.
