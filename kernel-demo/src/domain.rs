@@ -3,11 +3,11 @@
 use core::ops::Range;
 use core::ptr::NonNull;
 
+use pkru::ProtectionKey;
 use pkru::allocator::{KeyAllocator, KeyError};
 use pkru::domain::{self, Entry, Platform, Sizes};
 use pkru::gate::{Context, Exit};
 use pkru::heap::DomainHeap;
-use pkru::{KeyRights, ProtectionKey};
 use spin::Mutex;
 use x86_64::VirtAddr;
 use x86_64::structures::paging::mapper::MapToError;
@@ -40,6 +40,7 @@ pub struct Memory {
     context: Context,
     stack: Range<VirtAddr>,
     heap: Range<VirtAddr>,
+    key: ProtectionKey,
 }
 
 /// Why there is no key or memory for a domain.
@@ -81,6 +82,12 @@ impl Memory {
         &self.heap
     }
 
+    /// Returns the key that the memory carries.
+    #[must_use]
+    pub const fn key(&self) -> ProtectionKey {
+        self.key
+    }
+
     fn pages(&self) -> impl Iterator<Item = VirtAddr> + use<> {
         let pages = |range: &Range<VirtAddr>| (range.start.as_u64()..range.end.as_u64()).step_by(PAGE as usize);
         pages(&self.stack).chain(pages(&self.heap)).map(VirtAddr::new)
@@ -94,53 +101,18 @@ unsafe impl Platform for Kernel {
     type Trap = Trap;
     type Error = Error;
 
-    fn allocate_key(&self) -> Result<ProtectionKey, Error> {
-        let mut keys = KEYS.lock();
-        // The exception stacks have their key in both modes; reserving it a second time says that it is not free.
-        let _ = keys.reserve(TRAP_STACK_KEY);
-        Ok(keys.allocate()?)
-    }
-
-    fn free_key(&self, key: ProtectionKey) {
-        KEYS.lock().free(key).expect("the domain had the key from here");
-    }
-
-    fn map(&self, sizes: Sizes, key: ProtectionKey, rights: KeyRights) -> Result<Memory, Error> {
-        let (stack, heap) = (sizes.stack as u64, sizes.heap as u64);
-        if [stack, heap].iter().any(|size| *size == 0 || size % PAGE != 0 || *size > 1 << 32) {
-            return Err(Error::Size(sizes));
-        }
-        let start = {
-            let mut next = NEXT.lock();
-            let start = VirtAddr::new(*next);
-            *next += stack + heap + 3 * PAGE;
-            start
-        };
-        let stack = start + PAGE..start + PAGE + stack;
-        let heap = stack.end + PAGE..stack.end + PAGE + heap;
-
-        let mut flags = PageTableFlags::from_bits_retain(key.in_entry(memory::FLAGS.bits()));
-        flags.set(PageTableFlags::USER_ACCESSIBLE, Fence::current() == Fence::Pku);
-        memory::map(stack.clone(), flags)?;
-        if let Err(error) = memory::map(heap.clone(), flags) {
-            memory::unmap(stack);
-            return Err(error.into());
-        }
-        let rights = Fence::current().grant(rights);
-        let context = Context::new(key, rights, stack.end.as_u64(), 0);
-        Ok(Memory { context, stack, heap })
+    fn map(&self, sizes: Sizes) -> Result<Memory, Error> {
+        let key = allocate_key()?;
+        map(sizes, key).inspect_err(|_| free_key(key))
     }
 
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
         let start = memory.heap.start;
-        let skip = size_of::<DomainHeap>().next_multiple_of(pkru::heap::ALIGNMENT);
         let size = (memory.heap.end - start) as usize;
-        if size < skip + PAGE as usize / 2 {
-            return Err(Error::Map("the heap is too small to begin with"));
-        }
-        let bottom = NonNull::new((start + skip as u64).as_mut_ptr()).ok_or(Error::Map("a heap at address 0"))?;
+        let bottom =
+            NonNull::new((start + BOOKKEEPING as u64).as_mut_ptr()).ok_or(Error::Map("a heap at address 0"))?;
         // SAFETY: the heap's memory is mapped, and until the domain runs nothing else uses it.
-        let heap = unsafe { DomainHeap::new(bottom, size - skip) };
+        let heap = unsafe { DomainHeap::new(bottom, size - BOOKKEEPING) };
         // SAFETY: the first bytes are left for the heap's own bookkeeping.
         unsafe { start.as_mut_ptr::<DomainHeap>().write(heap) };
         Ok(())
@@ -170,8 +142,55 @@ unsafe impl Platform for Kernel {
     fn unmap(&self, memory: Memory) {
         memory::unmap(memory.stack);
         memory::unmap(memory.heap);
+        free_key(memory.key);
     }
 }
+
+fn allocate_key() -> Result<ProtectionKey, Error> {
+    let mut keys = KEYS.lock();
+    // The exception stacks have their key in both modes; reserving it a second time says that it is not free.
+    let _ = keys.reserve(TRAP_STACK_KEY);
+    Ok(keys.allocate()?)
+}
+
+fn free_key(key: ProtectionKey) {
+    KEYS.lock().free(key).expect("the domain had the key from here");
+}
+
+/// Maps the memory of a domain with its key.
+fn map(sizes: Sizes, key: ProtectionKey) -> Result<Memory, Error> {
+    let (stack, heap) = (sizes.stack as u64, sizes.heap as u64);
+    if [stack, heap].iter().any(|size| *size == 0 || size % PAGE != 0 || *size > 1 << 32) {
+        return Err(Error::Size(sizes));
+    }
+    if heap < SMALLEST_HEAP {
+        return Err(Error::Map("the heap is too small to begin with"));
+    }
+    let start = {
+        let mut next = NEXT.lock();
+        let start = VirtAddr::new(*next);
+        *next += stack + heap + 3 * PAGE;
+        start
+    };
+    let stack = start + PAGE..start + PAGE + stack;
+    let heap = stack.end + PAGE..stack.end + PAGE + heap;
+
+    let mut flags = PageTableFlags::from_bits_retain(key.in_entry(memory::FLAGS.bits()));
+    flags.set(PageTableFlags::USER_ACCESSIBLE, Fence::current() == Fence::Pku);
+    memory::map(stack.clone(), flags)?;
+    if let Err(error) = memory::map(heap.clone(), flags) {
+        memory::unmap(stack);
+        return Err(error.into());
+    }
+    let rights = Fence::current().grant(domain::default_rights(key));
+    let context = Context::new(key, rights, stack.end.as_u64(), 0);
+    Ok(Memory { context, stack, heap, key })
+}
+
+/// Room for the heap's own bookkeeping, and something beside it.
+const SMALLEST_HEAP: u64 = BOOKKEEPING as u64 + PAGE / 2;
+
+const BOOKKEEPING: usize = size_of::<DomainHeap>().next_multiple_of(pkru::heap::ALIGNMENT);
 
 /// Returns the heap of a domain, for code that runs in it.
 ///

@@ -84,8 +84,8 @@ impl Fence {
     #[must_use]
     pub const fn gate(self) -> Gate {
         match self {
-            Self::Pks => Gate::PKRS,
-            Self::Pku => Gate::PKRU,
+            Self::Pks => Gate::Pkrs,
+            Self::Pku => Gate::Pkru,
         }
     }
 

@@ -80,7 +80,7 @@ mod demo {
         let memory = domain.memory();
         println!(
             "domain {name}: key {}, stack {:#x}..{:#x}, heap {:#x}..{:#x}",
-            domain.key(),
+            domain.memory().key(),
             memory.stack().start,
             memory.stack().end,
             memory.heap().start,

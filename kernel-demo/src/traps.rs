@@ -29,12 +29,12 @@ pub struct Frame {
     r13: u64,
     r12: u64,
     r11: u64,
-    r10: u64,
+    /// R10.
+    pub r10: u64,
     r9: u64,
     r8: u64,
     rbp: u64,
-    /// RDI.
-    pub rdi: u64,
+    rdi: u64,
     rsi: u64,
     rdx: u64,
     rcx: u64,
@@ -152,8 +152,10 @@ fn exception(frame: &mut Frame, rights: &mut Rights) {
     *LAST.lock() = Some(trap);
     frame.instruction = rewind.instruction;
     frame.rsp = rewind.stack;
-    frame.rdi = rewind.rdi;
+    frame.r10 = rewind.r10;
     frame.rflags &= !DOMAIN_FLAGS;
+    // SAFETY: the caller had this FS base, and this handler uses none.
+    unsafe { pkru::instructions::wrfsbase(rewind.fs_base) };
     rights.set_behind(fence, rewind.rights);
     // A domain in ring 0 can have changed the other register too; the kernel's rights to it are all.
     match fence {

@@ -119,7 +119,7 @@ mod suite {
             for address in [other.memory().heap().end.as_u64() - 8, other.memory().stack().start.as_u64()] {
                 assert_eq!(call(&mut other, add_to, address).unwrap(), 0, "control: the owner writes there");
                 let fault = key_fault(contain(&mut one, write, address));
-                assert_eq!((fault.address, fault.key, fault.access), (address, other.key(), Access::Write));
+                assert_eq!((fault.address, fault.key, fault.access), (address, other.memory().key(), Access::Write));
                 assert_eq!(call(&mut other, read, address).unwrap(), 1, "the other domain's memory is as it was");
             }
         });
@@ -130,7 +130,7 @@ mod suite {
             let (mut one, other) = (new(), new());
             let address = other.memory().heap().end.as_u64() - 8;
             let fault = key_fault(contain(&mut one, read, address));
-            assert_eq!((fault.key, fault.access), (other.key(), Access::Read));
+            assert_eq!((fault.key, fault.access), (other.memory().key(), Access::Read));
         });
     }
 

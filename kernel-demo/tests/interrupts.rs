@@ -65,7 +65,7 @@ mod suite {
             SEEN.store(0, Ordering::Relaxed);
             assert_eq!(call(&mut domain, interrupt, 0), Ok(7));
             let seen = KeyRights::from_bits(SEEN.load(Ordering::Relaxed) as u32);
-            assert!(seen.get(domain.key()).is_empty(), "{seen}: it struck in the domain");
+            assert!(seen.get(domain.memory().key()).is_empty(), "{seen}: it struck in the domain");
             assert!(!seen.get(pkru::ProtectionKey::DEFAULT).is_empty(), "{seen}: it struck in the domain");
         });
     }

@@ -22,8 +22,9 @@ use crate::{AccessRights, KeyRights, ProtectionKey};
 ///
 /// # Safety
 ///
-/// [`Domain::enter`] is sound only if the platform keeps what its methods promise: a key is handed out to one domain at a
-/// time, memory carries that key in all its pages, and `enter` ends with the caller's rights in force.
+/// [`Domain::enter`] is sound only if the platform keeps what its methods promise: a key belongs to one domain at a
+/// time, a domain's memory carries its key in all its pages when it is entered, and `enter` ends with the caller's rights in
+/// force.
 pub unsafe trait Platform {
     /// The memory of one domain.
     type Memory;
@@ -32,23 +33,12 @@ pub unsafe trait Platform {
     /// Why a key or memory was not to be had.
     type Error;
 
-    /// Hands out a key that tags no page.
+    /// Maps a domain's memory, zeroed, with a key of its own and guard pages around the stack.
     ///
     /// # Errors
     ///
-    /// If none is free.
-    fn allocate_key(&self) -> Result<ProtectionKey, Self::Error>;
-
-    /// Takes a key back whose pages are gone.
-    fn free_key(&self, key: ProtectionKey);
-
-    /// Maps a domain's memory, zeroed and tagged with its key, with guard pages around the stack. The platform may widen the
-    /// rights by what it needs, such as the stack on which a trap is delivered.
-    ///
-    /// # Errors
-    ///
-    /// If the sizes cannot be had.
-    fn map(&self, sizes: Sizes, key: ProtectionKey, rights: KeyRights) -> Result<Self::Memory, Self::Error>;
+    /// If a key or the sizes cannot be had; then nothing is left behind.
+    fn map(&self, sizes: Sizes) -> Result<Self::Memory, Self::Error>;
 
     /// Makes fresh memory ready to run in, or makes it ready again after [`discard`](Self::discard).
     ///
@@ -71,7 +61,7 @@ pub unsafe trait Platform {
     /// Drops everything that the memory holds: afterwards it reads as zeros.
     fn discard(&self, memory: &mut Self::Memory);
 
-    /// Unmaps the memory, so that no page carries its key any more.
+    /// Unmaps the memory, so that no page carries its key any more, and gives the key back.
     fn unmap(&self, memory: Self::Memory);
 }
 
@@ -96,7 +86,6 @@ pub const fn default_rights(own: ProtectionKey) -> KeyRights {
 /// A domain on a platform.
 pub struct Domain<P: Platform> {
     platform: P,
-    key: ProtectionKey,
     memory: ManuallyDrop<P::Memory>,
     state: State,
 }
@@ -124,23 +113,14 @@ pub enum Failure<T, E> {
 }
 
 impl<P: Platform> Domain<P> {
-    /// Creates a domain with a key of its own and the [default rights](default_rights), ready to be entered.
+    /// Creates a domain. Its memory is made ready when it is first entered.
     ///
     /// # Errors
     ///
     /// What the platform gives if a key or memory is not to be had; then nothing is left behind.
     pub fn new(platform: P, sizes: Sizes) -> Result<Self, P::Error> {
-        let key = platform.allocate_key()?;
-        let memory = match platform.map(sizes, key, default_rights(key)) {
-            Ok(memory) => memory,
-            Err(error) => {
-                platform.free_key(key);
-                return Err(error);
-            }
-        };
-        let mut domain = Self { platform, key, memory: ManuallyDrop::new(memory), state: State::Discarded };
-        domain.make_ready()?;
-        Ok(domain)
+        let memory = ManuallyDrop::new(platform.map(sizes)?);
+        Ok(Self { platform, memory, state: State::Discarded })
     }
 
     /// Calls `entry` with `argument` in the domain, and returns the word that it returned.
@@ -149,7 +129,7 @@ impl<P: Platform> Domain<P> {
     ///
     /// # Errors
     ///
-    /// The trap, or why the domain could not be made ready after an earlier one.
+    /// The trap, or why the domain could not be made ready.
     ///
     /// # Safety
     ///
@@ -159,6 +139,38 @@ impl<P: Platform> Domain<P> {
         if self.state != State::Ready {
             self.make_ready().map_err(Failure::NotReady)?;
         }
+        // SAFETY: the caller answers for the entry point.
+        unsafe { self.run(entry, argument) }
+    }
+
+    /// Notes that the word which [`enter`](Self::enter) returned was not the end of the call, but a
+    /// [suspension](crate::gate::suspend). The call goes on with [`resume`](Self::resume); if it never does, everything that the
+    /// domain's memory held is gone before the next call.
+    pub fn suspended(&mut self) {
+        self.state = State::Running;
+    }
+
+    /// Goes on with a call that is suspended.
+    ///
+    /// # Errors
+    ///
+    /// The trap.
+    ///
+    /// # Panics
+    ///
+    /// If no call is suspended.
+    ///
+    /// # Safety
+    ///
+    /// As for [`enter`](Self::enter); and `entry` takes up the stack of the suspended call.
+    pub unsafe fn resume(&mut self, entry: Entry, argument: u64) -> Result<u64, Failure<P::Trap, P::Error>> {
+        assert_eq!(self.state, State::Running, "no call is suspended");
+        // SAFETY: the caller answers for the entry point; the memory was ready when the call began.
+        unsafe { self.run(entry, argument) }
+    }
+
+    #[inline]
+    unsafe fn run(&mut self, entry: Entry, argument: u64) -> Result<u64, Failure<P::Trap, P::Error>> {
         self.state = State::Running;
         // SAFETY: the caller answers for the entry point, and a domain that is ready for its memory.
         match unsafe { self.platform.enter(&mut self.memory, entry, argument) } {
@@ -179,12 +191,6 @@ impl<P: Platform> Domain<P> {
         self.state = State::Discarded;
     }
 
-    /// Returns the domain's own key.
-    #[must_use]
-    pub const fn key(&self) -> ProtectionKey {
-        self.key
-    }
-
     /// Returns where the domain is in its life.
     #[must_use]
     pub const fn state(&self) -> State {
@@ -203,6 +209,13 @@ impl<P: Platform> Domain<P> {
     #[inline]
     pub fn memory_mut(&mut self) -> &mut P::Memory {
         &mut self.memory
+    }
+
+    /// Has everything that the domain's memory holds dropped before it is entered again.
+    pub fn discard_later(&mut self) {
+        if self.state == State::Ready {
+            self.state = State::Violated;
+        }
     }
 
     /// Returns the platform.
@@ -228,13 +241,12 @@ impl<P: Platform> Drop for Domain<P> {
         // SAFETY: the field is not used after this.
         let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
         self.platform.unmap(memory);
-        self.platform.free_key(self.key);
     }
 }
 
 impl<P: Platform> fmt::Debug for Domain<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Domain").field("key", &self.key).field("state", &self.state).finish_non_exhaustive()
+        f.debug_struct("Domain").field("state", &self.state).finish_non_exhaustive()
     }
 }
 
@@ -259,6 +271,7 @@ mod tests {
     const LIMIT: usize = 1 << 20;
 
     struct Memory {
+        key: ProtectionKey,
         bytes: Vec<u8>,
         prepared: u32,
     }
@@ -269,21 +282,13 @@ mod tests {
         type Trap = &'static str;
         type Error = KeyError;
 
-        fn allocate_key(&self) -> Result<ProtectionKey, KeyError> {
-            self.keys.borrow_mut().allocate()
-        }
-
-        fn free_key(&self, key: ProtectionKey) {
-            self.keys.borrow_mut().free(key).unwrap();
-        }
-
-        fn map(&self, sizes: Sizes, key: ProtectionKey, rights: KeyRights) -> Result<Memory, KeyError> {
-            assert!(rights.get(key).is_empty());
+        fn map(&self, sizes: Sizes) -> Result<Memory, KeyError> {
             if sizes.heap > LIMIT {
-                return Err(KeyError::NotFree { key });
+                return Err(KeyError::NotFree { key: ProtectionKey::DEFAULT });
             }
+            let key = self.keys.borrow_mut().allocate()?;
             self.mapped.set(self.mapped.get() + 1);
-            Ok(Memory { bytes: vec![0; sizes.stack + sizes.heap], prepared: 0 })
+            Ok(Memory { key, bytes: vec![0; sizes.stack + sizes.heap], prepared: 0 })
         }
 
         fn prepare(&self, memory: &mut Memory) -> Result<(), KeyError> {
@@ -308,8 +313,9 @@ mod tests {
             memory.bytes.fill(0);
         }
 
-        fn unmap(&self, _: Memory) {
+        fn unmap(&self, memory: Memory) {
             self.mapped.set(self.mapped.get() - 1);
+            self.keys.borrow_mut().free(memory.key).unwrap();
         }
     }
 
@@ -351,8 +357,6 @@ mod tests {
         let host = Host::default();
         let too_big = Sizes { heap: LIMIT + 1, ..SIZES };
         assert!(Domain::new(host.clone(), too_big).is_err());
-        host.fail_prepare.set(true);
-        assert!(Domain::new(host.clone(), SIZES).is_err());
         assert_eq!((host.mapped.get(), host.keys.borrow().available()), (0, 15));
     }
 

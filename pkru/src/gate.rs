@@ -6,37 +6,44 @@
 //!
 //! # What the way out trusts
 //!
-//! Nothing that a mistake in the domain could have set: not a register, not the domain's stack. It knows the call by the *number of the
-//! key* in whose copy of the entry thunk the domain returned, and finds the context through a table that no domain can write.
-//! Each side checks after its write of the register that the value written is the one that this context calls for, because
+//! Nothing that a mistake in the domain could have set: not a register, not the domain's stack. The code in the domain comes back
+//! with the number of its key in RBX, a register that it was to preserve. That is a claim: it leads to a context through a table
+//! that no domain can write, and is believed only if the rights in force are that context's. A domain's own key is open to no other
+//! domain, and so the rights tell the running contexts apart. Where they do not fit, it traps with the domain's rights, and is
+//! rewound.
+//!
+//! Each side also checks after its write of the register that the value written is the one that this context calls for, because
 //! code in the domain could have jumped at the instruction itself with a value of its choice; on a mismatch it stops with
-//! `ud2`. A domain's own key is open to no other domain, and so the values of the register tell the running contexts apart.
-//! Code that sets out to escape can still jump at the instruction with another running context's values, and its FS base set to
-//! match: this contains mistakes.
+//! `ud2`. On the way out the FS base, which is the caller's by then, is compared too: it tells threads apart. Code that sets out
+//! to escape can still jump there with another running context's values, and its FS base set to match: this contains mistakes.
+//!
+//! # Order
+//!
+//! On the way out the stack pointer and the FS base are the caller's before the rights are: an interrupt or signal that arrives
+//! between finds no moment in which the caller's rights are in force with the domain's stack or thread-locals.
 //!
 //! # Registers
 //!
-//! | step | RDI | RSI | RBX | R8 | R9 | RAX |
+//! | step | R10 | R8 | RDI | RBX | RSI | RAX |
 //! |---|---|---|---|---|---|---|
-//! | enter | context | entry point | saved | | argument | |
-//! | rights switched | context, reloaded from the table | | key | entry point | argument | rights |
-//! | in the thunk | argument | 0 | thunk | 0 | 0 | entry point |
-//! | back in the thunk | any | any | key | any | any | result |
-//! | rights switched | context, reloaded from the table | result | key | | | rights |
-//! | return | | | restored | | | result; RDX: 0 returned, 1 rewound |
+//! | enter | context | entry point | argument | saved | | |
+//! | rights switched | context, reloaded from the table | entry point | argument | key | | rights |
+//! | in the domain | context | entry point | argument | key | 0 | rights |
+//! | back from the entry point | any | any | any | the key, it claims | any | result |
+//! | rights switched | context, reloaded from the table | | | key | result | rights |
+//! | return | | | | restored | result; RDX: 0 returned, 1 rewound | |
 //!
 //! On the way in the general registers that carry nothing are cleared. The vector registers are not: by the calling
-//! convention they carry nothing, but what they hold can be read in the domain. On the way out the callee-saved registers,
-//! FS and GS base, MXCSR and the x87 control word are the caller's, the flags DF, AC and NT are clear, and the x87 stack is
-//! empty, whatever the domain did.
+//! convention they carry nothing, but what they hold can be read in the domain. On the way out RBX and RBP, FS and GS base,
+//! MXCSR and the x87 control word are the caller's, the flags DF, AC and NT are clear, and the x87 stack is empty, whatever the
+//! domain did. R12 to R15 are saved by the code that calls the gate, which is inlined, so that they are saved once.
 //!
 //! # References
 //!
 //! System V ABI, AMD64 supplement, section "Registers and the Stack Frame".
 
-use core::arch::naked_asm;
+use core::arch::{asm, naked_asm};
 use core::cell::UnsafeCell;
-use core::fmt;
 use core::mem::offset_of;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicPtr, Ordering};
@@ -93,16 +100,42 @@ impl Context {
     /// If `rights` is not like that.
     #[must_use]
     pub const fn new(key: ProtectionKey, rights: KeyRights, stack: u64, fs_base: u64) -> Self {
+        let mut context = Self::without_key(stack, fs_base);
+        context.set_key(key, rights);
+        context
+    }
+
+    /// Describes a domain that has no key yet. To enter it would be a trap at once.
+    #[must_use]
+    pub const fn without_key(stack: u64, fs_base: u64) -> Self {
+        let caller = Caller { stack: 0, fs_base: 0, gs_base: 0, rights: 0, mxcsr: 0, x87_control: 0 };
+        let (rights, caller) = (KeyRights::NONE.bits(), UnsafeCell::new(caller));
+        Self { stack: stack & !15, fs_base, rights, key: 0, identity: u32::MAX, caller }
+    }
+
+    /// Gives the domain another key of its own, and other rights.
+    ///
+    /// # Panics
+    ///
+    /// As for [`new`](Self::new).
+    pub const fn set_key(&mut self, key: ProtectionKey, rights: KeyRights) {
         assert!(rights.get(key).is_empty(), "a domain has all rights to its own key");
         assert!(!rights.get(ProtectionKey::DEFAULT).is_empty(), "a domain has no right to write under key 0");
-        Self {
-            stack: stack & !15,
-            fs_base,
-            rights: rights.bits(),
-            key: key.number() as u32,
-            identity: 3 | 3 << (2 * key.number()),
-            caller: UnsafeCell::new(Caller { stack: 0, fs_base: 0, gs_base: 0, rights: 0, mxcsr: 0, x87_control: 0 }),
-        }
+        self.rights = rights.bits();
+        self.key = key.number() as u32;
+        self.identity = 3 | 3 << (2 * key.number());
+    }
+
+    /// Replaces stack and FS base, as in [`new`](Self::new).
+    pub const fn set_place(&mut self, stack: u64, fs_base: u64) {
+        self.stack = stack & !15;
+        self.fs_base = fs_base;
+    }
+
+    /// Returns the address one past the domain's stack.
+    #[must_use]
+    pub const fn stack(&self) -> u64 {
+        self.stack
     }
 
     /// Returns the domain's own key.
@@ -111,6 +144,7 @@ impl Context {
     ///
     /// Never: a context is made of a key.
     #[must_use]
+    #[inline]
     pub const fn key(&self) -> ProtectionKey {
         ProtectionKey::new(self.key as u8).expect("a context is made of a key")
     }
@@ -121,11 +155,33 @@ impl Context {
         KeyRights::from_bits(self.rights)
     }
 
-    /// Returns the rights that the caller had, while a call is running.
+    /// Returns the rights that the caller had when it last entered.
     #[must_use]
+    #[inline]
     pub const fn caller_rights(&self) -> KeyRights {
         // SAFETY: only the gate writes the cell, on the way in; this type is not Sync, so no other thread is there.
         KeyRights::from_bits(unsafe { (*self.caller.get()).rights })
+    }
+
+    /// Returns whether the caller, when it last entered, had all rights to the domain's own key and to key 0.
+    #[must_use]
+    #[inline]
+    pub const fn caller_has_rights(&self) -> bool {
+        self.caller_rights().bits() & self.identity == 0
+    }
+
+    /// Returns the FS base that the caller had when it last entered.
+    #[must_use]
+    pub const fn caller_fs_base(&self) -> u64 {
+        // SAFETY: as in `caller_rights`.
+        unsafe { (*self.caller.get()).fs_base }
+    }
+
+    /// Returns the stack pointer of the caller when it last entered; below it, its stack is free.
+    #[must_use]
+    pub const fn caller_stack(&self) -> u64 {
+        // SAFETY: as in `caller_rights`.
+        unsafe { (*self.caller.get()).stack }
     }
 }
 
@@ -143,16 +199,18 @@ pub enum Exit {
 
 /// The state with which execution resumes when a call is rewound.
 ///
-/// The fault handler writes all of it into the frame that it returns through. The stack pointer too: another interrupt or signal
-/// may arrive before the gate has loaded it, and push its frame there with the caller's rights.
+/// The fault handler writes all of it but the FS base into the frame that it returns through, and the FS base, which frames do not
+/// hold, into the register: another interrupt or signal may arrive before the gate has run an instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rewind {
     /// The instruction pointer.
     pub instruction: u64,
     /// The stack pointer.
     pub stack: u64,
-    /// RDI: the context.
-    pub rdi: u64,
+    /// R10: the context.
+    pub r10: u64,
+    /// The FS base.
+    pub fs_base: u64,
     /// The rights register: the caller's value.
     pub rights: KeyRights,
 }
@@ -189,24 +247,15 @@ static ACTIVE_PKRU: Active = Active::new();
 static ACTIVE_PKRS: Active = Active::new();
 
 /// A gate: one for each register that can hold a domain's rights.
-#[derive(Clone, Copy)]
-pub struct Gate {
-    enter: unsafe extern "C" fn(&Context, Entry, u64) -> Pair,
-    rewind: unsafe extern "C" fn(),
-    active: &'static Active,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// The gate that switches PKRU, for domains in user pages.
+    Pkru,
+    /// The gate that switches PKRS, for domains in supervisor pages.
+    Pkrs,
 }
 
-/// Two words in RAX and RDX.
-#[repr(C)]
-struct Pair(u64, u64);
-
 impl Gate {
-    /// The gate that switches PKRU, for domains in user pages.
-    pub const PKRU: Self = Self { enter: pkru::enter, rewind: pkru::rewind, active: &ACTIVE_PKRU };
-
-    /// The gate that switches PKRS, for domains in supervisor pages.
-    pub const PKRS: Self = Self { enter: pkrs::enter, rewind: pkrs::rewind, active: &ACTIVE_PKRS };
-
     /// Enters a domain, calls `entry` with `argument` there, and returns how that ended.
     ///
     /// # Safety
@@ -219,47 +268,144 @@ impl Gate {
     /// - A fault handler is in place that hands traps in the domain to [`Gate::rewind`].
     /// - What is read of the domain's memory afterwards is treated as hostile.
     #[inline]
-    pub unsafe fn enter(&self, context: &mut Context, entry: Entry, argument: u64) -> Exit {
-        // SAFETY: the caller answers for the context; the assembly keeps the C calling convention.
-        match unsafe { (self.enter)(context, entry, argument) } {
-            Pair(value, 0) => Exit::Returned(value),
-            Pair(..) => Exit::Rewound,
+    pub unsafe fn enter(self, context: &mut Context, entry: Entry, argument: u64) -> Exit {
+        let (value, rewound): (u64, u64);
+        macro_rules! call {
+            ($enter:path) => {
+                // SAFETY: the caller answers for the context. The assembly keeps RBX and RBP, and says what else it changes.
+                unsafe {
+                    asm!(
+                        "call {enter}",
+                        enter = sym $enter,
+                        inout("r10") context => _,
+                        inout("r8") entry => _,
+                        inout("rdi") argument => _,
+                        lateout("rsi") value,
+                        lateout("rdx") rewound,
+                        lateout("r12") _,
+                        lateout("r13") _,
+                        lateout("r14") _,
+                        lateout("r15") _,
+                        clobber_abi("C"),
+                    )
+                }
+            };
         }
+        match self {
+            Self::Pkru => call!(pkru::enter),
+            Self::Pkrs => call!(pkrs::enter),
+        }
+        if rewound == 0 { Exit::Returned(value) } else { Exit::Rewound }
     }
 
     /// Finds the context of the call that runs with these rights, if one does.
     ///
     /// A fault handler asks this with the rights that were in force when the trap struck.
     #[must_use]
-    pub fn running(&self, rights: KeyRights) -> Option<NonNull<Context>> {
-        self.active.find(rights)
+    pub fn running(self, rights: KeyRights) -> Option<NonNull<Context>> {
+        self.active().find(rights)
+    }
+
+    /// Returns the context of the call that runs with this key as its domain's own, if one does, on any CPU or thread.
+    ///
+    /// It may be over, and the context gone, unless this is asked where the call runs.
+    #[must_use]
+    pub fn running_with(self, key: ProtectionKey) -> Option<NonNull<Context>> {
+        NonNull::new(self.active().0[key.index()].load(Ordering::Relaxed))
     }
 
     /// Ends the call of a running context and returns the state with which its caller resumes.
     ///
     /// # Safety
     ///
-    /// [`Gate::running`] gave the context for a trap that struck on this CPU and thread, and the handler resumes there with
-    /// exactly that state.
+    /// [`Gate::running`] or [`Gate::running_with`] gave the context for a trap that struck on this CPU and thread, and the handler
+    /// resumes there with exactly that state.
     #[must_use]
-    pub unsafe fn rewind(&self, context: NonNull<Context>) -> Rewind {
+    pub unsafe fn rewind(self, context: NonNull<Context>) -> Rewind {
         // SAFETY: the call is running, so its context is alive.
         let context = unsafe { context.as_ref() };
-        self.active.0[context.key().index()].store(ptr::null_mut(), Ordering::Relaxed);
+        self.active().0[context.key().index()].store(ptr::null_mut(), Ordering::Relaxed);
         Rewind {
-            instruction: self.rewind as usize as u64,
-            // SAFETY: only the gate writes the cell, on the way in, which this call has behind it.
-            stack: unsafe { (*context.caller.get()).stack },
-            rdi: ptr::from_ref(context) as u64,
+            instruction: rewind as *const () as usize as u64,
+            stack: context.caller_stack(),
+            r10: ptr::from_ref(context) as u64,
+            fs_base: context.caller_fs_base(),
             rights: context.caller_rights(),
+        }
+    }
+
+    /// Takes a running call out of sight, while its CPU or thread runs other code in the middle of it, such as a signal handler of
+    /// the program's: what happens there is not the domain's doing. [`show`](Self::show) brings it back.
+    ///
+    /// # Safety
+    ///
+    /// As for [`rewind`](Self::rewind), for the trap or interrupt that makes that code run. Without `show` the call must not go on.
+    pub unsafe fn hide(self, context: NonNull<Context>) {
+        // SAFETY: the call is running, so its context is alive.
+        let key = unsafe { context.as_ref() }.key();
+        self.active().0[key.index()].store(ptr::null_mut(), Ordering::Relaxed);
+    }
+
+    /// Undoes [`hide`](Self::hide).
+    ///
+    /// # Safety
+    ///
+    /// The context was hidden, and its call is about to go on.
+    pub unsafe fn show(self, context: NonNull<Context>) {
+        // SAFETY: the call is not over, so its context is alive.
+        let key = unsafe { context.as_ref() }.key();
+        self.active().0[key.index()].store(context.as_ptr(), Ordering::Relaxed);
+    }
+
+    const fn active(self) -> &'static Active {
+        match self {
+            Self::Pkru => &ACTIVE_PKRU,
+            Self::Pkrs => &ACTIVE_PKRS,
         }
     }
 }
 
-impl fmt::Debug for Gate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if ptr::eq(self.active, &ACTIVE_PKRU) { "Gate::PKRU" } else { "Gate::PKRS" })
-    }
+/// In a domain: leaves as if the entry point had returned `word`, with the stack as it is.
+///
+/// The caller can [enter](Gate::enter) the domain again with an entry point that takes the stack up where this left it: one that
+/// touches no stack before it has set the stack pointer, for what it is called on is the top of the same stack. So code in a
+/// domain asks its caller for something in the middle of its work. `key` is the domain's own and `stack` the end of its stack, as in
+/// its context.
+///
+/// # Safety
+///
+/// It is called in a domain that was entered on this stack.
+#[unsafe(naked)]
+pub unsafe extern "C" fn suspend(key: u64, word: u64, stack: u64) -> ! {
+    // The gate's return address is the first thing on the domain's stack.
+    naked_asm!("mov rbx, rdi", "mov rax, rsi", "lea rsp, [rdx - 8]", "ret")
+}
+
+/// Flags that must not reach the caller: AC makes its misaligned accesses trap, NT its IRET.
+const FLAGS: u32 = 1 << 14 | 1 << 18;
+
+/// The end of both ways out, with the caller's rights and FS base. R10 = context, RSI and RDX as they are returned.
+macro_rules! leave {
+    () => {
+        "mov rcx, [r10 + {gs_base}]
+        wrgsbase rcx
+        mov rsp, [r10 + {caller_stack}]
+        cld
+        /* POPF is slow, so only where one of the flags is set. */
+        pushfq
+        test dword ptr [rsp], {flags}
+        jz 2f
+        and dword ptr [rsp], ~{flags}
+        popfq
+        push rax
+        2: pop rax
+        fninit
+        fldcw [r10 + {x87}]
+        ldmxcsr [r10 + {mxcsr}]
+        pop rbx
+        pop rbp
+        ret"
+    };
 }
 
 /// Defines the gate of one register. `select` puts the register's selector into ECX; `read` reads the register into EAX and
@@ -269,154 +415,88 @@ macro_rules! gate {
         mod $module {
             use super::*;
 
-            /// The way in. RDI = context, RSI = entry point, RDX = argument.
+            /// The way in and out. R10 = context, R8 = entry point, RDI = argument; returns RSI = result, RDX = 0.
             #[unsafe(naked)]
-            pub(super) unsafe extern "C" fn enter(context: &Context, entry: Entry, argument: u64) -> Pair {
+            pub(super) unsafe extern "C" fn enter() {
                 naked_asm!(
                     // The caller's registers go on its stack, which the domain cannot write.
                     "push rbp",
                     "push rbx",
-                    "push r12",
-                    "push r13",
-                    "push r14",
-                    "push r15",
-                    "stmxcsr [rdi + {mxcsr}]",
-                    "fnstcw [rdi + {x87}]",
+                    "stmxcsr [r10 + {mxcsr}]",
+                    "fnstcw [r10 + {x87}]",
                     "rdfsbase rax",
-                    "mov [rdi + {caller_fs_base}], rax",
+                    "mov [r10 + {caller_fs_base}], rax",
                     "rdgsbase rax",
-                    "mov [rdi + {caller_gs_base}], rax",
-                    "mov [rdi + {caller_stack}], rsp",
-                    "mov r8, rsi",
-                    "mov r9, rdx",
+                    "mov [r10 + {caller_gs_base}], rax",
+                    "mov [r10 + {caller_stack}], rsp",
                     $select,
                     $read,
-                    "mov [rdi + {caller_rights}], eax",
+                    "mov [r10 + {caller_rights}], eax",
                     // Publish the context under the domain's key.
-                    "mov ebx, [rdi + {key}]",
-                    "lea r10, [rip + {active}]",
-                    "mov [r10 + rbx*8], rdi",
-                    "mov eax, [rdi + {rights}]",
+                    "mov ebx, [r10 + {key}]",
+                    "lea r11, [rip + {active}]",
+                    "mov [r11 + rbx*8], r10",
+                    "mov eax, [r10 + {rights}]",
                     $write,
                     // From here on nothing set before is trusted: a domain may have jumped to the write.
                     "and ebx, 15",
-                    "lea r10, [rip + {active}]",
-                    "mov rdi, [r10 + rbx*8]",
-                    "cmp eax, [rdi + {rights}]",
+                    "lea r11, [rip + {active}]",
+                    "mov r10, [r11 + rbx*8]",
+                    "cmp eax, [r10 + {rights}]",
                     "jne {stop}",
-                    "mov rcx, [rdi + {fs_base}]",
+                    "mov rcx, [r10 + {fs_base}]",
                     "wrfsbase rcx",
-                    "mov rsp, [rdi + {stack}]",
-                    "shl ebx, 4",
-                    "lea r10, [rip + {thunks}]",
-                    "add rbx, r10",
-                    "mov rax, r8",
-                    "mov rdi, r9",
-                    "xor ecx, ecx",
+                    "mov rsp, [r10 + {stack}]",
                     "xor esi, esi",
                     "xor ebp, ebp",
-                    "xor r8d, r8d",
                     "xor r9d, r9d",
-                    "xor r10d, r10d",
-                    "xor r11d, r11d",
                     "xor r12d, r12d",
                     "xor r13d, r13d",
                     "xor r14d, r14d",
                     "xor r15d, r15d",
-                    "jmp rbx",
+                    "call r8",
+                    "mov rsi, rax",
+                    "lea r11, [rip + {active}]",
+                    "mov r10, [r11 + rbx*8]",
+                    // A domain that claims the key of another traps here at the latest, with its own rights.
+                    $select,
+                    $read,
+                    "xor eax, [r10 + {rights}]",
+                    "test eax, [r10 + {identity}]",
+                    "jne {stop}",
+                    "mov rsp, [r10 + {caller_stack}]",
+                    "mov r9, [r10 + {caller_fs_base}]",
+                    "wrfsbase r9",
+                    "mov eax, [r10 + {caller_rights}]",
+                    $write,
+                    // From here on nothing set before is trusted: a domain may have jumped to the write.
+                    "and ebx, 15",
+                    "lea r11, [rip + {active}]",
+                    "mov r10, [r11 + rbx*8]",
+                    "cmp eax, [r10 + {caller_rights}]",
+                    "jne {stop}",
+                    "rdfsbase rax",
+                    "cmp rax, [r10 + {caller_fs_base}]",
+                    "jne {stop}",
+                    "mov qword ptr [r11 + rbx*8], 0",
+                    // The write of the register has left EDX = 0.
+                    leave!(),
                     mxcsr = const CALLER_MXCSR,
                     x87 = const CALLER_X87,
                     caller_fs_base = const CALLER_FS_BASE,
+                    gs_base = const CALLER_GS_BASE,
                     caller_gs_base = const CALLER_GS_BASE,
                     caller_stack = const CALLER_STACK,
                     caller_rights = const CALLER_RIGHTS,
                     key = const offset_of!(Context, key),
                     rights = const offset_of!(Context, rights),
+                    identity = const offset_of!(Context, identity),
                     fs_base = const offset_of!(Context, fs_base),
                     stack = const offset_of!(Context, stack),
+                    flags = const FLAGS,
                     active = sym $active,
-                    thunks = sym thunks,
                     stop = sym stop,
                 )
-            }
-
-            /// Sixteen times sixteen bytes: call the entry point in RAX, and on return say in EBX whose key this was.
-            #[unsafe(naked)]
-            unsafe extern "C" fn thunks() {
-                macro_rules! thunk {
-                    ($key:literal) => {
-                        concat!(".p2align 4\n call rax\n mov ebx, ", $key, "\n jmp {exit}")
-                    };
-                }
-                naked_asm!(
-                    thunk!(0),
-                    thunk!(1),
-                    thunk!(2),
-                    thunk!(3),
-                    thunk!(4),
-                    thunk!(5),
-                    thunk!(6),
-                    thunk!(7),
-                    thunk!(8),
-                    thunk!(9),
-                    thunk!(10),
-                    thunk!(11),
-                    thunk!(12),
-                    thunk!(13),
-                    thunk!(14),
-                    thunk!(15),
-                    exit = sym exit,
-                )
-            }
-
-            /// The way out. EBX = key, RAX = result.
-            #[unsafe(naked)]
-            unsafe extern "C" fn exit() {
-                naked_asm!(
-                    "mov rsi, rax",
-                    "lea r10, [rip + {active}]",
-                    "mov rdi, [r10 + rbx*8]",
-                    // A domain that returned to the thunk of another, or left with another FS base, traps here, with its own
-                    // rights.
-                    "rdfsbase rdx",
-                    "cmp rdx, [rdi + {fs_base}]",
-                    "jne {stop}",
-                    $select,
-                    $read,
-                    "xor eax, [rdi + {rights}]",
-                    "test eax, [rdi + {identity}]",
-                    "jne {stop}",
-                    // The stack first: a signal between the two shall not push its frame where the domain says.
-                    "mov rsp, [rdi + {caller_stack}]",
-                    "mov eax, [rdi + {caller_rights}]",
-                    $write,
-                    // From here on nothing set before is trusted: a domain may have jumped to the write.
-                    "and ebx, 15",
-                    "lea r10, [rip + {active}]",
-                    "mov rdi, [r10 + rbx*8]",
-                    "cmp eax, [rdi + {caller_rights}]",
-                    "jne {stop}",
-                    "rdfsbase rdx",
-                    "cmp rdx, [rdi + {fs_base}]",
-                    "jne {stop}",
-                    "mov qword ptr [r10 + rbx*8], 0",
-                    "xor edx, edx",
-                    "jmp {leave}",
-                    active = sym $active,
-                    fs_base = const offset_of!(Context, fs_base),
-                    rights = const offset_of!(Context, rights),
-                    identity = const offset_of!(Context, identity),
-                    caller_stack = const CALLER_STACK,
-                    caller_rights = const CALLER_RIGHTS,
-                    stop = sym stop,
-                    leave = sym leave,
-                )
-            }
-
-            /// Where a fault handler resumes. RDI = context; the rights are the caller's.
-            #[unsafe(naked)]
-            pub(super) unsafe extern "C" fn rewind() {
-                naked_asm!("xor esi, esi", "mov edx, 1", "jmp {leave}", leave = sym leave)
             }
         }
     };
@@ -427,41 +507,18 @@ gate!(pkrs, ACTIVE_PKRS, select: "mov ecx, 0x6e1", read: "rdmsr", write: "xor ed
 
 const _: () = assert!(IA32_PKRS == 0x6e1, "the gate names the MSR by number");
 
-/// The end of both ways out, with the caller's rights. RDI = context, RSI = result, RDX = 0 returned or 1 rewound.
+/// Where a fault handler resumes. R10 = context; rights, stack pointer and FS base are the caller's.
 #[unsafe(naked)]
-unsafe extern "C" fn leave() {
+unsafe extern "C" fn rewind() {
     naked_asm!(
-        "mov rcx, [rdi + {fs_base}]",
-        "wrfsbase rcx",
-        "mov rcx, [rdi + {gs_base}]",
-        "wrgsbase rcx",
-        "mov rsp, [rdi + {stack}]",
-        "cld",
-        // AC would make the caller's misaligned accesses trap, NT its IRET. POPF is slow, so only where one is set.
-        "pushfq",
-        "test dword ptr [rsp], {flags}",
-        "jz 2f",
-        "and dword ptr [rsp], ~{flags}",
-        "popfq",
-        "push rax",
-        "2: pop rax",
-        "fninit",
-        "fldcw [rdi + {x87}]",
-        "ldmxcsr [rdi + {mxcsr}]",
-        "mov rax, rsi",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbx",
-        "pop rbp",
-        "ret",
-        fs_base = const CALLER_FS_BASE,
+        "xor esi, esi",
+        "mov edx, 1",
+        leave!(),
         gs_base = const CALLER_GS_BASE,
-        stack = const CALLER_STACK,
+        caller_stack = const CALLER_STACK,
+        flags = const FLAGS,
         mxcsr = const CALLER_MXCSR,
         x87 = const CALLER_X87,
-        flags = const 1 << 14 | 1 << 18,
     )
 }
 

@@ -40,6 +40,8 @@ pub struct DomainHeap {
     small: [*mut u8; LISTS],
     bottom: usize,
     top: usize,
+    /// The bytes of the last allocation that failed.
+    failed: usize,
 }
 
 /// Why a block cannot be freed or resized.
@@ -91,22 +93,31 @@ impl DomainHeap {
         // SAFETY: the caller gives the range away.
         let large = unsafe { Heap::new(bottom.as_ptr(), size) };
         let bottom = bottom.as_ptr() as usize;
-        Self { large, small: [ptr::null_mut(); LISTS], bottom, top: bottom + size }
+        Self { large, small: [ptr::null_mut(); LISTS], bottom, top: bottom + size, failed: 0 }
     }
 
     /// Allocates `size` bytes aligned to `align` and to [`ALIGNMENT`]; `None` if they cannot be had, or if `align` is not a
     /// power of two. A size of 0 gives a block of its own that may not be accessed.
     pub fn allocate(&mut self, size: usize, align: usize) -> Option<NonNull<u8>> {
-        if align > ALIGNMENT {
-            return self.allocate_aligned(size, align);
+        if align <= ALIGNMENT && size <= SMALL - HEADER {
+            let chunk = size.max(1).next_multiple_of(ALIGNMENT) + HEADER;
+            if let Some(start) = self.take_small(chunk) {
+                return Some(Self::place(start, chunk, HEADER));
+            }
         }
-        let chunk = size.max(1).checked_next_multiple_of(ALIGNMENT)?.checked_add(HEADER)?;
-        let start = if chunk <= SMALL {
-            self.take_small(chunk).or_else(|| self.take(chunk, ALIGNMENT))
-        } else {
-            self.take(chunk, ALIGNMENT)
-        };
-        Some(Self::place(start?, chunk, HEADER))
+        self.allocate_large(size, align)
+    }
+
+    /// Returns the bytes of the last allocation that failed; 0 if none has.
+    #[must_use]
+    pub const fn last_failed(&self) -> usize {
+        self.failed
+    }
+
+    /// Notes that an allocation of so many bytes has failed.
+    #[cold]
+    pub const fn note_failed(&mut self, size: usize) {
+        self.failed = size;
     }
 
     /// Allocates `size` bytes of zeros, aligned to [`ALIGNMENT`].
@@ -183,8 +194,18 @@ impl DomainHeap {
         address >= self.bottom && address < self.top
     }
 
-    #[cold]
-    fn allocate_aligned(&mut self, size: usize, align: usize) -> Option<NonNull<u8>> {
+    /// Allocates what no list has.
+    #[inline(never)]
+    fn allocate_large(&mut self, size: usize, align: usize) -> Option<NonNull<u8>> {
+        let block = self.carve(size, align.max(ALIGNMENT));
+        if block.is_none() {
+            self.note_failed(size);
+        }
+        block
+    }
+
+    fn carve(&mut self, size: usize, align: usize) -> Option<NonNull<u8>> {
+        // The header has room before the block: it is as large as the smallest alignment.
         let chunk = size.max(1).checked_next_multiple_of(ALIGNMENT)?.checked_add(align)?;
         let offset = u32::try_from(align).ok()?;
         let start = self.take(chunk, align)?;
@@ -345,6 +366,7 @@ mod tests {
             assert_eq!(heap.allocate(size, 4096), None);
         }
         assert_eq!(heap.allocate(16, 24), None, "24 is no power of two");
+        assert_eq!(heap.last_failed(), 16);
     }
 
     #[test]

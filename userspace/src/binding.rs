@@ -11,6 +11,7 @@
 use std::ffi::CStr;
 use std::sync::{Mutex, PoisonError};
 
+use crate::ending;
 use crate::sys::{self, Library};
 
 const DT_PLTRELSZ: u64 = 2;
@@ -39,6 +40,7 @@ pub(crate) fn bind_all() {
         for library in &libraries {
             bind(library, &unversioned);
         }
+        ending::prepare();
         *done = loaded;
     }
 }

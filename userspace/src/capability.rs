@@ -3,8 +3,8 @@
 use std::arch::naked_asm;
 use std::ptr::NonNull;
 
+use pkru::ProtectionKey;
 use pkru::cpuid::Features;
-use pkru::{AccessRights, KeyRights, ProtectionKey};
 
 use crate::domain::default_rights;
 use crate::{Error, sys, tls};
@@ -81,12 +81,14 @@ fn fault_as_a_domain(tagged: bool, rseq: Option<usize>) -> bool {
         let key = sys::pkey_alloc().ok()?;
         let start = sys::map_reserved(STACK).ok()?;
         let of_stack = if tagged { key } else { ProtectionKey::DEFAULT };
+        let stack = start.as_ptr() as usize..start.as_ptr() as usize + STACK;
         // SAFETY: the pages were just mapped.
-        unsafe { sys::protect(start, STACK, of_stack) }.ok()?;
+        unsafe { sys::protect(stack.clone(), of_stack) }.ok()?;
         // SAFETY: the child ends with the stack in place.
-        unsafe { sys::set_alternate_stack(&sys::AlternateStack { start: Some(start), size: STACK }) }.ok()?;
+        unsafe { sys::set_alternate_stack(stack) }.ok()?;
+        let flags = (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64;
         // SAFETY: the handler uses nothing but registers.
-        unsafe { sys::replace_action(libc::SIGSEGV, exit_well) }.ok()?;
+        unsafe { sys::set_action(libc::SIGSEGV, sys::Action::new(exit_well as *const () as usize, flags, 0)) }.ok()?;
         Some(default_rights(key))
     };
     let Some(rights) = set() else { return false };
@@ -105,9 +107,4 @@ unsafe extern "C" fn write_with(rights: u32, address: NonNull<u64>) {
 #[unsafe(naked)]
 unsafe extern "C" fn exit_well(_: i32, _: *mut libc::siginfo_t, _: *mut std::ffi::c_void) {
     naked_asm!("mov eax, 231", "xor edi, edi", "syscall", "ud2")
-}
-
-/// The rights that a domain needs beyond its own, so that a signal can be delivered.
-pub(crate) fn signal_rights(rights: KeyRights, stack_key: Option<ProtectionKey>) -> KeyRights {
-    stack_key.map_or(rights, |key| rights.with(key, AccessRights::READ_WRITE))
 }

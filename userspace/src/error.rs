@@ -22,10 +22,20 @@ pub enum Error {
     MallocNotRouted,
     /// The calling code runs in a domain, which cannot make or call another.
     InDomain,
-    /// Every protection key is in use.
+    /// No protection key is left: the program, [regions](crate::Region) and the [limit](crate::set_key_limit) leave too few.
     KeysExhausted {
-        /// How many the kernel gives this process.
+        /// How many keys there are for domains and regions.
         limit: usize,
+    },
+    /// No shared library of this name is loaded.
+    NoLibrary {
+        /// The name that was asked for.
+        name: String,
+    },
+    /// The data of this library cannot be given to a domain: another has it, or the whole program needs it.
+    LibraryInUse {
+        /// The name that was asked for.
+        name: String,
     },
     /// A size is below the least that works, or beyond what the machine has.
     Size {
@@ -82,7 +92,15 @@ impl fmt::Display for Error {
             ),
             Self::InDomain => f.write_str("code in a domain cannot make or call another domain: let its caller do that"),
             Self::KeysExhausted { limit } => {
-                write!(f, "all {limit} protection keys that the kernel gives this process are in use: drop a domain first")
+                write!(
+                    f,
+                    "no protection key is left: {limit} are there for domains and regions, and all are in use for good. Two make \
+                     for any number of domains; a region takes one more"
+                )
+            }
+            Self::NoLibrary { name } => write!(f, "no library {name} is loaded: load it before the domain is built"),
+            Self::LibraryInUse { name } => {
+                write!(f, "the data of {name} cannot be given away: another domain has it, or the whole program uses it")
             }
             Self::Size { part, requested, minimum, limit } => {
                 write!(f, "a {part} of {requested} bytes: it must be {minimum} to {limit} (this machine's memory and swap)")

@@ -1,49 +1,434 @@
-//! The protection keys of this process.
+//! The protection keys of this process, and which domain has which.
 //!
-//! Keys are taken from the kernel when they are first needed and never given back: `pkey_free` does not untag pages, and a
-//! key that still tags some would give its next owner access to them.
+//! There are fewer keys than a program may want domains, so a domain has a key only while it needs one. A call *pins* the key of its
+//! domain; what nobody pins can be taken away: the pages of the domain that has gone longest without a call are given the *closed*
+//! key, which no domain has rights to, and its own key goes to the domain that is called. Keys are taken from the kernel when they
+//! are first needed and never given back: `pkey_free` does not untag pages, and a key that still tags some would give its next
+//! owner access to them.
+//!
+//! Pinning is one compare-and-swap on a cache line of the key's own; only a domain that has lost its key takes a lock.
+//!
+//! # References
+//!
+//! pkeys(7); pkey_alloc(2).
 
+use std::cell::RefCell;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::ops::Range;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use pkru::ProtectionKey;
+use pkru::gate::{Context, Gate};
 
+use crate::thread::Thread;
 use crate::{Error, sys};
 
-/// Keys that are taken from the kernel: those in use, and those free for the next domain, one bit each.
+/// What one key is doing. Domains must not be able to write it.
+#[repr(align(64))]
+struct Slot {
+    /// The number of the domain that has the key, shifted left by one, and bit 0 if a call pins it. 0: no domain has it.
+    owner: AtomicU64,
+    /// The value of [`EPOCH`] when it was last pinned.
+    used: AtomicU64,
+    /// Where the signal stack of the thread begins whose call pinned it last.
+    signal_stack: AtomicUsize,
+}
+
+/// No domain has this number: the slot is changing hands.
+const CLAIMED: u64 = u64::MAX - 1;
+
+/// The slots, on pages of their own, so that the rest of the program's statics can be opened to domains without them.
+#[repr(align(4096))]
+struct Slots([Slot; ProtectionKey::COUNT]);
+
+static SLOTS: Slots = Slots(
+    [const { Slot { owner: AtomicU64::new(0), used: AtomicU64::new(0), signal_stack: AtomicUsize::new(0) } };
+        ProtectionKey::COUNT],
+);
+
+/// How often a key has changed hands. A slot that was used since the last time has the newest value.
+static EPOCH: AtomicU64 = AtomicU64::new(1);
+
+impl Slot {
+    fn of(key: ProtectionKey) -> &'static Self {
+        &SLOTS.0[key.index()]
+    }
+
+    /// The slot of key 0, which no domain has.
+    const NONE: &'static Self = &SLOTS.0[0];
+
+    /// Returns the slot's key; `None` for [`NONE`](Self::NONE).
+    fn key(&'static self) -> Option<ProtectionKey> {
+        let distance = ptr::from_ref(self).addr() - SLOTS.0.as_ptr().addr();
+        ProtectionKey::new((distance / size_of::<Self>()) as u8).filter(|key| *key != ProtectionKey::DEFAULT)
+    }
+
+    #[inline]
+    fn swap(&self, from: u64, to: u64) -> bool {
+        self.owner.compare_exchange(from, to, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    }
+}
+
+/// The memory of one domain, as something that carries a key.
+#[derive(Debug)]
+pub(crate) struct Tagged {
+    number: u64,
+    /// Whole pages, private and writable, which nothing else tags.
+    ranges: Box<[Range<usize>]>,
+    /// The slot of the key it has. Changed under the lock of [`KEYS`].
+    slot: AtomicPtr<Slot>,
+}
+
+impl Tagged {
+    /// Describes memory that has no key yet.
+    pub(crate) fn new(ranges: Box<[Range<usize>]>) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let slot = AtomicPtr::new(ptr::from_ref(Slot::NONE).cast_mut());
+        Arc::new(Self { number, ranges, slot })
+    }
+
+    /// Returns the key that it has at the moment.
+    pub(crate) fn key(&self) -> Option<ProtectionKey> {
+        self.slot().key()
+    }
+
+    #[inline]
+    fn slot(&self) -> &'static Slot {
+        // SAFETY: only slots are stored here, which are static.
+        unsafe { &*self.slot.load(Ordering::Relaxed) }
+    }
+
+    fn set_slot(&self, slot: &'static Slot) {
+        self.slot.store(ptr::from_ref(slot).cast_mut(), Ordering::Relaxed);
+    }
+
+    /// Pins its key for a call on this thread, if the memory still has one.
+    #[inline]
+    pub(crate) fn pin(&self, thread: &Thread) -> Option<Pin> {
+        let slot = self.slot();
+        let owner = self.number << 1;
+        if !slot.swap(owner, owner | 1) {
+            return None;
+        }
+        slot.used.store(EPOCH.load(Ordering::Relaxed), Ordering::Relaxed);
+        slot.signal_stack.store(thread.signal_stack(), Ordering::Relaxed);
+        Some(Pin { slot, owner })
+    }
+
+    /// Pins a key for a call on this thread, which it has to be given first: this one if `want` says so. Waits while calls of other
+    /// threads pin all of them.
+    #[cold]
+    pub(crate) fn bind(self: &Arc<Self>, thread: &Thread, want: Option<ProtectionKey>) -> Result<Pin, Error> {
+        let mut tries = 0u32;
+        loop {
+            let mut keys = Keys::lock();
+            // It can be pinned already: by a call that a signal handler has left by a jump.
+            if self.key().is_some() || keys.give(self, want)? {
+                self.slot().owner.store(self.number << 1, Ordering::Relaxed);
+                return self.pin(thread).ok_or(Error::KeysExhausted { limit: 0 });
+            }
+            drop(keys);
+            tries += 1;
+            if tries < 100 { std::thread::yield_now() } else { std::thread::sleep(Duration::from_micros(100)) }
+        }
+    }
+
+    /// Gives the key back for good; `is_clean` if no page carries it any more.
+    pub(crate) fn release(&self, is_clean: bool) {
+        let mut keys = Keys::lock();
+        let Some(key) = self.key() else { return };
+        self.set_slot(Slot::NONE);
+        keys.owners[key.index()] = None;
+        if is_clean {
+            keys.free |= bit(key);
+            Slot::of(key).owner.store(0, Ordering::Release);
+        } else {
+            // Pages that nobody could untag: the key is lost with them.
+            Slot::of(key).owner.store(CLAIMED, Ordering::Release);
+        }
+    }
+
+    /// Gives all ranges this key.
+    fn tag(&self, key: ProtectionKey) -> io::Result<()> {
+        for range in &self.ranges {
+            // SAFETY: the ranges are private memory that carries the key of its domain, whatever that is.
+            unsafe { sys::protect(range.clone(), key) }?;
+        }
+        Ok(())
+    }
+
+    /// Tags pages again that were mapped anew.
+    pub(crate) fn tag_again(&self) -> io::Result<()> {
+        let keys = Keys::lock();
+        match self.key().or(keys.closed) {
+            Some(key) => self.tag(key),
+            // It never had a key, and gets its first when it is called.
+            None => Ok(()),
+        }
+    }
+}
+
+/// A pinned key, which can be taken away again when this is dropped.
+#[must_use]
+pub(crate) struct Pin {
+    slot: &'static Slot,
+    owner: u64,
+}
+
+impl Drop for Pin {
+    #[inline]
+    fn drop(&mut self) {
+        self.slot.owner.store(self.owner, Ordering::Release);
+    }
+}
+
+/// Finds the call that runs on the thread whose signal stack a frame lies on: the context, if it is in the domain just now.
+pub(crate) fn running_on(frame: usize) -> Option<NonNull<Context>> {
+    ProtectionKey::all().find_map(|key| {
+        let stack = Slot::of(key).signal_stack.load(Ordering::Relaxed);
+        // A slot that is not in use may have the stack of a thread that is gone, but then no context.
+        if Thread::signal_stack_at(stack).contains(&frame) { Gate::Pkru.running_with(key) } else { None }
+    })
+}
+
+/// Who has what, under one lock.
 struct Keys {
-    used: u16,
+    /// The most keys to take from the kernel.
+    limit: usize,
+    /// Keys that this process has, one bit each: taken from the kernel, or handed in.
+    ours: u16,
+    /// Those of them that tag nothing.
     free: u16,
+    /// The key of what no domain may touch.
+    closed: Option<ProtectionKey>,
+    owners: [Option<Arc<Tagged>>; ProtectionKey::COUNT],
 }
 
-static KEYS: Mutex<Keys> = Mutex::new(Keys { used: 0, free: 0 });
+static KEYS: Mutex<Keys> = Mutex::new(Keys {
+    limit: ProtectionKey::COUNT - 1,
+    ours: 0,
+    free: 0,
+    closed: None,
+    owners: [const { None }; ProtectionKey::COUNT],
+});
 
-/// Hands out a key that tags no page.
-pub(crate) fn allocate() -> Result<ProtectionKey, Error> {
-    let mut keys = KEYS.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = match ProtectionKey::new(keys.free.trailing_zeros() as u8) {
-        Some(key) => key,
-        None => sys::pkey_alloc().map_err(|error| exhausted(&keys, &error))?,
-    };
-    keys.free &= !bit(key);
-    keys.used |= bit(key);
-    Ok(key)
-}
+impl Keys {
+    fn lock() -> MutexGuard<'static, Self> {
+        KEYS.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
-/// Takes back a key whose pages are unmapped.
-pub(crate) fn free(key: ProtectionKey) {
-    let mut keys = KEYS.lock().unwrap_or_else(PoisonError::into_inner);
-    keys.used &= !bit(key);
-    keys.free |= bit(key);
-}
+    /// Gives memory that has none a key; `false` if calls pin all of them.
+    fn give(&mut self, memory: &Arc<Tagged>, want: Option<ProtectionKey>) -> Result<bool, Error> {
+        let Some(key) = self.obtain(want)? else { return Ok(false) };
+        // If this fails some pages may carry the key; then it is lost, for only their unmapping would free it.
+        memory.tag(key).map_err(Error::system("give a domain's memory a protection key"))?;
+        memory.set_slot(Slot::of(key));
+        self.owners[key.index()] = Some(memory.clone());
+        EPOCH.fetch_add(1, Ordering::Relaxed);
+        Ok(true)
+    }
 
-fn exhausted(keys: &Keys, error: &io::Error) -> Error {
-    match error.raw_os_error() {
-        Some(libc::ENOSPC) => Error::KeysExhausted { limit: keys.used.count_ones() as usize },
-        errno => Error::System { operation: "take a protection key from the kernel", errno: errno.unwrap_or(0) },
+    /// Finds a key that tags nothing, or makes one so; `None` if calls pin all of them.
+    fn obtain(&mut self, want: Option<ProtectionKey>) -> Result<Option<ProtectionKey>, Error> {
+        if let Some(want) = want {
+            if self.closed == Some(want) {
+                return Err(self.exhausted());
+            }
+            if self.free & bit(want) == 0 && !self.take_away(want)? {
+                return Ok(None);
+            }
+            self.free &= !bit(want);
+            return Ok(Some(want));
+        }
+        if self.free == 0 {
+            // The last of them is kept for what is closed.
+            let kept = usize::from(self.closed.is_none() && self.ours != 0);
+            if (self.ours.count_ones() as usize) + kept < self.limit {
+                self.take_from_kernel()?;
+            }
+        }
+        if self.free == 0 {
+            let mut idle: Vec<_> = ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).collect();
+            if idle.len() < 2 && self.closed.is_none() {
+                return Err(self.exhausted());
+            }
+            idle.sort_by_key(|key| Slot::of(*key).used.load(Ordering::Relaxed));
+            for key in idle {
+                if self.take_away(key)? {
+                    break;
+                }
+            }
+        }
+        let key = ProtectionKey::new(self.free.trailing_zeros() as u8);
+        if let Some(key) = key {
+            self.free &= !bit(key);
+        } else if self.owners.iter().all(Option::is_none) {
+            return Err(self.exhausted());
+        }
+        Ok(key)
+    }
+
+    const fn exhausted(&self) -> Error {
+        Error::KeysExhausted { limit: self.ours.count_ones() as usize }
+    }
+
+    /// Takes a key from the kernel, if it has one left.
+    fn take_from_kernel(&mut self) -> Result<bool, Error> {
+        match sys::pkey_alloc() {
+            Ok(key) => {
+                self.ours |= bit(key);
+                self.free |= bit(key);
+                Ok(true)
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => Ok(false),
+            Err(error) => Err(Error::system("take a protection key from the kernel")(error)),
+        }
+    }
+
+    /// Closes the memory that has a key, so that the key tags nothing; `false` if a call pins it or nobody has it.
+    fn take_away(&mut self, key: ProtectionKey) -> Result<bool, Error> {
+        let Some(owner) = self.owners[key.index()].clone() else { return Ok(false) };
+        let slot = Slot::of(key);
+        if !slot.swap(owner.number << 1, CLAIMED) {
+            return Ok(false);
+        }
+        let closed = match self.closed {
+            Some(closed) => closed,
+            None => {
+                if self.free == 0 && (self.ours.count_ones() as usize) < self.limit {
+                    self.take_from_kernel()?;
+                }
+                match ProtectionKey::new(self.free.trailing_zeros() as u8) {
+                    Some(free) => {
+                        self.free &= !bit(free);
+                        self.closed = Some(free);
+                        free
+                    }
+                    None => {
+                        // There is none left: this very key becomes the closed one, with the memory that it tags.
+                        self.closed = Some(key);
+                        self.lose(key, &owner);
+                        return Ok(false);
+                    }
+                }
+            }
+        };
+        if let Err(error) = owner.tag(closed) {
+            // Back to where it was, or the key stays with what it tags, for ever.
+            if owner.tag(key).is_ok() {
+                slot.owner.store(owner.number << 1, Ordering::Release);
+            }
+            return Err(Error::system("take a domain's protection key away")(error));
+        }
+        self.lose(key, &owner);
+        self.free |= bit(key);
+        slot.owner.store(0, Ordering::Release);
+        Ok(true)
+    }
+
+    fn lose(&mut self, key: ProtectionKey, owner: &Tagged) {
+        owner.set_slot(Slot::NONE);
+        self.owners[key.index()] = None;
+        EPOCH.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 const fn bit(key: ProtectionKey) -> u16 {
     1 << key.number()
+}
+
+/// Takes a key for memory that keeps it for good, or until [`give_back`].
+pub(crate) fn take() -> Result<ProtectionKey, Error> {
+    loop {
+        let mut keys = Keys::lock();
+        if let Some(key) = keys.obtain(None)? {
+            Slot::of(key).owner.store(CLAIMED, Ordering::Relaxed);
+            return Ok(key);
+        }
+        drop(keys);
+        std::thread::yield_now();
+    }
+}
+
+/// Gives a key back that [`take`] gave, and that tags nothing any more.
+pub(crate) fn give_back(key: ProtectionKey) {
+    let mut keys = Keys::lock();
+    Slot::of(key).owner.store(0, Ordering::Relaxed);
+    keys.free |= bit(key);
+}
+
+/// Returns the key of what no domain may touch.
+pub(crate) fn closed() -> Result<ProtectionKey, Error> {
+    if let Some(closed) = Keys::lock().closed {
+        return Ok(closed);
+    }
+    let key = take()?;
+    let mut keys = Keys::lock();
+    match keys.closed {
+        // Another thread was faster.
+        Some(closed) => {
+            Slot::of(key).owner.store(0, Ordering::Relaxed);
+            keys.free |= bit(key);
+            Ok(closed)
+        }
+        None => {
+            keys.closed = Some(key);
+            Ok(key)
+        }
+    }
+}
+
+/// Sets how many protection keys this crate takes from the kernel at most, for all domains together: 15 if this is not called.
+///
+/// A program that uses keys itself leaves itself some by this. Domains beyond the number of keys take turns: a domain that is called
+/// while others have all keys takes the key of the one that was called longest ago, which costs some system calls. One key is
+/// needed for closing those, so at least 2 keys make for any number of domains. Keys that have been taken are kept.
+pub fn set_key_limit(limit: usize) {
+    Keys::lock().limit = limit.min(ProtectionKey::COUNT - 1);
+}
+
+/// Hands in a protection key that the program has taken from the kernel, for domains to use.
+///
+/// # Safety
+///
+/// The key is allocated and tags no page, and the program does not use it any more.
+pub unsafe fn hand_in_key(key: ProtectionKey) {
+    let mut keys = Keys::lock();
+    if key != ProtectionKey::DEFAULT && keys.ours & bit(key) == 0 {
+        keys.ours |= bit(key);
+        keys.free |= bit(key);
+    }
+}
+
+thread_local! {
+    /// The lock while this thread forks.
+    static HELD: RefCell<Option<MutexGuard<'static, Keys>>> = const { RefCell::new(None) };
+}
+
+/// Before a fork: no other thread shall be changing anything at that moment, for in the child it would never finish.
+pub(crate) extern "C" fn before_fork() {
+    let keys = Keys::lock();
+    let _ = HELD.try_with(|held| held.replace(Some(keys)));
+}
+
+/// After a fork, in the parent.
+pub(crate) extern "C" fn after_fork() {
+    let _ = HELD.try_with(RefCell::take);
+}
+
+/// After a fork, in the child: calls of threads that are not in it any more pin nothing.
+pub(crate) extern "C" fn after_fork_in_child() {
+    let here = crate::thread::current().map(Thread::signal_stack);
+    for key in ProtectionKey::all() {
+        let slot = Slot::of(key);
+        let owner = slot.owner.load(Ordering::Relaxed);
+        if owner != CLAIMED && owner & 1 == 1 && Some(slot.signal_stack.load(Ordering::Relaxed)) != here {
+            slot.owner.store(owner & !1, Ordering::Relaxed);
+        }
+    }
+    let _ = HELD.try_with(RefCell::take);
 }

@@ -13,22 +13,25 @@
 //!
 //! | module | subject |
 //! |---|---|
-//! | [`Domain`] | making a domain and calling into it |
+//! | [`Domain`], [`Builder`] | making a domain and calling into it |
 //! | [`Violation`] | what ended a call |
+//! | [`CallbackArguments`] | calling back from a domain |
+//! | [`Region`], [`Vault`] | memory that domains share, and memory that none can read |
 //! | [`transfer`] | how results leave a domain |
 //! | [`capability`] | what this machine and kernel can do |
 //! | [`Error`] | why there is no domain |
 //!
-//! Inside: `platform` is Linux as `pkru`'s platform; `process` and `thread` get those two ready; `signal` handles faults;
-//! `region` maps memory; `tls` lays out thread-locals; `malloc` routes allocation, `thread_exit` destructors; `binding` binds
-//! libraries; `keys` hands out protection keys; `report` and `symbol` say what went wrong; `sys` has every system call.
+//! Inside: `platform` is Linux as `pkru`'s platform; `process` and `thread` get those two ready; `keys` says which domain has
+//! which protection key; `signal` handles faults and hands other signals on; `mapping` maps memory; `tls` lays out thread-locals;
+//! `interpose` has the functions of the C library that this crate replaces; `binding` binds libraries, `library` gives their data
+//! away; `report`, `ending` and `symbol` say what went wrong; `sys` has every system call.
 //!
 //! # What linking this crate does
 //!
-//! It defines `malloc` and its family, and `__cxa_thread_atexit_impl`, for the whole executable. Outside domains they forward to
-//! the C library. The first domain installs handlers for SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP and SIGABRT, which pass on
-//! what did not happen in a domain; a thread that enters its first domain has these signals unblocked, gets an alternate signal
-//! stack, and gives up restartable sequences.
+//! It defines `malloc` and its family, `sigaction` and its relatives, `abort`, `exit`, `longjmp` and a few more for the whole
+//! executable (the list is in `src/interpose`). Outside domains they do what they always do. The first domain takes over the
+//! handling of signals: the kernel then calls this crate, which calls the program's handlers. A thread that enters its first domain
+//! has the signals of faults unblocked for good, gets an alternate signal stack, and gives up restartable sequences.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu")))]
 compile_error!("pkru-userspace needs x86-64 Linux with glibc");
@@ -38,11 +41,15 @@ compile_error!(
 );
 
 mod binding;
+mod callback;
 pub mod capability;
 mod domain;
+mod ending;
 mod error;
+mod interpose;
 mod keys;
-mod malloc;
+mod library;
+mod mapping;
 mod platform;
 mod process;
 mod region;
@@ -51,16 +58,20 @@ mod signal;
 mod symbol;
 mod sys;
 mod thread;
-mod thread_exit;
 mod tls;
 pub mod transfer;
+mod vault;
 mod violation;
 
+pub use callback::{Callback, CallbackArguments, Callbacks};
 pub use domain::{Builder, Domain};
 pub use error::Error;
+pub use keys::{hand_in_key, set_key_limit};
 pub use pkru::fault::KeyFault;
 pub use pkru::heap::HeapError;
 pub use pkru::rights::Access;
 pub use pkru::{AccessRights, KeyRights, ProtectionKey};
+pub use region::{Region, RegionAccess};
 pub use symbol::Symbol;
+pub use vault::Vault;
 pub use violation::{Violation, ViolationKind};

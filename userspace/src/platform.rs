@@ -3,33 +3,43 @@
 use std::cell::Cell;
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use pkru::domain::{Entry, Platform, Sizes};
 use pkru::gate::{Context, Exit, Gate};
 use pkru::heap::{ALIGNMENT, DomainHeap};
-use pkru::{KeyRights, ProtectionKey};
+use pkru::{AccessRights, KeyRights, ProtectionKey};
 
-use crate::capability::signal_rights;
-use crate::process::Process;
-use crate::region::Region;
+use crate::keys::{Pin, Tagged};
+use crate::library::Given;
+use crate::mapping::Mapping;
 use crate::signal::{Running, Trap};
-use crate::{Error, binding, keys, thread, tls};
+use crate::thread::{self, Thread};
+use crate::{Error, binding, tls};
 
 /// The bytes at the head of a domain's stack through which a result leaves it.
 pub(crate) const MAILBOX: usize = 4096;
 
-/// This system.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Linux(pub(crate) &'static Process);
+/// This system, as one domain sees it.
+#[derive(Debug)]
+pub(crate) struct Linux {
+    /// The rights that the domain has whatever its own key is.
+    pub(crate) rights: KeyRights,
+    /// Libraries whose data the domain may write.
+    pub(crate) libraries: Vec<Given>,
+}
 
 /// The memory of one domain.
 pub(crate) struct Memory {
-    region: Region<3>,
-    /// Boxed, so that the gate and the fault handler can rely on its address.
+    mapping: Mapping<3>,
+    tagged: Arc<Tagged>,
+    /// Boxed, so that the gate and the fault handler can rely on its address. Invariant: while the domain has a key, the context has
+    /// the same.
     running: Box<Running>,
-    key: ProtectionKey,
     rights: KeyRights,
     thread_locals: Option<tls::Template>,
+    /// Blocks of the heap whose contents the last result was copied from. The domain frees them at the next call.
+    to_free: Vec<usize>,
 }
 
 const STACK: usize = 0;
@@ -40,67 +50,154 @@ const HEAP: usize = 2;
 unsafe impl Send for Memory {}
 
 impl Memory {
+    /// Pins the domain's key for a call on this thread.
+    #[inline]
+    pub(crate) fn pin(&mut self, thread: &Thread) -> Result<Pin, Error> {
+        match self.tagged.pin(thread) {
+            Some(pin) => Ok(pin),
+            None => self.bind(thread, None),
+        }
+    }
+
+    /// Pins the key that the domain had when its call was suspended.
+    pub(crate) fn pin_again(&mut self, thread: &Thread) -> Result<Pin, Error> {
+        self.bind(thread, Some(self.running.context.key()))
+    }
+
+    #[cold]
+    fn bind(&mut self, thread: &Thread, want: Option<ProtectionKey>) -> Result<Pin, Error> {
+        let pin = self.tagged.bind(thread, want)?;
+        let key = self.tagged.key().ok_or(Error::KeysExhausted { limit: 0 })?;
+        if !thread::has_rights(key) {
+            thread::open(key);
+        }
+        let rights = self.rights.with(key, AccessRights::READ_WRITE);
+        self.running.context.set_key(key, rights);
+        Ok(pin)
+    }
+
+    /// Makes sure that the calling thread can read the domain's memory, after a call.
+    #[inline]
+    pub(crate) fn open_after_call(&self) {
+        let context = &self.running.context;
+        if !context.caller_has_rights() {
+            thread::open(context.key());
+        }
+    }
+
+    /// Returns the key that the domain has at the moment.
+    pub(crate) fn key(&self) -> Option<ProtectionKey> {
+        self.tagged.key()
+    }
+
+    /// Returns the number of the key that it has, or had when it was last called; for the callback gate.
+    pub(crate) const fn key_in_call(&self) -> u64 {
+        self.running.context.key().number() as u64
+    }
+
+    /// Returns the end of the stack that code in the domain starts on.
+    pub(crate) const fn stack_end(&self) -> u64 {
+        self.running.context.stack()
+    }
+
     /// Returns the addresses at which a result leaves the domain.
     #[inline]
     pub(crate) fn mailbox(&self) -> Range<usize> {
-        let stack = self.region.part(STACK);
+        let stack = self.mapping.part(STACK);
         stack.end - MAILBOX..stack.end
     }
 
     /// Returns the memory that results can lie in.
     #[inline]
     pub(crate) fn readable(&self) -> [Range<usize>; 2] {
-        [self.region.part(STACK), self.region.part(HEAP)]
+        [self.mapping.part(STACK), self.mapping.part(HEAP)]
     }
 
     /// Returns whether an address lies in a guard page of the domain.
     pub(crate) fn is_guard(&self, address: usize) -> bool {
-        self.region.is_guard(address)
+        self.mapping.is_guard(address)
     }
 
     /// Returns the heap's addresses.
     #[inline]
     pub(crate) fn heap(&self) -> Range<usize> {
-        self.region.part(HEAP)
+        self.mapping.part(HEAP)
     }
 
     /// Returns the stack's addresses.
     pub(crate) fn stack(&self) -> Range<usize> {
-        self.region.part(STACK)
+        self.mapping.part(STACK)
+    }
+
+    /// Returns blocks of the heap that the domain shall free.
+    #[inline]
+    pub(crate) const fn to_free(&self) -> *const Vec<usize> {
+        &raw const self.to_free
+    }
+
+    /// Sets which blocks of the heap the domain shall free.
+    pub(crate) fn set_to_free(&mut self, blocks: Vec<usize>) {
+        self.to_free = blocks;
+    }
+
+    /// Notes that they are freed.
+    #[inline]
+    pub(crate) fn clear_to_free(&mut self) {
+        if !self.to_free.is_empty() {
+            self.to_free.clear();
+        }
+    }
+
+    /// Copies a text that code in the domain has left there, as far as it is one; the calling thread can read the memory.
+    pub(crate) fn text(&self, address: usize, length: usize) -> Option<String> {
+        const MOST: usize = 4096;
+        let length = length.min(MOST);
+        let end = address.checked_add(length)?;
+        self.readable().iter().find(|range| range.start <= address && end <= range.end)?;
+        let mut bytes = vec![0; length];
+        // SAFETY: the range is in the domain's memory, where nothing runs.
+        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), length) };
+        Some(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Returns the addresses of the thread-locals.
+    pub(crate) fn thread_locals(&self) -> Range<usize> {
+        self.mapping.part(TLS)
     }
 }
 
-// SAFETY: keys come from one list; memory is mapped with its key, and unmapped before the key is free again; the gate returns
-// with the caller's rights.
+// SAFETY: keys come from one list, and a call pins the one that tags its domain's memory; memory is unmapped before its key is free
+// again; the gate returns with the caller's rights.
 unsafe impl Platform for Linux {
     type Memory = Memory;
     type Trap = Trap;
     type Error = Error;
 
-    fn allocate_key(&self) -> Result<ProtectionKey, Error> {
-        keys::allocate()
-    }
-
-    fn free_key(&self, key: ProtectionKey) {
-        keys::free(key);
-    }
-
-    fn map(&self, sizes: Sizes, key: ProtectionKey, rights: KeyRights) -> Result<Memory, Error> {
-        let region = Region::new([sizes.stack, tls::SIZE, sizes.heap], key)?;
-        let rights = signal_rights(rights, self.0.signal_stack_key());
-        let running = Running {
-            context: Context::new(key, rights, 0, 0),
-            signal_stack: 0..0,
-            stack: region.part(STACK),
-            trap: Cell::new(None),
-        };
-        Ok(Memory { region, running: Box::new(running), key, rights, thread_locals: None })
+    fn map(&self, sizes: Sizes) -> Result<Memory, Error> {
+        let mapping = Mapping::new([sizes.stack, tls::SIZE, sizes.heap])?;
+        let running =
+            Running { context: Context::without_key(0, 0), stack: mapping.part(STACK), trap: Cell::new(None) };
+        let own = [STACK, TLS, HEAP].map(|part| mapping.part(part));
+        let ranges = own.into_iter().chain(self.libraries.iter().flat_map(Given::ranges)).collect();
+        Ok(Memory {
+            mapping,
+            tagged: Tagged::new(ranges),
+            running: Box::new(running),
+            rights: self.rights,
+            thread_locals: None,
+            to_free: Vec::new(),
+        })
     }
 
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
-        memory.region.check()?;
-        thread::make_ready(memory.key)?;
+        memory.mapping.check()?;
+        // The key is pinned, and this thread is about to write what it tags.
+        let key = memory.running.context.key();
+        if !thread::has_rights(key) {
+            thread::open(key);
+        }
         binding::bind_all();
+        self.libraries.iter().for_each(Given::restore);
         let range = memory.heap();
         let heap = NonNull::new(range.start as *mut DomainHeap).expect("a heap does not start at 0");
         let skip = size_of::<DomainHeap>().next_multiple_of(ALIGNMENT);
@@ -110,18 +207,19 @@ unsafe impl Platform for Linux {
         let value = unsafe { DomainHeap::new(bottom, range.len() - skip) };
         // SAFETY: the first bytes are left for the bookkeeping.
         unsafe { heap.write(value) };
+        let (place, stack) = (memory.thread_locals(), memory.stack());
         // SAFETY: the memory for thread-locals is the domain's, fresh or discarded, so it is zeroed.
-        let fs_base = unsafe { tls::lay_out(&mut memory.thread_locals, &memory.region.part(TLS), heap) }?;
+        let fs_base = unsafe { tls::lay_out(&mut memory.thread_locals, &place, heap, &stack) }?;
         let stack = memory.mailbox().start as u64;
-        memory.running.context = Context::new(memory.key, memory.rights, stack, fs_base);
+        memory.running.context.set_place(stack, fs_base);
         Ok(())
     }
 
     #[inline]
     unsafe fn enter(&self, memory: &mut Memory, entry: Entry, argument: u64) -> Result<u64, Trap> {
-        // SAFETY: the memory was mapped and made ready, the thread too; the fault handler is installed; the caller answers for
-        // the entry point.
-        match unsafe { Gate::PKRU.enter(&mut memory.running.context, entry, argument) } {
+        // SAFETY: the memory was mapped and made ready, its key is pinned, the thread is ready; the fault handler is installed; the
+        // caller answers for the entry point.
+        match unsafe { Gate::Pkru.enter(&mut memory.running.context, entry, argument) } {
             Exit::Returned(value) => Ok(value),
             Exit::Rewound => {
                 Err(memory.running.trap.take().expect("a call is rewound by the handler, which notes why"))
@@ -130,18 +228,18 @@ unsafe impl Platform for Linux {
     }
 
     fn discard(&self, memory: &mut Memory) {
-        memory.region.discard();
+        memory.to_free.clear();
+        if memory.mapping.discard() && memory.tagged.tag_again().is_err() {
+            memory.mapping.lose();
+        }
     }
 
     fn unmap(&self, memory: Memory) {
-        drop(memory);
-    }
-}
-
-impl Memory {
-    /// Tells the fault handler where the calling thread takes signals.
-    #[inline]
-    pub(crate) fn set_signal_stack(&mut self, stack: Range<usize>) {
-        self.running.signal_stack = stack;
+        let Memory { mapping, tagged, .. } = memory;
+        let mut is_clean = mapping.unmap().is_ok();
+        for library in &self.libraries {
+            is_clean &= library.take_back();
+        }
+        tagged.release(is_clean);
     }
 }

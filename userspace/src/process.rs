@@ -6,13 +6,19 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use pkru::ProtectionKey;
 
 use crate::capability::{self, Capability, SignalFrame};
-use crate::{Error, keys, malloc, signal, sys, tls};
+use crate::interpose::{endings, malloc};
+use crate::{Error, keys, signal, sys, tls};
 
 /// The number of this process: set at the first domain, and in a child that the program forks.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 
-extern "C" fn note_process() {
+fn note_process() {
     PROCESS.store(sys::process_id(), Ordering::Relaxed);
+}
+
+extern "C" fn after_fork_in_child() {
+    note_process();
+    keys::after_fork_in_child();
 }
 
 /// Whether this process is the program's, and not a copy that code in a domain has made by a system call.
@@ -45,10 +51,12 @@ impl Process {
         }
         let signal_stack_key = match signal_frame {
             SignalFrame::OnAnyStack => None,
-            SignalFrame::OnWritableStack => Some(keys::allocate()?),
+            SignalFrame::OnWritableStack => Some(keys::take()?),
         };
+        endings::prepare();
         note_process();
-        sys::in_forked_children(note_process).map_err(Error::system("be told of forks"))?;
+        sys::around_forks(keys::before_fork, keys::after_fork, after_fork_in_child)
+            .map_err(Error::system("be told of forks"))?;
         signal::install(pkru_offset)?;
         Ok(Self { signal_stack_key })
     }

@@ -1,110 +1,170 @@
-//! Mapped, tagged memory between guard pages.
+//! Memory that several domains share.
 
-use std::io;
+use std::fmt;
 use std::ops::Range;
-use std::ptr::NonNull;
+use std::sync::Arc;
 
-use pkru::ProtectionKey;
+use pkru::{AccessRights, ProtectionKey};
 
-use crate::{Error, sys};
+use crate::mapping::Mapping;
+use crate::process::Process;
+use crate::{Error, keys, thread, tls};
 
-/// Parts of memory that carry one key, with a page without access before each and after the last.
-#[derive(Debug)]
-pub(crate) struct Region<const PARTS: usize> {
-    start: NonNull<u8>,
-    size: usize,
+/// Memory with a protection key of its own, for domains that are named: each may read it, or read and write it.
+///
+/// Other domains have no access. The program itself reads and writes it by copying, for domains on other threads may be changing
+/// it; it has no meaning but bytes. A region takes one of the 15 keys for as long as it lives.
+///
+/// # Examples
+///
+/// ```
+/// use pkru_userspace::{Domain, Region, RegionAccess};
+///
+/// # if pkru_userspace::capability::detect().is_err() { return Ok(()) }
+/// let region = Region::new(4096)?;
+/// let mut producer = Domain::builder("producer").region(&region, RegionAccess::ReadWrite).build()?;
+/// let mut consumer = Domain::builder("consumer").region(&region, RegionAccess::ReadOnly).build()?;
+/// let first = region.as_ptr();
+/// // SAFETY: the region is mapped while it lives; that a domain may use it is what this is about.
+/// producer.call(|| unsafe { first.write(42) }).expect("it may write");
+/// // SAFETY: as above.
+/// assert_eq!(consumer.call(|| unsafe { first.read() }).expect("it may read"), 42);
+/// assert!(consumer.call(|| unsafe { first.write(1) }).is_err());
+/// # Ok::<(), pkru_userspace::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Region(Arc<Shared>);
+
+/// What a domain may do with a [`Region`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RegionAccess {
+    /// Read it.
+    ReadOnly,
+    /// Read and write it.
+    ReadWrite,
+}
+
+impl RegionAccess {
+    pub(crate) const fn rights(self) -> AccessRights {
+        match self {
+            Self::ReadOnly => AccessRights::READ_ONLY,
+            Self::ReadWrite => AccessRights::READ_WRITE,
+        }
+    }
+}
+
+struct Shared {
+    mapping: Option<Mapping<1>>,
     key: ProtectionKey,
-    // Invariant: these lie in the mapping, and are whole pages.
-    parts: [Range<usize>; PARTS],
-    /// A part could neither be discarded nor mapped anew.
-    lost: bool,
 }
 
-// SAFETY: a region is memory that only its owner uses.
-unsafe impl<const PARTS: usize> Send for Region<PARTS> {}
+// SAFETY: the memory is only ever copied from and to.
+unsafe impl Sync for Shared {}
 
-impl<const PARTS: usize> Region<PARTS> {
-    /// Maps parts of these sizes in bytes, rounded up to pages, tagged with the key. They read as zeros.
-    pub(crate) fn new(sizes: [usize; PARTS], key: ProtectionKey) -> Result<Self, Error> {
-        let page = sys::page_size();
-        let mut end = page;
-        let parts = sizes.map(|size| {
-            let start = end;
-            let size = size.next_multiple_of(page);
-            end = start + size + page;
-            start..start + size
-        });
-        let start = sys::map_reserved(end).map_err(Error::system("reserve addresses for a domain"))?;
-        let base = start.as_ptr() as usize;
-        let parts = parts.map(|part| base + part.start..base + part.end);
-        let region = Self { start, size: end, key, parts, lost: false };
-        // A discard shall cost what was touched, not the clearing of 2 MiB for each first byte.
-        // SAFETY: the pages were just reserved for this.
-        unsafe { sys::use_small_pages(start, end) };
-        for part in &region.parts {
-            // SAFETY: the pages were just reserved for this.
-            unsafe { sys::protect(pointer(part.start), part.len(), key) }
-                .map_err(Error::system("map and tag a domain's memory"))?;
-        }
-        Ok(region)
-    }
-
-    /// Returns the addresses of a part.
-    #[inline]
-    pub(crate) fn part(&self, index: usize) -> Range<usize> {
-        self.parts[index].clone()
-    }
-
-    /// Returns whether an address lies in a guard page.
-    pub(crate) fn is_guard(&self, address: usize) -> bool {
-        let start = self.start.as_ptr() as usize;
-        (start..start + self.size).contains(&address) && !self.parts.iter().any(|part| part.contains(&address))
-    }
-
-    /// Drops everything that the memory holds: it reads as zeros afterwards.
+impl Region {
+    /// Maps a region of `size` bytes, rounded up to pages. It reads as zeros.
     ///
-    /// The cost is in proportion to the pages that were touched.
-    pub(crate) fn discard(&mut self) {
-        // Part by part: one call over the guard pages between them costs more (some 2,600 instructions on Linux 6.12).
-        for part in &self.parts {
-            let pages = sys::DontNeed { start: pointer(part.start), size: part.len() };
-            // SAFETY: the pages are this region's; its owner has exclusive access and relies on nothing in them.
-            if unsafe { sys::discard(pages) }.is_err() {
-                // The kernel refuses locked pages (mlockall).
-                // SAFETY: as above.
-                self.lost |= unsafe { self.replace(pages) }.is_err();
-            }
+    /// # Errors
+    ///
+    /// What is missing on this machine, or that no key or memory is left.
+    pub fn new(size: usize) -> Result<Self, Error> {
+        if tls::is_in_domain() {
+            return Err(Error::InDomain);
         }
+        Process::get()?;
+        let mapping = Mapping::new([size.max(1)])?;
+        let key = keys::take()?;
+        mapping.open(key)?;
+        Ok(Self(Arc::new(Shared { mapping: Some(mapping), key })))
     }
 
-    /// Maps fresh pages in the place of these.
-    ///
-    /// # Safety
-    ///
-    /// As for [`sys::map_again`].
-    unsafe fn replace(&self, pages: sys::DontNeed) -> io::Result<()> {
-        // SAFETY: the caller answers for the pages.
-        unsafe { sys::map_again(pages) }?;
-        // SAFETY: the pages were just mapped for this.
-        unsafe { sys::protect(pages.start, pages.size, self.key) }
+    /// Returns the first address, for code in domains. The program itself copies with [`read`](Self::read) and
+    /// [`write`](Self::write).
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.addresses().start as *mut u8
     }
 
-    /// Checks that no discard has failed, after which the memory can be used no more.
-    pub(crate) const fn check(&self) -> Result<(), Error> {
-        if self.lost {
-            return Err(Error::System { operation: "map a domain's memory anew after a discard", errno: libc::ENOMEM });
+    /// Returns the size in bytes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.addresses().len()
+    }
+
+    /// Copies bytes out of the region.
+    ///
+    /// # Panics
+    ///
+    /// If they are not all in it.
+    pub fn read(&self, offset: usize, bytes: &mut [u8]) {
+        let from = self.place(offset, bytes.len()) as *const u8;
+        // SAFETY: the range is mapped, and this thread has rights to it. Bytes that a domain changes meanwhile come as they come.
+        self.with_rights(|| unsafe { copy(from, bytes.as_mut_ptr(), bytes.len()) });
+    }
+
+    /// Copies bytes into the region.
+    ///
+    /// # Panics
+    ///
+    /// If they do not all fit.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        let to = self.place(offset, bytes.len()) as *mut u8;
+        // SAFETY: as in `read`.
+        self.with_rights(|| unsafe { copy(bytes.as_ptr(), to, bytes.len()) });
+    }
+
+    pub(crate) fn key(&self) -> ProtectionKey {
+        self.0.key
+    }
+
+    fn addresses(&self) -> Range<usize> {
+        self.0.mapping.as_ref().expect("it is there until it is dropped").part(0)
+    }
+
+    fn place(&self, offset: usize, length: usize) -> usize {
+        let range = self.addresses();
+        let fits = offset.checked_add(length).is_some_and(|end| end <= range.len());
+        assert!(fits, "{length} bytes at {offset} do not fit into a region of {} bytes", range.len());
+        range.start + offset
+    }
+
+    fn with_rights(&self, function: impl FnOnce()) {
+        if !thread::has_rights(self.0.key) {
+            thread::open(self.0.key);
         }
-        Ok(())
+        function();
     }
 }
 
-impl<const PARTS: usize> Drop for Region<PARTS> {
+/// Copies bytes that another thread may be writing.
+///
+/// # Safety
+///
+/// Both ranges are mapped and apart, and this thread has rights to them.
+unsafe fn copy(from: *const u8, to: *mut u8, length: usize) {
+    // An instruction and not the language's copy: what the bytes are is nothing that the compiler may reason about.
+    // SAFETY: the caller answers for the ranges.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rsi") from => _,
+            inout("rdi") to => _,
+            inout("rcx") length => _,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
+impl Drop for Shared {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this region's, and its owner is done with it.
-        unsafe { sys::unmap(self.start, self.size) };
+        if self.mapping.take().is_some_and(|mapping| mapping.unmap().is_ok()) {
+            keys::give_back(self.key);
+        }
     }
 }
 
-fn pointer(address: usize) -> NonNull<u8> {
-    NonNull::new(address as *mut u8).expect("a region does not start at 0")
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("key", &self.0.key).field("addresses", &self.addresses()).finish()
+    }
 }

@@ -1,104 +1,201 @@
 //! What a thread needs before it enters a domain: no restartable sequences, an alternate signal stack, the signals of faults
-//! unblocked, rights to the domain's memory.
+//! unblocked.
 
-use std::cell::{Cell, OnceCell};
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::io;
 use std::ops::Range;
+use std::ptr;
+use std::sync::OnceLock;
 
 use pkru::registers::Pkru;
 use pkru::{AccessRights, ProtectionKey};
 
+use crate::mapping::Mapping;
 use crate::process::Process;
-use crate::region::Region;
-use crate::{Error, signal, sys, tls};
+use crate::sys::{self, AlternateStack};
+use crate::{Error, signal, tls};
 
 thread_local! {
-    /// The thread is ready, but for rights to a domain's key.
-    static READY: Cell<bool> = const { Cell::new(false) };
-    static SIGNAL_STACK: OnceCell<SignalStack> = const { OnceCell::new() };
-    /// The addresses of the signal stack, without a destructor, to be read at each call.
-    static STACK_RANGE: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
+    /// This thread's record; null until it is ready. A domain's own copy is null.
+    static CURRENT: Cell<*const Thread> = const { Cell::new(ptr::null()) };
 }
 
-/// Makes the calling thread ready to enter a domain with this key.
+/// A thread that can enter domains.
+#[derive(Debug)]
+pub(crate) struct Thread {
+    /// Where signals are taken. The kernel knows no other alternate stack of this thread.
+    stack: Mapping<1>,
+    /// The alternate stack that the program has set.
+    programs_stack: Cell<AlternateStack>,
+    /// The timer that ends calls which take too long, once there was one.
+    timer: Cell<Option<sys::Timer>>,
+    /// How many of the program's signal handlers are running, one within the other.
+    handlers: Cell<u32>,
+    /// The stack pointer that the outermost of them has interrupted.
+    interrupted: Cell<usize>,
+}
+
+/// Returns the calling thread's record, if it is ready to enter domains.
 #[inline]
-pub(crate) fn make_ready(key: ProtectionKey) -> Result<Range<usize>, Error> {
-    // The rights are read and not remembered: a signal handler starts with others.
-    if !READY.get() || !has_rights(key) {
-        set_up(key)?;
-    }
-    let (start, end) = STACK_RANGE.get();
-    Ok(start..end)
+pub(crate) fn current() -> Option<&'static Thread> {
+    // SAFETY: the record lives until the thread ends, and the pointer is reset before that.
+    unsafe { CURRENT.get().as_ref() }
 }
 
-#[inline]
-fn has_rights(key: ProtectionKey) -> bool {
-    // SAFETY: a thread is ready only after the process's capability check has found PKU.
-    unsafe { Pkru::assume() }.read().get(key).is_empty()
-}
-
+/// Makes the calling thread ready to enter domains.
+///
+/// # Errors
+///
+/// What the process or the thread lacks; [`Error::InDomain`] in a domain.
 #[cold]
-fn set_up(key: ProtectionKey) -> Result<(), Error> {
-    // A domain's own copy of `READY` is false, so that its calls come here.
+pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
     if tls::is_in_domain() {
         return Err(Error::InDomain);
     }
     let process = Process::get()?;
     if let Some(key) = process.signal_stack_key() {
+        // The kernel checks rights when it writes a frame there.
         open(key);
     }
-    if !READY.get() {
-        if let Some(area) = sys::rseq_area() {
-            sys::unregister_rseq(area).map_err(Error::system("unregister the thread's restartable sequences"))?;
-        }
-        sys::unblock(&signal::SIGNALS).map_err(Error::system("unblock the signals that faults raise"))?;
-        let stack = SignalStack::new(process.signal_stack_key())?;
-        stack.install()?;
-        let range = stack.0.part(0);
-        STACK_RANGE.set((range.start, range.end));
-        let mut stack = Some(stack);
-        let kept = SIGNAL_STACK.try_with(|own| own.set(stack.take().expect("it is taken once")));
-        if kept.is_err() {
-            // The thread is ending and calls from a destructor; its stack stays mapped, for nobody will take it away.
-            std::mem::forget(stack);
-        }
-        READY.set(true);
+    if let Some(thread) = current() {
+        return Ok(thread);
     }
-    open(key);
-    Ok(())
+    if let Some(area) = sys::rseq_area() {
+        sys::unregister_rseq(area).map_err(Error::system("unregister the thread's restartable sequences"))?;
+    }
+    sys::unblock(&signal::FAULTS).map_err(Error::system("unblock the signals that faults raise"))?;
+    let stack = Mapping::new([Thread::STACK_SIZE])?;
+    stack.open(process.signal_stack_key().unwrap_or(ProtectionKey::DEFAULT))?;
+    let programs_stack = sys::alternate_stack();
+    let thread = Box::new(Thread {
+        stack,
+        programs_stack: Cell::new(programs_stack),
+        timer: Cell::new(None),
+        handlers: Cell::new(0),
+        interrupted: Cell::new(0),
+    });
+    thread.install(thread.stack.part(0)).map_err(Error::system("set the thread's alternate signal stack"))?;
+    let thread = Box::into_raw(thread);
+    at_end_of_thread(thread)?;
+    CURRENT.set(thread);
+    // SAFETY: the record lives until the thread ends.
+    Ok(unsafe { &*thread })
+}
+
+/// Has the record freed when the calling thread ends, after the destructors of its thread-locals, which may call domains.
+fn at_end_of_thread(thread: *const Thread) -> Result<(), Error> {
+    static KEY: OnceLock<Option<libc::pthread_key_t>> = OnceLock::new();
+    unsafe extern "C" fn free(thread: *mut c_void) {
+        // SAFETY: the record was made by `make_ready`, and this thread is done with it.
+        drop(unsafe { Box::from_raw(thread.cast::<Thread>()) });
+    }
+    let set = KEY.get_or_init(|| sys::thread_key(free)).is_some_and(|key| sys::set_for_thread(key, thread.cast()));
+    if set { Ok(()) } else { Err(Error::System { operation: "have a thread's end noticed", errno: libc::EAGAIN }) }
+}
+
+/// Returns whether the calling thread has all rights to a key.
+#[inline]
+pub(crate) fn has_rights(key: ProtectionKey) -> bool {
+    // SAFETY: a domain's memory has a key only after the process's capability check has found PKU.
+    unsafe { Pkru::assume() }.read().get(key).is_empty()
 }
 
 /// Gives the calling thread all rights to a key of ours.
-fn open(key: ProtectionKey) {
+#[cold]
+pub(crate) fn open(key: ProtectionKey) {
     // SAFETY: the process's capability check has found PKU.
     let register = unsafe { Pkru::assume() };
     // SAFETY: more rights than before forbid nothing, and the key's pages are this crate's, which expects them open here.
     unsafe { register.write(register.read().with(key, AccessRights::READ_WRITE)) };
 }
 
-/// An alternate signal stack with guard pages.
-struct SignalStack(Region<1>);
+impl Thread {
+    /// Room for frames, of which the largest take some 11 KiB, and for handlers that the program wants on no stack of its own.
+    const STACK_SIZE: usize = 256 * 1024;
 
-impl SignalStack {
-    /// Room for the handlers that were there before, beyond the frame.
-    const HANDLERS: usize = 64 * 1024;
-
-    fn new(key: Option<ProtectionKey>) -> Result<Self, Error> {
-        let size = sys::minimum_signal_stack() + Self::HANDLERS;
-        Region::new([size], key.unwrap_or(ProtectionKey::DEFAULT)).map(Self)
+    /// Returns where the signal stack begins.
+    #[inline]
+    pub(crate) fn signal_stack(&self) -> usize {
+        self.stack.part(0).start
     }
 
-    fn install(&self) -> Result<(), Error> {
-        let range = self.0.part(0);
-        let stack = sys::AlternateStack { start: std::ptr::NonNull::new(range.start as *mut u8), size: range.len() };
+    /// Returns the addresses of a signal stack that begins there.
+    pub(crate) fn signal_stack_at(start: usize) -> Range<usize> {
+        start..start + Self::STACK_SIZE
+    }
+
+    /// The alternate stack that the program has set for this thread.
+    pub(crate) const fn programs_stack(&self) -> &Cell<AlternateStack> {
+        &self.programs_stack
+    }
+
+    /// The timer that ends calls of this thread.
+    pub(crate) const fn timer(&self) -> &Cell<Option<sys::Timer>> {
+        &self.timer
+    }
+
+    /// Sets the alternate stack that the program wants to have.
+    pub(crate) fn set_programs_stack(&self, stack: AlternateStack) -> io::Result<()> {
+        const KNOWN: i32 = libc::SS_DISABLE | libc::SS_ONSTACK | sys::SS_AUTODISARM;
+        if stack.flags & !KNOWN != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        if stack.flags & libc::SS_DISABLE != 0 {
+            self.programs_stack.set(AlternateStack::NONE);
+        } else if stack.size < libc::MINSIGSTKSZ {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        } else {
+            self.programs_stack.set(stack);
+        }
+        Ok(())
+    }
+
+    /// Before one of the program's handlers runs, with `here` the stack in use: lets further signals be taken below. The kernel
+    /// has switched the signal stack off until this one is over. `interrupted` is the program's stack pointer.
+    pub(crate) fn begin_handler(&self, interrupted: usize, here: usize) {
+        /// What the code that calls the handler may still use.
+        const MARGIN: usize = 8 * 1024;
+        /// Less than this is no use.
+        const LEAST: usize = 32 * 1024;
+        if self.handlers.get() == 0 {
+            self.interrupted.set(interrupted);
+        }
+        self.handlers.set(self.handlers.get() + 1);
+        let stack = self.stack.part(0);
+        if stack.contains(&here) && here - MARGIN > stack.start + LEAST {
+            // If it fails, signals are taken on the stack in use, as they would be without this.
+            let _ = self.install(stack.start..(here - MARGIN) & !15);
+        }
+    }
+
+    /// After it.
+    pub(crate) fn end_handler(&self) {
+        self.handlers.set(self.handlers.get().saturating_sub(1));
+    }
+
+    /// Before a jump to another frame of the program: one that leaves all handlers must set the signal stack up again.
+    pub(crate) fn jumping(&self, target: usize) {
+        if self.handlers.get() != 0 && target >= self.interrupted.get() {
+            self.handlers.set(0);
+            // It fails only on the signal stack itself, which the kernel has switched off.
+            let _ = self.install(self.stack.part(0));
+        }
+    }
+
+    fn install(&self, stack: Range<usize>) -> io::Result<()> {
         // SAFETY: the region lives until the thread ends, and its destructor takes the stack away first.
-        unsafe { sys::set_alternate_stack(&stack) }.map_err(Error::system("set the thread's alternate signal stack"))
+        unsafe { sys::set_alternate_stack(stack) }
     }
 }
 
-impl Drop for SignalStack {
+impl Drop for Thread {
     fn drop(&mut self) {
-        READY.set(false);
-        // SAFETY: no stack is always a valid choice. If it fails the thread is on that stack, which is not the case here.
-        let _ = unsafe { sys::set_alternate_stack(&sys::AlternateStack { start: None, size: 0 }) };
+        let _ = CURRENT.try_with(|current| current.set(ptr::null()));
+        if let Some(timer) = self.timer.get() {
+            sys::delete_timer(timer);
+        }
+        // The program's own stack is in force again. If that fails the thread is on its stack, which is not the case here.
+        let _ = sys::restore_alternate_stack(self.programs_stack.get());
     }
 }

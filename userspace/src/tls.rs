@@ -38,21 +38,52 @@ const TCB_THREAD: usize = 16;
 /// The size of the thread descriptor where glibc does not say it.
 const DESCRIPTOR: usize = 0x900;
 
+/// What code in a domain finds about its domain. Outside any, all of it is zero.
+struct Locals {
+    heap: Cell<*mut DomainHeap>,
+    /// The stack's lowest address, and the one past it.
+    stack: Cell<(usize, usize)>,
+    /// The call that is running, while it has callbacks.
+    call: Cell<*const c_void>,
+}
+
 thread_local! {
-    /// The heap of the domain that runs; null outside. In a domain's copy it is set once, so a switch writes nothing.
-    static HEAP: Cell<*mut DomainHeap> = const { Cell::new(ptr::null_mut()) };
+    /// In a domain's copy it is set when the domain is made ready, so a switch writes nothing.
+    static LOCALS: Locals = const {
+        Locals {
+            heap: Cell::new(ptr::null_mut()),
+            stack: Cell::new((0, 0)),
+            call: Cell::new(ptr::null()),
+        }
+    };
 }
 
 /// Returns the heap of the domain that the calling code runs in, or null outside any domain.
 #[inline]
 pub(crate) fn current_heap() -> *mut DomainHeap {
-    HEAP.with(Cell::get)
+    LOCALS.with(|locals| locals.heap.get())
 }
 
 /// Returns whether the calling code runs in a domain. It asks a variable that the domain can change: for mistakes, not for
 /// attacks.
 pub(crate) fn is_in_domain() -> bool {
     !current_heap().is_null()
+}
+
+/// In a domain: whether an address lies on its stack.
+pub(crate) fn is_on_own_stack(address: usize) -> bool {
+    let (start, end) = LOCALS.with(|locals| locals.stack.get());
+    (start..end).contains(&address)
+}
+
+/// In a domain: the call that is running, if it has callbacks.
+pub(crate) fn current_call() -> *const c_void {
+    LOCALS.with(|locals| locals.call.get())
+}
+
+/// In a domain: says what call is running, or with null that it has ended.
+pub(crate) fn set_current_call(call: *const c_void) {
+    LOCALS.with(|locals| locals.call.set(call));
 }
 
 /// Returns the thread pointer.
@@ -85,6 +116,7 @@ pub(crate) unsafe fn lay_out(
     template: &mut Option<Template>,
     memory: &Range<usize>,
     heap: NonNull<DomainHeap>,
+    stack: &Range<usize>,
 ) -> Result<u64, Error> {
     let loaded = sys::loaded_count();
     if let Some(template) = template.as_ref().filter(|template| template.loaded == loaded) {
@@ -93,7 +125,7 @@ pub(crate) unsafe fn lay_out(
         return Ok(template.fs_base);
     }
     // SAFETY: the caller answers for the memory.
-    let (fs_base, length) = unsafe { build(memory, heap) }?;
+    let (fs_base, length) = unsafe { build(memory, heap, stack) }?;
     // SAFETY: the memory is mapped, and `build` has written that much of it.
     let bytes = unsafe { std::slice::from_raw_parts(memory.start as *const u8, length) }.to_vec();
     *template = Some(Template { loaded, fs_base, bytes });
@@ -109,8 +141,8 @@ pub(crate) unsafe fn lay_out(
 ///
 /// # Safety
 ///
-/// `memory` is mapped, zeroed and writable, and nothing else uses it. `heap` is the domain's.
-unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>) -> Result<(u64, usize), Error> {
+/// `memory` is mapped, zeroed and writable, and nothing else uses it. `heap` and `stack` are the domain's.
+unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>, stack: &Range<usize>) -> Result<(u64, usize), Error> {
     let caller = thread_pointer();
     // Kept until the end: their initial contents are read.
     let libraries = sys::libraries();
@@ -172,9 +204,14 @@ unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>) -> Result<(u64
     }
 
     let counterpart = |address: usize| address.wrapping_sub(caller).wrapping_add(pointer);
-    let here = HEAP.with(ptr::from_ref) as usize;
+    let here = LOCALS.with(ptr::from_ref) as usize;
+    let locals = Locals {
+        heap: Cell::new(heap.as_ptr()),
+        stack: Cell::new((stack.start, stack.end)),
+        call: Cell::new(ptr::null()),
+    };
     // SAFETY: the executable's variables are in the static block, and so is this one's copy.
-    unsafe { store(counterpart(here), heap.as_ptr()) };
+    unsafe { store(counterpart(here), locals) };
     for table in character_tables() {
         // A new thread starts with these three unset, and the C library sets them before anything of the thread runs.
         // SAFETY: the C library's variables are in the static block, and so are their copies.

@@ -116,6 +116,8 @@ pub enum InvalidResult {
     },
     /// It takes more memory, all parts together, than the domain has; parts of it must overlap.
     TooLarge,
+    /// The domain's memory could not be given its key back.
+    NoKey,
     /// It is nested too deep; the most is 128 vectors within each other.
     TooDeep,
     /// A tag or value is none that the type has.
@@ -136,6 +138,7 @@ impl fmt::Display for InvalidResult {
                 write!(f, "{length} bytes at {address:#x}, which are not in the domain's memory")
             }
             Self::TooLarge => f.write_str("more bytes than the domain's memory has"),
+            Self::NoKey => f.write_str("memory of a domain that could not be given its protection key back"),
             Self::TooDeep => f.write_str("more than 128 vectors within each other"),
             Self::BadValue { of, value } => write!(f, "{value:#x} as a {of}"),
             Self::NotUtf8 => f.write_str("text that is not UTF-8"),

@@ -8,19 +8,25 @@ use pkru::fault::{ErrorCode, KeyFault};
 use pkru::heap::HeapError;
 use pkru::rights::Access;
 
-use crate::Error;
 use crate::platform::Memory;
 use crate::report::Report;
-use crate::signal::Trap;
+use crate::signal::{self, Trap};
 use crate::symbol::{self, Symbol};
 use crate::transfer::InvalidResult;
+use crate::{Error, ending};
 
 /// The outcome of a call whose code misbehaved.
 ///
 /// Everything outside the domain is as it was, and the next call finds the domain empty and works. What code in a domain had done
 /// with the outside world by system calls is not undone. `Debug` writes the same message as `Display`, which `unwrap` shows.
 #[derive(Clone)]
-pub struct Violation {
+pub struct Violation(
+    // Boxed, so that a result which may be one is small.
+    Box<Details>,
+);
+
+#[derive(Clone)]
+struct Details {
     domain: Arc<str>,
     kind: ViolationKind,
     instruction: Option<u64>,
@@ -32,6 +38,13 @@ pub struct Violation {
 pub enum ViolationKind {
     /// It accessed memory whose protection key denies that: memory that is not the domain's.
     Key(KeyFault),
+    /// It used a null pointer: an address below 64 KiB, where nothing is ever mapped.
+    Null {
+        /// The address.
+        address: u64,
+        /// The kind of access.
+        access: Access,
+    },
     /// It accessed an address where nothing is mapped, or in a way that the mapping does not allow.
     Unmapped {
         /// The address.
@@ -39,11 +52,13 @@ pub enum ViolationKind {
         /// The kind of access.
         access: Access,
     },
-    /// It ran into the guard page of its stack.
+    /// It ran out of its stack.
     StackOverflow {
         /// The address.
         address: u64,
     },
+    /// It overwrote the canary in a stack frame of its own (`__stack_chk_fail`).
+    StackSmashed,
     /// It used an address that is no address (not canonical), or a privileged instruction.
     GeneralProtection,
     /// It accessed a mapping beyond the end of its file, or one whose memory failed.
@@ -57,51 +72,94 @@ pub enum ViolationKind {
     Arithmetic,
     /// It ran into a breakpoint.
     Breakpoint,
-    /// It raised SIGABRT. (glibc's `abort` before version 2.41 takes a lock first, and is seen as a write to key 0.)
+    /// It aborted: by abort(3), by SIGABRT, or by a check of the C library's.
     Abort,
-    /// It was sent a signal, by itself or another, that otherwise means a fault.
+    /// It aborted after an allocation had failed. C code that handles a null pointer goes on; Rust code and C++ code end here.
+    OutOfMemory {
+        /// The bytes of the allocation.
+        size: usize,
+    },
+    /// An assertion in C failed.
+    Assertion {
+        /// The asserted expression, if it could be read.
+        text: Option<String>,
+    },
+    /// It was about to end the process, by exit(3) or the like.
+    Exit {
+        /// The status.
+        status: i32,
+    },
+    /// Rust code panicked.
+    Panic {
+        /// The message with its place in the source, if it could be had.
+        message: Option<String>,
+    },
+    /// A C++ exception was about to leave the domain, or C++ code terminated.
+    Exception,
+    /// It was about to leave the domain by longjmp(3).
+    Jump {
+        /// The stack pointer to which the jump led.
+        target: u64,
+    },
+    /// It took longer than the domain's [deadline](crate::Builder::deadline).
+    Deadline,
+    /// It was sent a signal, by itself, that otherwise means a fault.
     Raised {
         /// The signal's number.
         signal: i32,
     },
     /// It freed or resized what is no live block of the domain's heap.
     InvalidFree(HeapError),
+    /// It used a callback that the call does not have, such as one of an earlier call.
+    Callback,
     /// It returned what is no value of the result's type.
     InvalidResult(InvalidResult),
-    /// Nothing ran: the domain could not be made ready.
+    /// Nothing ran: the domain is [retired](crate::Builder::retire_after).
+    Retired,
+    /// Nothing ran, or did not go on: the domain could not be made ready.
     NotReady(Error),
 }
 
 impl Violation {
-    pub(crate) const fn new(domain: Arc<str>, kind: ViolationKind) -> Self {
-        Self { domain, kind, instruction: None }
+    pub(crate) fn new(domain: Arc<str>, kind: ViolationKind) -> Self {
+        Self(Box::new(Details { domain, kind, instruction: None }))
     }
 
+    /// Says what a trap was. The calling thread can read the domain's memory.
     pub(crate) fn of_trap(domain: &Arc<str>, memory: &Memory, trap: &Trap) -> Self {
-        let kind = match trap.report {
-            Some(Report::InvalidFree(error)) => ViolationKind::InvalidFree(error),
-            None => ViolationKind::of_signal(memory, trap),
+        let (kind, instruction) = match trap.report {
+            // The return address is that of the call.
+            Some(Report::InvalidFree(error, caller)) => {
+                (ViolationKind::InvalidFree(error), Some(caller.wrapping_sub(1)))
+            }
+            Some(report) => (ViolationKind::of_report(memory, report), None),
+            None => (ViolationKind::of_signal(memory, trap), Some(trap.instruction)),
         };
-        Self { domain: domain.clone(), kind, instruction: Some(trap.instruction) }
+        Self(Box::new(Details { domain: domain.clone(), kind, instruction }))
+    }
+
+    pub(crate) fn into_kind(self) -> ViolationKind {
+        self.0.kind
     }
 
     /// Returns the name of the domain.
     #[must_use]
     pub fn domain(&self) -> &str {
-        &self.domain
+        &self.0.domain
     }
 
     /// Returns how the code misbehaved.
     #[must_use]
-    pub const fn kind(&self) -> &ViolationKind {
-        &self.kind
+    pub fn kind(&self) -> &ViolationKind {
+        &self.0.kind
     }
 
     /// Returns the address that was accessed, if the violation is an access.
     #[must_use]
-    pub const fn address(&self) -> Option<u64> {
-        match self.kind {
+    pub fn address(&self) -> Option<u64> {
+        match self.0.kind {
             ViolationKind::Key(KeyFault { address, .. })
+            | ViolationKind::Null { address, .. }
             | ViolationKind::Unmapped { address, .. }
             | ViolationKind::StackOverflow { address }
             | ViolationKind::Bus { address } => Some(address),
@@ -111,17 +169,19 @@ impl Violation {
 
     /// Returns the kind of access, if a key or a mapping denied it.
     #[must_use]
-    pub const fn access(&self) -> Option<Access> {
-        match self.kind {
-            ViolationKind::Key(KeyFault { access, .. }) | ViolationKind::Unmapped { access, .. } => Some(access),
+    pub fn access(&self) -> Option<Access> {
+        match self.0.kind {
+            ViolationKind::Key(KeyFault { access, .. })
+            | ViolationKind::Null { access, .. }
+            | ViolationKind::Unmapped { access, .. } => Some(access),
             _ => None,
         }
     }
 
     /// Returns the key of the page, if a key denied the access.
     #[must_use]
-    pub const fn key(&self) -> Option<ProtectionKey> {
-        match self.kind {
+    pub fn key(&self) -> Option<ProtectionKey> {
+        match self.0.kind {
             ViolationKind::Key(KeyFault { key, .. }) => Some(key),
             _ => None,
         }
@@ -129,8 +189,8 @@ impl Violation {
 
     /// Returns the address of the instruction, if one was stopped.
     #[must_use]
-    pub const fn instruction(&self) -> Option<u64> {
-        self.instruction
+    pub fn instruction(&self) -> Option<u64> {
+        self.0.instruction
     }
 
     /// Returns the function that the instruction belongs to, if it can be told.
@@ -138,7 +198,7 @@ impl Violation {
     /// It reads the symbol tables of the file that the code was loaded from, which takes a while.
     #[must_use]
     pub fn symbol(&self) -> Option<Symbol> {
-        symbol::find(self.instruction?)
+        symbol::find(self.0.instruction?)
     }
 
     /// Returns the variable or function that the accessed address belongs to, if it can be told.
@@ -152,9 +212,12 @@ impl ViolationKind {
     fn of_signal(memory: &Memory, trap: &Trap) -> Self {
         /// The kernel's own reason, where the CPU gave no page fault.
         const SI_KERNEL: i32 = 0x80;
+        /// Linux maps nothing below (`vm.mmap_min_addr`).
+        const LOWEST: u64 = 64 * 1024;
         let access = ErrorCode::from_bits_retain(trap.error_code).access();
         let address = trap.address;
         match trap.signal {
+            signal::DEADLINE if trap.code == libc::SI_TIMER => Self::Deadline,
             libc::SIGABRT => Self::Abort,
             // The kernel's own codes are positive.
             signal if trap.code <= 0 => Self::Raised { signal },
@@ -164,30 +227,70 @@ impl ViolationKind {
             libc::SIGTRAP => Self::Breakpoint,
             _ if trap.code == SI_KERNEL => Self::GeneralProtection,
             // A guard page belongs to key 0, which the kernel blames first.
-            _ if memory.is_guard(address as usize) && is_near(address, trap.stack) => Self::StackOverflow { address },
+            _ if is_overflow(memory, address, trap.stack) => Self::StackOverflow { address },
+            _ if address < LOWEST => Self::Null { address, access },
             _ => match trap.key {
-                Some(key) => Self::Key(KeyFault { address, access, key, rights: trap.rights }),
+                Some(key) => {
+                    let fault = KeyFault { address, access, key, rights: trap.rights };
+                    ending::of(&fault, trap.instruction).unwrap_or(Self::Key(fault))
+                }
                 None => Self::Unmapped { address, access },
             },
         }
     }
+
+    fn of_report(memory: &Memory, report: Report) -> Self {
+        match report {
+            Report::InvalidFree(error, _) => Self::InvalidFree(error),
+            Report::Abort => Self::Abort,
+            Report::OutOfMemory { size } => Self::OutOfMemory { size },
+            Report::Exit { status } => Self::Exit { status },
+            Report::StackSmashed => Self::StackSmashed,
+            Report::Assertion { text } => Self::Assertion { text: ending::text(text) },
+            Report::Exception => Self::Exception,
+            Report::Jump { target } => Self::Jump { target: target as u64 },
+            Report::Panic { text, length } => Self::Panic { message: memory.text(text, length) },
+            Report::Callback { .. } => Self::Callback,
+        }
+    }
 }
 
-/// Whether an access is one that code makes around its stack pointer: a push, a call, or a local variable.
-fn is_near(address: u64, stack: u64) -> bool {
-    address.abs_diff(stack) < 64 * 1024
+/// Whether an access is one that code makes which has run out of its stack: near a stack pointer that is below the stack's end or
+/// almost so. A large local variable can take the stack pointer far beyond the guard.
+fn is_overflow(memory: &Memory, address: u64, pointer: u64) -> bool {
+    const NEAR: u64 = 64 * 1024;
+    const FAR: u64 = 1 << 30;
+    let stack = memory.stack();
+    let (start, end) = (stack.start as u64, stack.end as u64);
+    let below = start.saturating_sub(FAR)..start + NEAR;
+    let in_guard = memory.is_guard(address as usize);
+    let ran_out = below.contains(&pointer) && (in_guard || address < start) && address.abs_diff(pointer) < NEAR;
+    // A call pushes below what `sub rsp` has reserved; and a function may touch its frame page by page before it moves the pointer.
+    ran_out || (in_guard && address < start && (start..end).contains(&pointer) && pointer.abs_diff(address) < FAR)
 }
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "domain `{}`: {}", self.domain, self.kind)?;
-        if let Some(target) = self.target() {
+        write!(f, "domain `{}`: {}", self.0.domain, self.0.kind)?;
+        let target = self.target();
+        if let Some(target) = &target {
             write!(f, " ({target})")?;
         }
-        match (self.instruction, self.symbol()) {
-            (Some(instruction), Some(symbol)) => write!(f, ", at instruction {instruction:#x} in {symbol}"),
-            (Some(instruction), None) => write!(f, ", at instruction {instruction:#x}"),
-            (None, _) => Ok(()),
+        match (self.0.instruction, self.symbol()) {
+            (Some(instruction), Some(symbol)) => write!(f, ", at instruction {instruction:#x} in {symbol}")?,
+            (Some(instruction), None) => write!(f, ", at instruction {instruction:#x}")?,
+            (None, _) => {}
+        }
+        match (&self.0.kind, target) {
+            (ViolationKind::Key(KeyFault { access: Access::Write, key: ProtectionKey::DEFAULT, .. }), Some(target)) => {
+                let library = target.library().file_name().unwrap_or_default().display();
+                write!(
+                    f,
+                    "; if code has to write that static and nothing is wrong: fill it outside before (Builder::warm_up), give \
+                     the domain {library}'s data (Builder::library), or all statics (Globals::Writable)"
+                )
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -200,7 +303,7 @@ impl fmt::Debug for Violation {
 
 impl std::error::Error for Violation {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match &self.kind {
+        match &self.0.kind {
             ViolationKind::InvalidFree(error) => Some(error),
             ViolationKind::InvalidResult(error) => Some(error),
             ViolationKind::NotReady(error) => Some(error),
@@ -213,14 +316,27 @@ impl fmt::Display for ViolationKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Key(fault) => fault.fmt(f),
+            Self::Null { address, access } => write!(f, "{access} of {address:#x}: a null pointer"),
             Self::Unmapped { address, access } => write!(f, "{access} of {address:#x}, which is not mapped for that"),
-            Self::StackOverflow { address } => write!(f, "stack overflow into the guard page at {address:#x}"),
+            Self::StackOverflow { address } => write!(f, "stack overflow at {address:#x}"),
+            Self::StackSmashed => f.write_str("a stack frame was overwritten (stack smashing detected)"),
             Self::GeneralProtection => f.write_str("no valid address, or a privileged instruction"),
             Self::Bus { address } => write!(f, "bus error at {address:#x}"),
             Self::IllegalInstruction => f.write_str("illegal instruction"),
             Self::Arithmetic => f.write_str("division by zero or overflow in a division"),
             Self::Breakpoint => f.write_str("breakpoint"),
             Self::Abort => f.write_str("abort"),
+            Self::OutOfMemory { size } => write!(f, "out of memory: it aborted after {size} bytes could not be had"),
+            Self::Assertion { text: Some(text) } => write!(f, "assertion `{text}` failed"),
+            Self::Assertion { text: None } => f.write_str("an assertion failed"),
+            Self::Exit { status } => write!(f, "exit with status {status}"),
+            Self::Panic { message: Some(message) } => write!(f, "panic: {message}"),
+            Self::Panic { message: None } => f.write_str("panic"),
+            Self::Exception => f.write_str("an uncaught C++ exception, or std::terminate"),
+            Self::Jump { target } => write!(f, "longjmp out of the domain, to a stack at {target:#x}"),
+            Self::Deadline => f.write_str("it took longer than its deadline"),
+            Self::Callback => f.write_str("a callback that this call does not have"),
+            Self::Retired => f.write_str("nothing ran: the domain is retired after too many violations"),
             Self::Raised { signal } => write!(f, "signal {signal} was sent"),
             Self::InvalidFree(error) => write!(f, "invalid free: {error}"),
             Self::InvalidResult(error) => write!(f, "invalid result: {error}"),

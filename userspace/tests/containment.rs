@@ -130,7 +130,7 @@ fn another_domain() {
     for (way, write) in WAYS {
         let violation = contain(&mut one, || write(target));
         let fault = key_fault(&violation);
-        assert_eq!((fault.address, fault.key), (target as u64, other.key()), "{way}");
+        assert_eq!((fault.address, fault.key), (target as u64, other.key().unwrap()), "{way}");
         // SAFETY: the word is on the other domain's heap, which this thread may read.
         assert_eq!(unsafe { target.read_volatile() }, OLD, "{way}");
     }
@@ -148,7 +148,7 @@ fn another_domain_cannot_be_read() {
     // SAFETY: none: this is the mistake; for the owner it is its own word.
     let read = || unsafe { target.read_volatile() };
     let fault = key_fault(&one.call(read).unwrap_err());
-    assert_eq!((fault.key, fault.access), (other.key(), Access::Read));
+    assert_eq!((fault.key, fault.access), (other.key().unwrap(), Access::Read));
     assert_eq!(other.call(read).unwrap(), OLD, "control");
 }
 
@@ -251,8 +251,9 @@ fn the_signal_stack_where_the_kernel_allows_that() {
     use pkru_userspace::capability::{SignalFrame, detect};
     let mut domain = need!(domain("writer"));
     let mut stack: libc::stack_t = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: 0, ss_size: 0 };
+    // The kernel's word: the C library's function says what the program has set.
     // SAFETY: the struct is writable.
-    unsafe { libc::sigaltstack(std::ptr::null(), &raw mut stack) };
+    unsafe { libc::syscall(libc::SYS_sigaltstack, std::ptr::null::<libc::stack_t>(), &raw mut stack) };
     let write = || store(stack.ss_sp.cast());
     match detect().unwrap().signal_frame {
         SignalFrame::OnAnyStack => {

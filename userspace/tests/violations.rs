@@ -6,6 +6,8 @@ mod common;
 
 use std::arch::asm;
 use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use common::{NOWHERE, contain, domain, key_fault, mistake};
 use pkru_userspace::{Access, Domain, HeapError, ViolationKind};
@@ -36,7 +38,7 @@ fn a_key_fault_names_everything() {
 fn a_null_write() {
     let mut domain = need!(domain("null"));
     let violation = contain(&mut domain, mistake);
-    assert_eq!(*violation.kind(), ViolationKind::Unmapped { address: NOWHERE as u64, access: Access::Write });
+    assert_eq!(*violation.kind(), ViolationKind::Null { address: NOWHERE as u64, access: Access::Write });
 }
 
 #[test]
@@ -45,7 +47,7 @@ fn a_jump_to_nowhere() {
     // SAFETY: none: this is the mistake.
     let function = unsafe { std::mem::transmute::<usize, extern "C" fn()>(black_box(0x10)) };
     let violation = contain(&mut domain, || function());
-    assert_eq!(*violation.kind(), ViolationKind::Unmapped { address: 0x10, access: Access::Execute });
+    assert_eq!(*violation.kind(), ViolationKind::Null { address: 0x10, access: Access::Execute });
 }
 
 #[test]
@@ -74,7 +76,7 @@ fn a_lost_stack_pointer() {
     let mut domain = need!(domain("lost"));
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe { asm!("mov rsp, 64", "push rax", options(noreturn)) });
-    assert!(matches!(violation.kind(), ViolationKind::Unmapped { .. }), "{violation}");
+    assert!(matches!(violation.kind(), ViolationKind::Null { .. }), "{violation}");
 }
 
 #[test]
@@ -194,11 +196,22 @@ fn frees_of_what_is_no_block() {
 
 #[test]
 fn a_spoiled_fs_base() {
+    thread_local! { static WORD: std::cell::Cell<u32> = const { std::cell::Cell::new(1) } }
     let mut domain = need!(domain("fs"));
-    // The gate notices on the way out, before it gives the caller's rights back.
+    WORD.set(7);
+    // On the way out the caller gets its own.
     // SAFETY: none: this is the mistake.
-    let violation = contain(&mut domain, || unsafe { asm!("wrfsbase {}", in(reg) 0x1000_u64) });
-    assert_eq!(*violation.kind(), ViolationKind::IllegalInstruction);
+    let _ = domain.call(|| unsafe { asm!("wrfsbase {}", in(reg) 0x1000_u64) });
+    assert_eq!(WORD.get(), 7);
+    // Where the code goes on to use a thread-local, that is a violation like any other.
+    let violation = domain.call(|| {
+        // SAFETY: none: this is the mistake.
+        unsafe { asm!("wrfsbase {}", in(reg) 0x1000_u64) };
+        WORD.get()
+    });
+    assert!(violation.is_err());
+    assert_eq!(WORD.get(), 7);
+    common::works(&mut domain);
 }
 
 #[test]
@@ -209,7 +222,7 @@ fn a_jump_to_32_bit_code() {
     // SAFETY: none: this is the mistake.
     let violation =
         contain(&mut domain, || unsafe { asm!("jmp fword ptr [{}]", in(reg) &raw const target, options(noreturn)) });
-    assert_eq!(*violation.kind(), ViolationKind::Unmapped { address: 0x1000, access: Access::Execute });
+    assert_eq!(*violation.kind(), ViolationKind::Null { address: 0x1000, access: Access::Execute });
 }
 
 #[test]
@@ -217,7 +230,7 @@ fn a_stack_pointer_in_the_signal_stack() {
     let mut domain = need!(domain("lost"));
     let mut stack = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: 0, ss_size: 0 };
     // SAFETY: the struct is writable.
-    unsafe { libc::sigaltstack(std::ptr::null(), &raw mut stack) };
+    unsafe { libc::syscall(libc::SYS_sigaltstack, std::ptr::null::<libc::stack_t>(), &raw mut stack) };
     for offset in [64, 200, 2000, 8000] {
         let place = stack.ss_sp as usize + offset;
         // SAFETY: none: this is the mistake.
@@ -269,64 +282,25 @@ fn a_copy_of_the_process_made_in_a_domain_ends() {
     assert_eq!(unsafe { libc::read(pipe[0], bytes.as_mut_ptr().cast(), 8) }, 1);
 }
 
-#[test]
-fn a_return_through_another_domains_gate() {
-    let mut other = need!(domain("other"));
-    let mut domain = need!(domain("liar"));
-    // The innermost return address of a call lies at the top of the domain's stack: the gate's thunk for this key.
-    let thunk = || {
-        let stack: u64;
-        // SAFETY: reading the stack pointer changes nothing.
-        unsafe { asm!("mov {}, rsp", out(reg) stack) };
-        let top = (stack + 4096) & !4095;
-        // SAFETY: the word is at the top of the domain's stack.
-        unsafe { *((top - 8) as *const u64) }
-    };
-    let (of_other, of_domain) = (other.call(thunk).unwrap(), domain.call(thunk).unwrap());
-    let distance = (i64::from(other.key().number()) - i64::from(domain.key().number())) * 16;
-    assert_eq!(of_other.wrapping_sub(of_domain) as i64, distance, "one thunk of 16 bytes for each key");
-    // SAFETY: none: this is the mistake.
-    contain(&mut domain, || unsafe { asm!("mov rax, {}", "jmp rax", in(reg) of_other, options(noreturn)) });
-    common::works(&mut other);
-}
-
-#[test]
-fn opening_the_key_of_a_running_domain_ends_the_process() {
-    use std::sync::atomic::{AtomicBool, Ordering};
+/// Runs something while code in a domain of its own runs on another thread; that code is given the other domain's key.
+fn while_another_runs(other: Domain, something: impl FnOnce(u64)) {
     static INSIDE: AtomicBool = AtomicBool::new(false);
-    let (mut domain, mut other) = (need!(domain("opener")), need!(domain("running")));
-    let of_other = 3u32 << (2 * other.key().number());
-    let open_and_fault = || {
-        // SAFETY: none: the domain gives itself rights.
-        unsafe {
-            asm!("rdpkru", "and eax, {:e}", "wrpkru", in(reg) !of_other, out("eax") _, in("ecx") 0, out("edx") _);
-        }
-        mistake();
-    };
-    // While the other domain is not running, it can be told whose fault it is.
-    contain(&mut domain, open_and_fault);
-
-    // SAFETY: the child runs two domains and does not return.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        // SAFETY: the call touches no memory.
-        unsafe { libc::alarm(20) };
-        std::thread::spawn(move || {
-            INSIDE.store(true, Ordering::Relaxed);
-            other.call(loop_forever)
-        });
-        while !INSIDE.load(Ordering::Relaxed) {
-            std::thread::yield_now();
-        }
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        let _ = domain.call(open_and_fault);
-        // SAFETY: leaves without running anything of the parent's.
-        unsafe { libc::_exit(0) };
+    let key = u64::from(other.key().unwrap().number());
+    let mut other = other;
+    let running = std::thread::spawn(move || {
+        INSIDE.store(true, Ordering::Relaxed);
+        other.call(loop_forever).unwrap_err().kind().clone()
+    });
+    while !INSIDE.load(Ordering::Relaxed) {
+        std::thread::yield_now();
     }
-    let mut status = 0;
-    // SAFETY: the status is writable.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
-    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
+    std::thread::sleep(Duration::from_millis(100));
+    something(key);
+    assert_eq!(
+        running.join().unwrap(),
+        ViolationKind::Deadline,
+        "the other domain was still running, and was not disturbed"
+    );
 }
 
 /// Code in a domain that does not end.
@@ -334,6 +308,57 @@ fn loop_forever() {
     loop {
         std::hint::spin_loop();
     }
+}
+
+fn other_domain() -> Option<Domain> {
+    common::build(Domain::builder("other").deadline(Duration::from_secs(1)))
+}
+
+#[test]
+fn a_return_with_another_domains_key() {
+    let other = need!(other_domain());
+    let mut domain = need!(domain("liar"));
+    // The gate's return address is the first thing on the domain's stack, below the page through which results leave.
+    let lie = |key: u64| {
+        let stack: u64;
+        // SAFETY: reading the stack pointer changes nothing.
+        unsafe { asm!("mov {}, rsp", out(reg) stack) };
+        let top = (stack + 4096) & !4095;
+        // SAFETY: none: this is the mistake.
+        unsafe { asm!("mov rbx, {}", "mov rsp, {}", "ret", in(reg) key, in(reg) top - 8, options(noreturn)) }
+    };
+    let own = u64::from(domain.key().unwrap().number());
+    domain
+        .call(|| {
+            if black_box(true) {
+                lie(own)
+            }
+        })
+        .expect("control: with its own key it is a return");
+    let idle = u64::from(other.key().unwrap().number());
+    let violation = contain(&mut domain, || lie(idle));
+    assert!(matches!(violation.kind(), ViolationKind::Null { .. }), "that key's domain does not run: {violation}");
+    while_another_runs(other, |key| {
+        let violation = contain(&mut domain, || lie(key));
+        assert_eq!(*violation.kind(), ViolationKind::IllegalInstruction, "the claim is refuted");
+    });
+}
+
+#[test]
+fn opening_the_key_of_a_running_domain() {
+    let other = need!(other_domain());
+    let mut domain = need!(domain("opener"));
+    while_another_runs(other, |key| {
+        let rights = !(3u32 << (2 * key));
+        // Whose fault it is is told by the thread, and not by the rights.
+        contain(&mut domain, || {
+            // SAFETY: none: the domain gives itself rights.
+            unsafe {
+                asm!("rdpkru", "and eax, {:e}", "wrpkru", in(reg) rights, out("eax") _, in("ecx") 0, out("edx") _);
+            }
+            mistake();
+        });
+    });
 }
 
 #[test]

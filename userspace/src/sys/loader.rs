@@ -15,6 +15,8 @@ pub(crate) struct Library {
     pub(crate) base: usize,
     /// The loaded segments.
     pub(crate) segments: Vec<Segment>,
+    /// The part of a writable segment that the loader has made read-only after it relocated it, if there is one.
+    read_only_after: Option<Range<usize>>,
     /// The dynamic section, if it has one.
     pub(crate) dynamic: Option<Range<usize>>,
     /// Its thread-local variables, if it has any.
@@ -26,6 +28,11 @@ pub(crate) struct Library {
 /// A reference to a loaded library.
 #[derive(Debug)]
 struct Pin(NonNull<c_void>);
+
+// SAFETY: the loader's handles are for any thread.
+unsafe impl Send for Pin {}
+// SAFETY: as above.
+unsafe impl Sync for Pin {}
 
 impl Pin {
     fn new(name: &CStr) -> Option<Self> {
@@ -46,6 +53,7 @@ impl Drop for Pin {
 pub(crate) struct Segment {
     pub(crate) addresses: Range<usize>,
     pub(crate) executable: bool,
+    pub(crate) writable: bool,
 }
 
 /// The thread-local variables of an object.
@@ -68,9 +76,30 @@ impl Library {
         self.segments.iter().any(|segment| segment.addresses.contains(&address))
     }
 
+    /// Returns the addresses of the segment that an address lies in.
+    pub(crate) fn segment_at(&self, address: usize) -> Option<Range<usize>> {
+        let mut segments = self.segments.iter().map(|segment| &segment.addresses);
+        segments.find(|segment| segment.contains(&address)).cloned()
+    }
+
     /// Returns whether an address lies in code of it.
     pub(crate) fn has_code_at(&self, address: usize) -> bool {
         self.segments.iter().any(|segment| segment.executable && segment.addresses.contains(&address))
+    }
+
+    /// Returns the pages of its writable data.
+    pub(crate) fn writable_pages(&self) -> Vec<Range<usize>> {
+        let page = super::page_size();
+        let writable = self.segments.iter().filter(|segment| segment.writable).map(|segment| &segment.addresses);
+        let pages = writable.map(|addresses| {
+            let mut start = addresses.start & !(page - 1);
+            // The loader leaves a page alone that is read-only only in part.
+            if let Some(relro) = self.read_only_after.as_ref().filter(|relro| addresses.contains(&relro.start)) {
+                start = relro.end & !(page - 1);
+            }
+            start..addresses.end.next_multiple_of(page)
+        });
+        pages.filter(|pages| !pages.is_empty()).collect()
     }
 
     /// Returns the path of its file.
@@ -142,10 +171,11 @@ unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, data: *mut
         start..start + header.p_memsz as usize
     };
     let find = |kind: u32| headers.iter().find(|header| header.p_type == kind);
-    let segments = headers
-        .iter()
-        .filter(|header| header.p_type == libc::PT_LOAD)
-        .map(|header| Segment { addresses: addresses(header), executable: header.p_flags & libc::PF_X != 0 });
+    let segments = headers.iter().filter(|header| header.p_type == libc::PT_LOAD).map(|header| Segment {
+        addresses: addresses(header),
+        executable: header.p_flags & libc::PF_X != 0,
+        writable: header.p_flags & libc::PF_W != 0,
+    });
     let tls = find(libc::PT_TLS).map(|header| TlsModule {
         id: info.dlpi_tls_modid,
         block: NonNull::new(info.dlpi_tls_data).map(|block| block.as_ptr() as usize),
@@ -163,6 +193,7 @@ unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, data: *mut
         name,
         base,
         segments: segments.collect(),
+        read_only_after: find(libc::PT_GNU_RELRO).map(addresses),
         dynamic: find(libc::PT_DYNAMIC).map(addresses),
         tls,
         pin: None,
@@ -190,6 +221,31 @@ impl Library {
         // It may have been loaded into a scope of its own, which is searched after the global one.
         in_scope(libc::RTLD_DEFAULT).or_else(|| in_scope(self.pin.as_ref()?.0.as_ptr()))
     }
+}
+
+/// Returns the addresses of a function or variable that a library exports, with this version if one is named, past a definition
+/// in this object.
+pub(crate) fn next_symbol(name: &CStr, version: Option<&CStr>) -> Option<Range<usize>> {
+    /// Asks `dladdr1` for the symbol's entry in the table.
+    const RTLD_DL_SYMENT: c_int = 1;
+    unsafe extern "C" {
+        fn dladdr1(address: *const c_void, info: *mut libc::Dl_info, extra: *mut *mut c_void, flags: c_int) -> c_int;
+    }
+    let found = match version {
+        // SAFETY: the strings are NUL-terminated.
+        Some(version) => unsafe { libc::dlvsym(libc::RTLD_NEXT, name.as_ptr(), version.as_ptr()) },
+        // SAFETY: as above.
+        None => unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) },
+    };
+    let start = NonNull::new(found)?.as_ptr() as usize;
+    // SAFETY: Dl_info is a C struct of pointers, for which zero is a value.
+    let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
+    let mut entry: *mut libc::Elf64_Sym = std::ptr::null_mut();
+    // SAFETY: the loader writes the struct, and the address of the entry.
+    let found = unsafe { dladdr1(start as *const c_void, &raw mut info, (&raw mut entry).cast(), RTLD_DL_SYMENT) };
+    // SAFETY: the pointer is null or leads to the symbol table of a loaded object.
+    let size = unsafe { entry.as_ref() }.filter(|_| found != 0)?.st_size;
+    Some(start..start + size as usize)
 }
 
 /// Finds the next definition of a symbol after this object's own.

@@ -1,6 +1,7 @@
 //! Memory and protection keys.
 
 use std::io;
+use std::ops::Range;
 use std::ptr::{self, NonNull};
 
 use pkru::ProtectionKey;
@@ -63,12 +64,11 @@ pub(crate) unsafe fn use_small_pages(start: NonNull<u8>, size: usize) {
 /// # References
 ///
 /// pkey_mprotect(2).
-pub(crate) unsafe fn protect(start: NonNull<u8>, size: usize, key: ProtectionKey) -> io::Result<()> {
+pub(crate) unsafe fn protect(pages: Range<usize>, key: ProtectionKey) -> io::Result<()> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let key = libc::c_int::from(key.number());
     // SAFETY: the caller answers for the pages.
-    let result = unsafe {
-        libc::syscall(libc::SYS_pkey_mprotect, start.as_ptr(), size, protection, libc::c_int::from(key.number()))
-    };
+    let result = unsafe { libc::syscall(libc::SYS_pkey_mprotect, pages.start, pages.len(), protection, key) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -97,18 +97,22 @@ pub(crate) unsafe fn discard(pages: DontNeed) -> io::Result<()> {
 /// # Safety
 ///
 /// The pages are the caller's, and nothing uses them any more.
-pub(crate) unsafe fn unmap(start: NonNull<u8>, size: usize) {
-    // SAFETY: the caller answers for the pages. The call fails only for arguments that `map_reserved` never gave.
-    unsafe { libc::munmap(start.as_ptr().cast(), size) };
+pub(crate) unsafe fn unmap(start: NonNull<u8>, size: usize) -> io::Result<()> {
+    // SAFETY: the caller answers for the pages.
+    match unsafe { libc::munmap(start.as_ptr().cast(), size) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
-/// Takes a protection key from the kernel. The calling thread gets all rights to it; other threads have none.
+/// Takes a protection key from the kernel. No thread has rights to it.
 ///
 /// # References
 ///
 /// pkey_alloc(2).
 pub(crate) fn pkey_alloc() -> io::Result<ProtectionKey> {
-    // SAFETY: allocating a key changes no memory, and rights to a key that tags no page open nothing.
-    let number = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) };
+    const PKEY_DISABLE_ACCESS: libc::c_int = 1;
+    // SAFETY: allocating a key changes no memory.
+    let number = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, PKEY_DISABLE_ACCESS) };
     u8::try_from(number).ok().and_then(ProtectionKey::new).ok_or_else(io::Error::last_os_error)
 }

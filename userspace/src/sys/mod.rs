@@ -4,11 +4,12 @@ mod loader;
 mod memory;
 mod process;
 
-pub(crate) use loader::{Library, TlsModule, libraries, loaded_count, lookup, lookup_next, touch_module};
+pub(crate) use loader::{Library, TlsModule, libraries, loaded_count, lookup, lookup_next, next_symbol, touch_module};
 pub(crate) use memory::{
     DontNeed, discard, map_again, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
 };
 pub(crate) use process::{
-    AlternateStack, SignalAction, alternate_stack, auxiliary, default_action, exit_now, fork_probe, in_forked_children,
-    minimum_signal_stack, process_id, replace_action, resend, rseq_area, set_alternate_stack, unblock, unregister_rseq,
+    Action, AlternateStack, SS_AUTODISARM, Timer, action, alternate_stack, around_forks, auxiliary, change_mask,
+    create_timer, delete_timer, exit_now, fork_probe, process_id, resend, restore_alternate_stack, rseq_area,
+    set_action, set_alternate_stack, set_for_thread, set_mask, set_timer, thread_key, unblock, unregister_rseq,
 };

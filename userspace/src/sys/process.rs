@@ -5,98 +5,202 @@ use std::io;
 use std::mem;
 use std::ops::Range;
 use std::ptr;
+use std::time::Duration;
 
-/// A signal handler as the kernel calls it with `SA_SIGINFO`.
-pub(crate) type Handler = unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
-
-/// What was to happen on a signal.
-#[derive(Clone, Copy)]
-pub(crate) enum SignalAction {
-    Default,
-    Ignore,
-    /// A handler that takes the signal's number alone.
-    Simple(unsafe extern "C" fn(c_int)),
-    Full(Handler),
+/// What happens on a signal, as the kernel has it.
+///
+/// # References
+///
+/// Linux 6.12, `arch/x86/include/uapi/asm/signal.h`, `struct sigaction`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Action {
+    /// `SIG_DFL`, `SIG_IGN` or the address of a function.
+    pub(crate) handler: usize,
+    pub(crate) flags: u64,
+    /// Set by [`set_action`].
+    restorer: usize,
+    /// The signals to block meanwhile, one bit each from signal 1.
+    pub(crate) mask: u64,
 }
 
-/// Replaces the action of a signal and returns the one before. All signals are blocked while the handler runs, and it runs on
-/// the alternate stack.
+/// The bytes of the kernel's signal sets.
+const SET: usize = 8;
+
+impl Action {
+    pub(crate) const DEFAULT: Self = Self::new(libc::SIG_DFL, 0, 0);
+
+    pub(crate) const fn new(handler: usize, flags: u64, mask: u64) -> Self {
+        Self { handler, flags, restorer: 0, mask }
+    }
+
+    /// Whether it is a function that is called.
+    pub(crate) const fn is_function(&self) -> bool {
+        !matches!(self.handler, libc::SIG_DFL | libc::SIG_IGN)
+    }
+}
+
+/// Where a signal handler returns to.
+#[unsafe(naked)]
+unsafe extern "C" fn restorer() {
+    // rt_sigreturn. Unwinders know it by these very bytes.
+    std::arch::naked_asm!("mov rax, 15", "syscall")
+}
+
+/// Returns the action of a signal; async-signal-safe.
+pub(crate) fn action(signal: c_int) -> io::Result<Action> {
+    let mut action = Action::DEFAULT;
+    // SAFETY: the struct is the kernel's, and writable.
+    let result = unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, ptr::null::<Action>(), &raw mut action, SET) };
+    if result == 0 { Ok(action) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sets the action of a signal, without regard to what the C library knows of it; async-signal-safe.
 ///
 /// # Safety
 ///
 /// The handler is one that may be called at any instruction.
-pub(crate) unsafe fn replace_action(signal: c_int, handler: Handler) -> io::Result<SignalAction> {
-    // SAFETY: sigaction is a C struct for which zero is a value.
-    let mut new: libc::sigaction = unsafe { mem::zeroed() };
-    new.sa_sigaction = handler as usize;
-    new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: the mask is writable.
-    unsafe { libc::sigfillset(&raw mut new.sa_mask) };
-    // SAFETY: as for `new`.
-    let mut old: libc::sigaction = unsafe { mem::zeroed() };
-    // SAFETY: both structs live across the call; the caller answers for the handler.
-    if unsafe { libc::sigaction(signal, &raw const new, &raw mut old) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(match old.sa_sigaction {
-        libc::SIG_DFL => SignalAction::Default,
-        libc::SIG_IGN => SignalAction::Ignore,
-        // SAFETY: it is neither of the two special values, so it is a function of the kind that the flag says.
-        address if old.sa_flags & libc::SA_SIGINFO != 0 => SignalAction::Full(unsafe {
-            mem::transmute::<usize, unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void)>(address)
-        }),
-        // SAFETY: as above.
-        address => SignalAction::Simple(unsafe { mem::transmute::<usize, unsafe extern "C" fn(c_int)>(address) }),
-    })
+pub(crate) unsafe fn set_action(signal: c_int, action: Action) -> io::Result<()> {
+    /// (Linux 6.12, `arch/x86/include/uapi/asm/signal.h`.)
+    const SA_RESTORER: u64 = 0x0400_0000;
+    let action = Action { flags: action.flags | SA_RESTORER, restorer: restorer as *const () as usize, ..action };
+    // SAFETY: the struct is the kernel's; the caller answers for the handler.
+    let result =
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &raw const action, ptr::null_mut::<Action>(), SET) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Restores the default action of a signal; async-signal-safe.
-pub(crate) fn default_action(signal: c_int) {
-    // SAFETY: SIG_DFL takes one argument and leaves nothing behind; a failure leaves nothing to do.
-    unsafe { libc::signal(signal, libc::SIG_DFL) };
+/// Sets which signals are blocked in the calling thread, and returns those that were; async-signal-safe.
+pub(crate) fn set_mask(mask: u64) -> u64 {
+    let mut old = 0u64;
+    // SAFETY: both sets are the kernel's size, and live across the call, which cannot fail with these arguments.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, &raw mut old, SET) };
+    old
+}
+
+/// sigprocmask(2) with the kernel's sets; returns an error number.
+pub(crate) fn change_mask(how: c_int, mask: Option<u64>, old: *mut u64) -> c_int {
+    let new = mask.as_ref().map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: the kernel writes 8 bytes to `old`, if it is not null, or refuses.
+    match unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, new, old, SET) } {
+        0 => 0,
+        _ => io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL),
+    }
 }
 
 /// Sends the calling thread a signal; async-signal-safe.
 pub(crate) fn resend(signal: c_int) {
-    // SAFETY: raise touches no memory of ours.
-    unsafe { libc::raise(signal) };
+    // SAFETY: the call touches no memory.
+    let thread = unsafe { libc::syscall(libc::SYS_gettid) };
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_tgkill, process_id(), thread, signal) };
 }
 
-/// A thread's alternate signal stack.
+/// A thread's alternate signal stack, as the kernel has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct AlternateStack {
-    /// The lowest address; `None` for no alternate stack.
-    pub(crate) start: Option<ptr::NonNull<u8>>,
+    pub(crate) start: usize,
     pub(crate) size: usize,
+    /// `SS_DISABLE` if there is none.
+    pub(crate) flags: c_int,
 }
 
-/// Sets the calling thread's alternate signal stack.
+/// Take the stack from its top even if the stack pointer lies in it already, where a domain may have put it.
+/// (Linux 6.12, `include/uapi/linux/signal.h`.)
+pub(crate) const SS_AUTODISARM: c_int = 1 << 31;
+
+impl AlternateStack {
+    pub(crate) const NONE: Self = Self { start: 0, size: 0, flags: libc::SS_DISABLE };
+
+    /// The addresses, if there is one.
+    pub(crate) fn addresses(&self) -> Option<Range<usize>> {
+        (self.flags & libc::SS_DISABLE == 0).then(|| self.start..self.start + self.size)
+    }
+
+    const fn for_kernel(self) -> libc::stack_t {
+        libc::stack_t { ss_sp: ptr::without_provenance_mut(self.start), ss_flags: self.flags, ss_size: self.size }
+    }
+}
+
+/// Sets the calling thread's alternate signal stack; async-signal-safe.
 ///
 /// # Safety
 ///
 /// The memory stays mapped, for nothing else, until another stack is set.
-pub(crate) unsafe fn set_alternate_stack(stack: &AlternateStack) -> io::Result<()> {
-    /// Take the stack from its top even if the stack pointer lies in it already, where a domain may have put it.
-    /// (Linux 6.12, `include/uapi/linux/signal.h`.)
-    const SS_AUTODISARM: c_int = 1 << 31;
-    let new = libc::stack_t {
-        ss_sp: stack.start.map_or(ptr::null_mut(), |start| start.as_ptr().cast()),
-        ss_flags: if stack.start.is_some() { SS_AUTODISARM } else { libc::SS_DISABLE },
-        ss_size: stack.size,
-    };
-    // SAFETY: `new` lives across the call; the caller answers for the memory.
-    match unsafe { libc::sigaltstack(&raw const new, ptr::null_mut()) } {
+pub(crate) unsafe fn set_alternate_stack(stack: Range<usize>) -> io::Result<()> {
+    restore_alternate_stack(AlternateStack { start: stack.start, size: stack.len(), flags: SS_AUTODISARM })
+}
+
+/// Sets the calling thread's alternate signal stack to what the program has asked for; async-signal-safe.
+pub(crate) fn restore_alternate_stack(stack: AlternateStack) -> io::Result<()> {
+    let new = stack.for_kernel();
+    // SAFETY: `new` lives across the call. Whoever asked for the stack answers for the memory.
+    match unsafe { libc::syscall(libc::SYS_sigaltstack, &raw const new, ptr::null_mut::<libc::stack_t>()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Returns the calling thread's alternate signal stack, if it has one; async-signal-safe.
-pub(crate) fn alternate_stack() -> Option<Range<usize>> {
-    let mut stack = libc::stack_t { ss_sp: ptr::null_mut(), ss_flags: 0, ss_size: 0 };
+/// Returns the calling thread's alternate signal stack; async-signal-safe.
+pub(crate) fn alternate_stack() -> AlternateStack {
+    let mut stack = AlternateStack::NONE.for_kernel();
     // SAFETY: `stack` is writable, and nothing is changed.
-    let result = unsafe { libc::sigaltstack(ptr::null(), &raw mut stack) };
-    let start = stack.ss_sp as usize;
-    (result == 0 && stack.ss_flags & libc::SS_DISABLE == 0).then(|| start..start + stack.ss_size)
+    unsafe { libc::syscall(libc::SYS_sigaltstack, ptr::null::<libc::stack_t>(), &raw mut stack) };
+    AlternateStack { start: stack.ss_sp as usize, size: stack.ss_size, flags: stack.ss_flags }
+}
+
+/// A POSIX timer of the kernel's.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Timer(c_int);
+
+/// Makes a timer that sends the calling thread a signal, with a value that tells it apart.
+pub(crate) fn create_timer(signal: c_int, value: usize) -> io::Result<Timer> {
+    // SAFETY: the call touches no memory.
+    let thread = unsafe { libc::syscall(libc::SYS_gettid) };
+    // SAFETY: sigevent is a C struct for which zero is a value.
+    let mut event: libc::sigevent = unsafe { mem::zeroed() };
+    event.sigev_notify = libc::SIGEV_THREAD_ID;
+    event.sigev_signo = signal;
+    event.sigev_value.sival_ptr = ptr::without_provenance_mut(value);
+    event.sigev_notify_thread_id = thread as c_int;
+    let mut timer = 0;
+    // SAFETY: both structs live across the call.
+    match unsafe { libc::syscall(libc::SYS_timer_create, libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } {
+        0 => Ok(Timer(timer)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Arms a timer to expire after this time, and every millisecond from then on, or disarms it.
+pub(crate) fn set_timer(timer: Timer, after: Option<Duration>) -> io::Result<()> {
+    let after = after.unwrap_or_default();
+    let seconds = libc::time_t::try_from(after.as_secs()).unwrap_or(libc::time_t::MAX);
+    let value = libc::timespec { tv_sec: seconds, tv_nsec: after.subsec_nanos().into() };
+    let new = libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 }, it_value: value };
+    // SAFETY: the struct lives across the call.
+    match unsafe { libc::syscall(libc::SYS_timer_settime, timer.0, 0, &raw const new, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Deletes a timer.
+pub(crate) fn delete_timer(timer: Timer) {
+    // SAFETY: the call touches no memory. It fails for no timer that was created.
+    unsafe { libc::syscall(libc::SYS_timer_delete, timer.0) };
+}
+
+/// Makes a thread-specific value whose destructor runs after those of thread-locals.
+pub(crate) fn thread_key(destructor: unsafe extern "C" fn(*mut c_void)) -> Option<libc::pthread_key_t> {
+    let mut key = 0;
+    // SAFETY: the key is writable; the destructor is called with what `set_for_thread` has set.
+    (unsafe { libc::pthread_key_create(&raw mut key, Some(destructor)) } == 0).then_some(key)
+}
+
+/// Sets the calling thread's value.
+pub(crate) fn set_for_thread(key: libc::pthread_key_t, value: *const c_void) -> bool {
+    // SAFETY: the key was made by `thread_key`.
+    unsafe { libc::pthread_setspecific(key, value) == 0 }
 }
 
 /// Lets signals reach the calling thread. One that a fault raises kills the process where it is blocked.
@@ -116,12 +220,6 @@ pub(crate) fn unblock(signals: &[c_int]) -> io::Result<()> {
     }
 }
 
-/// Returns the smallest alternate stack that holds a signal frame on this CPU, in bytes.
-pub(crate) fn minimum_signal_stack() -> usize {
-    const AT_MINSIGSTKSZ: libc::c_ulong = 51;
-    (auxiliary(AT_MINSIGSTKSZ) as usize).max(libc::MINSIGSTKSZ)
-}
-
 /// Returns an entry of the auxiliary vector, 0 if there is none.
 pub(crate) fn auxiliary(entry: libc::c_ulong) -> libc::c_ulong {
     // SAFETY: getauxval reads the process's own vector.
@@ -136,14 +234,25 @@ pub(crate) fn process_id() -> u32 {
 
 /// Ends this process and nothing else; async-signal-safe.
 pub(crate) fn exit_now() -> ! {
-    // SAFETY: _exit leaves without running anything of the process's.
-    unsafe { libc::_exit(libc::EXIT_FAILURE) }
+    exit_with(libc::EXIT_FAILURE)
 }
 
-/// Has a function called in the child of each fork that the C library makes.
-pub(crate) fn in_forked_children(function: extern "C" fn()) -> io::Result<()> {
-    // SAFETY: the function may be called at any time in a child.
-    match unsafe { libc::pthread_atfork(None, None, Some(function)) } {
+/// exit_group(2). The C library's function of that purpose is replaced by this crate's.
+fn exit_with(status: c_int) -> ! {
+    loop {
+        // SAFETY: the call leaves without running anything of the process's.
+        unsafe { libc::syscall(libc::SYS_exit_group, status) };
+    }
+}
+
+/// Has functions called around each fork that the C library makes: before it, and after it in the parent and in the child.
+pub(crate) fn around_forks(
+    before: extern "C" fn(),
+    in_parent: extern "C" fn(),
+    in_child: extern "C" fn(),
+) -> io::Result<()> {
+    // SAFETY: the functions may be called at any time.
+    match unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) } {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
     }
@@ -202,8 +311,7 @@ pub(crate) unsafe fn fork_probe(function: impl FnOnce() -> bool) -> io::Result<b
         // SAFETY: prctl with these arguments touches no memory: no core file of an experiment that is killed.
         unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
         let status = c_int::from(!function());
-        // SAFETY: _exit leaves without running anything of this process's.
-        unsafe { libc::_exit(status) }
+        exit_with(status)
     }
     let mut status = 0;
     loop {

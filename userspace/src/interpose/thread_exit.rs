@@ -5,15 +5,14 @@
 //! discarded, so in a domain there is nothing to note. Outside, registration goes to the C library as ever.
 
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::{sys, tls};
+use super::Next;
+use crate::tls;
 
 type Destructor = unsafe extern "C" fn(*mut c_void);
 type Register = unsafe extern "C" fn(Destructor, *mut c_void, *mut c_void) -> c_int;
 
-/// The C library's function, found at its first call. 0: not yet looked for.
-static NEXT: AtomicUsize = AtomicUsize::new(0);
+static NEXT: Next = Next::new(c"__cxa_thread_atexit_impl");
 
 /// Registers a destructor of the calling thread, for Rust's std and for C++'s `thread_local`.
 ///
@@ -33,15 +32,8 @@ pub(crate) unsafe extern "C" fn __cxa_thread_atexit_impl(
     if tls::is_in_domain() {
         return 0;
     }
-    let mut next = NEXT.load(Ordering::Relaxed);
-    if next == 0 {
-        let found = sys::lookup_next(c"__cxa_thread_atexit_impl");
-        // Without it the destructor would be lost in silence; every glibc since 2.18 has it.
-        next = found.expect("the C library registers destructors of thread-locals").as_ptr() as usize;
-        NEXT.store(next, Ordering::Relaxed);
-    }
     // SAFETY: it is the C library's function of this name.
-    let register = unsafe { std::mem::transmute::<usize, Register>(next) };
+    let register = unsafe { std::mem::transmute::<usize, Register>(NEXT.get()) };
     // SAFETY: the same contract.
     unsafe { register(destructor, object, library) }
 }

@@ -1,18 +1,19 @@
 //! The C library's malloc family, replaced: in a domain it serves the domain's heap, outside it forwards to the C library.
 //!
-//! An executable that links this crate exports these symbols, and the loader binds every library's calls to them. Rust's
-//! default allocator calls them too. Which heap a call is for is read from a thread-local, of which each domain has a copy of
-//! its own; so a switch of domains costs nothing here.
+//! Rust's default allocator calls these too. Which heap a call is for is read from a thread-local, of which each domain has a
+//! copy of its own; so a switch of domains costs nothing here.
 //!
 //! In a domain a pointer that is not a live block of its heap ends the call with a violation.
 
+use std::arch::naked_asm;
 use std::ffi::{c_int, c_void};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pkru::heap::{ALIGNMENT, DomainHeap, HeapError};
 
-use crate::{report, sys, tls};
+use super::Next;
+use crate::report::{self, Report};
+use crate::{sys, tls};
 
 unsafe extern "C" {
     fn __libc_malloc(size: usize) -> *mut c_void;
@@ -46,10 +47,10 @@ fn fail(errno: c_int) -> *mut c_void {
     ptr::null_mut()
 }
 
-fn checked<T>(result: Result<T, HeapError>) -> T {
+fn checked<T>(result: Result<T, HeapError>, caller: u64) -> T {
     match result {
         Ok(value) => value,
-        Err(error) => report::invalid_free(error),
+        Err(error) => report::end_call(Report::InvalidFree(error, caller)),
     }
 }
 
@@ -87,11 +88,17 @@ pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void
 ///
 /// As C says: the block was allocated here and is not used any more if another is returned.
 #[unsafe(no_mangle)]
+#[unsafe(naked)]
 pub(crate) unsafe extern "C" fn realloc(block: *mut c_void, size: usize) -> *mut c_void {
+    // The return address says who is to blame if the block is none.
+    naked_asm!("mov rdx, [rsp]", "jmp {}", sym reallocate)
+}
+
+unsafe extern "C" fn reallocate(block: *mut c_void, size: usize, caller: u64) -> *mut c_void {
     match (domain_heap(), NonNull::new(block.cast())) {
         (Some(heap), None) => pointer(heap.allocate(size, ALIGNMENT)),
         // SAFETY: the caller gives the block up.
-        (Some(heap), Some(block)) => pointer(checked(unsafe { heap.reallocate(block, size) })),
+        (Some(heap), Some(block)) => pointer(checked(unsafe { heap.reallocate(block, size) }, caller)),
         // SAFETY: the C library's own function with the same contract.
         (None, _) => unsafe { __libc_realloc(block, size) },
     }
@@ -103,10 +110,15 @@ pub(crate) unsafe extern "C" fn realloc(block: *mut c_void, size: usize) -> *mut
 ///
 /// As for [`realloc`].
 #[unsafe(no_mangle)]
+#[unsafe(naked)]
 pub(crate) unsafe extern "C" fn reallocarray(block: *mut c_void, count: usize, size: usize) -> *mut c_void {
+    naked_asm!("mov rcx, [rsp]", "jmp {}", sym reallocate_array)
+}
+
+unsafe extern "C" fn reallocate_array(block: *mut c_void, count: usize, size: usize, caller: u64) -> *mut c_void {
     match count.checked_mul(size) {
         // SAFETY: the same contract.
-        Some(size) => unsafe { realloc(block, size) },
+        Some(size) => unsafe { reallocate(block, size, caller) },
         None => fail(libc::ENOMEM),
     }
 }
@@ -117,12 +129,17 @@ pub(crate) unsafe extern "C" fn reallocarray(block: *mut c_void, count: usize, s
 ///
 /// As C says: the block was allocated here and is not used any more.
 #[unsafe(no_mangle)]
+#[unsafe(naked)]
 pub(crate) unsafe extern "C" fn free(block: *mut c_void) {
+    naked_asm!("mov rsi, [rsp]", "jmp {}", sym release)
+}
+
+unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
     match domain_heap() {
         Some(heap) => {
             if let Some(block) = NonNull::new(block.cast()) {
                 // SAFETY: the caller gives the block up.
-                checked(unsafe { heap.free(block) });
+                checked(unsafe { heap.free(block) }, caller);
             }
         }
         // SAFETY: the C library's own function with the same contract.
@@ -213,22 +230,20 @@ pub(crate) unsafe extern "C" fn pvalloc(size: usize) -> *mut c_void {
 ///
 /// As C says: the block was allocated here.
 #[unsafe(no_mangle)]
+#[unsafe(naked)]
 pub(crate) unsafe extern "C" fn malloc_usable_size(block: *mut c_void) -> usize {
-    /// The C library's function, which has no other name there; found at its first call. 0: not yet looked for.
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    naked_asm!("mov rsi, [rsp]", "jmp {}", sym usable_size)
+}
+
+unsafe extern "C" fn usable_size(block: *mut c_void, caller: u64) -> usize {
+    /// It has no other name in the C library.
+    static NEXT: Next = Next::new(c"malloc_usable_size");
 
     let Some(block) = NonNull::new(block) else { return 0 };
     if let Some(heap) = domain_heap() {
-        return checked(heap.usable_size(block.cast()));
+        return checked(heap.usable_size(block.cast()), caller);
     }
-    let mut next = NEXT.load(Ordering::Relaxed);
-    if next == 0 {
-        next = sys::lookup_next(c"malloc_usable_size").map_or(0, |function| function.as_ptr() as usize);
-        NEXT.store(next, Ordering::Relaxed);
-    }
-    if next == 0 {
-        return 0;
-    }
+    let Some(next) = NEXT.find() else { return 0 };
     // SAFETY: it is the C library's function of this name.
     let function = unsafe { std::mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> usize>(next) };
     // SAFETY: the same contract.

@@ -1,0 +1,197 @@
+//! Making domains.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pkru::AccessRights;
+use pkru::domain::{Domain as Core, Sizes, default_rights};
+use pkru::{KeyRights, ProtectionKey};
+
+use super::{Domain, Hook, Limits};
+use crate::library::Given;
+use crate::platform::{Linux, MAILBOX};
+use crate::process::Process;
+use crate::region::Region;
+use crate::violation::ViolationKind;
+use crate::{Error, sys, tls};
+
+/// Chooses what a [`Domain`] is made of.
+///
+/// It can be cloned, and makes as many domains as are wanted, except with a [`library`](Self::library), which only one can have.
+#[derive(Clone)]
+#[must_use]
+pub struct Builder {
+    name: Arc<str>,
+    stack: usize,
+    heap: usize,
+    limits: Limits,
+    hook: Option<Hook>,
+    libraries: Vec<String>,
+    regions: Vec<(Region, AccessRights)>,
+}
+
+impl Builder {
+    /// The smallest stack, in bytes.
+    const MINIMUM_STACK: usize = 4 * MAILBOX;
+    /// The smallest heap, in bytes.
+    const MINIMUM_HEAP: usize = 4 * 4096;
+
+    pub(super) fn new(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            stack: 1 << 20,
+            heap: 64 << 20,
+            limits: Limits::default(),
+            hook: None,
+            libraries: Vec::new(),
+            regions: Vec::new(),
+        }
+    }
+
+    /// Sets the size of the stack in bytes, rounded up to pages: 1 MiB if it is not set.
+    pub const fn stack_size(mut self, bytes: usize) -> Self {
+        self.stack = bytes;
+        self
+    }
+
+    /// Sets the size of the heap in bytes, rounded up to pages: 64 MiB if it is not set. Memory is used as it is touched.
+    pub const fn heap_size(mut self, bytes: usize) -> Self {
+        self.heap = bytes;
+        self
+    }
+
+    /// Makes the domain transient: each call finds it empty. Otherwise it is persistent: state lasts from call to call, until a
+    /// violation.
+    pub const fn transient(mut self) -> Self {
+        self.limits.transient = true;
+        self
+    }
+
+    /// Ends each call that takes longer than this, callbacks included, with [`ViolationKind::Deadline`].
+    ///
+    /// It is real time, and costs three system calls for each call.
+    pub const fn deadline(mut self, time: Duration) -> Self {
+        self.limits.deadline = Some(time);
+        self
+    }
+
+    /// Retires the domain after so many violations with no good call between them: further calls run nothing and are
+    /// [`ViolationKind::Retired`], until [`Domain::reinstate`].
+    pub const fn retire_after(mut self, violations: u32) -> Self {
+        self.limits.retire_after = Some(violations);
+        self
+    }
+
+    /// Has a function called with each violation, before the caller gets it.
+    pub fn on_violation(mut self, hook: impl Fn(&crate::Violation) + Send + Sync + 'static) -> Self {
+        self.hook = Some(Arc::new(hook));
+        self
+    }
+
+    /// Runs a function now, outside any domain: one that has code fill the tables that it keeps in statics, which it could not
+    /// in a domain.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # unsafe extern "C" { fn codec_init() -> i32; }
+    /// use pkru_userspace::Domain;
+    ///
+    /// // SAFETY: it has no preconditions.
+    /// let domain = Domain::builder("codec").warm_up(|| unsafe { codec_init() }).build()?;
+    /// # Ok::<(), pkru_userspace::Error>(())
+    /// ```
+    pub fn warm_up<R>(self, function: impl FnOnce() -> R) -> Self {
+        function();
+        self
+    }
+
+    /// Gives the domain the writable data of a loaded shared library, by the name of its file: `libfoo.so`, or with a version
+    /// `libfoo.so.1`.
+    ///
+    /// Code in the domain can then write the library's statics. What they are when the domain is built is kept, and comes back when
+    /// the domain is discarded or dropped. No other domain can use the library meanwhile.
+    ///
+    /// # Safety
+    ///
+    /// From now on, until the domain is dropped, the program calls nothing in the library outside the domain: what it would find in
+    /// its data is whatever code in the domain has left there, function pointers included. That holds also for other libraries which
+    /// use this one.
+    pub unsafe fn library(mut self, name: &str) -> Self {
+        self.libraries.push(name.into());
+        self
+    }
+
+    /// Lets the domain use a region of shared memory: read it, or read and write it.
+    pub fn region(mut self, region: &Region, access: crate::RegionAccess) -> Self {
+        self.regions.push((region.clone(), access.rights()));
+        self
+    }
+
+    /// Makes the domain.
+    ///
+    /// The first time in a process this finds out what the machine can do, and takes over the handling of signals. Each time it binds
+    /// what libraries loaded since then call, and tries a first call.
+    ///
+    /// # Errors
+    ///
+    /// What is missing on this machine, a size that it cannot have, or that no protection key is left.
+    pub fn build(self) -> Result<Domain, Error> {
+        if tls::is_in_domain() {
+            return Err(Error::InDomain);
+        }
+        let limit = sys::physical_memory();
+        for (part, requested, minimum) in
+            [("stack", self.stack, Self::MINIMUM_STACK), ("heap", self.heap, Self::MINIMUM_HEAP)]
+        {
+            if requested < minimum || requested > limit {
+                return Err(Error::Size { part, requested, minimum, limit });
+            }
+        }
+        let rights = self.rights(Process::get()?);
+        let libraries = self.libraries.iter().map(|name| Given::new(name)).collect::<Result<_, _>>()?;
+        let sizes = Sizes { stack: self.stack + MAILBOX, heap: self.heap };
+        let core = Core::new(Linux { rights, libraries }, sizes)?;
+        let regions = self.regions.into_iter().map(|(region, _)| region).collect();
+        let mut domain = Domain::new(core, self.name, regions);
+        domain.try_out()?;
+        domain.set_limits(self.limits, self.hook);
+        Ok(domain)
+    }
+
+    /// The rights of the domain but for its own key.
+    fn rights(&self, process: &Process) -> KeyRights {
+        let nobody = default_rights(ProtectionKey::DEFAULT).with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY);
+        let with_stack = process.signal_stack_key().map_or(nobody, |key| nobody.with(key, AccessRights::READ_WRITE));
+        self.regions.iter().fold(with_stack, |rights, (region, access)| rights.with(region.key(), *access))
+    }
+}
+
+impl Domain {
+    /// A first call, to see whether the program's allocator leads to the domain's heap: it may have a `#[global_allocator]` that is
+    /// not the system's.
+    fn try_out(&mut self) -> Result<(), Error> {
+        let heap = self.core.memory().heap();
+        match self.call(|| std::ptr::from_ref(&*Box::new(0u64)) as usize) {
+            Ok(block) if heap.contains(&block) => Ok(()),
+            Err(violation) => match violation.into_kind() {
+                ViolationKind::NotReady(error) => Err(error),
+                _ => Err(Error::MallocNotRouted),
+            },
+            Ok(_) => Err(Error::MallocNotRouted),
+        }
+    }
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder")
+            .field("name", &self.name)
+            .field("stack", &self.stack)
+            .field("heap", &self.heap)
+            .field("limits", &self.limits)
+            .field("libraries", &self.libraries)
+            .finish_non_exhaustive()
+    }
+}

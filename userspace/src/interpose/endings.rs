@@ -1,0 +1,219 @@
+//! Functions by which code ends the program or leaves its frames. In a domain they end the call.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::mem;
+
+use super::Next;
+use crate::report::{self, Report};
+use crate::{thread, tls};
+
+/// abort(3).
+///
+/// # Safety
+///
+/// None: it is C's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn abort() -> ! {
+    static NEXT: Next = Next::new(c"abort");
+    // SAFETY: the pointer is null, or in a domain leads to its heap.
+    if let Some(heap) = unsafe { tls::current_heap().as_ref() } {
+        report::end_call(match heap.last_failed() {
+            0 => Report::Abort,
+            size => Report::OutOfMemory { size },
+        });
+    }
+    // SAFETY: it is the C library's function of this name.
+    let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(NEXT.get()) };
+    // SAFETY: the same contract.
+    unsafe { next() }
+}
+
+macro_rules! exits {
+    ($($(#[$doc:meta])* $name:ident = $next:literal;)*) => {
+        $(
+            $(#[$doc])*
+            ///
+            /// # Safety
+            ///
+            /// None: it is C's.
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "C" fn $name(status: c_int) -> ! {
+                static NEXT: Next = Next::new($next);
+                if tls::is_in_domain() {
+                    report::end_call(Report::Exit { status });
+                }
+                // SAFETY: it is the C library's function of this name.
+                let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(c_int) -> !>(NEXT.get()) };
+                // SAFETY: the same contract.
+                unsafe { next(status) }
+            }
+        )*
+    };
+}
+
+exits! {
+    /// exit(3).
+    exit = c"exit";
+    /// _exit(2).
+    _exit = c"_exit";
+    /// _Exit(2).
+    _Exit = c"_Exit";
+    /// quick_exit(3).
+    quick_exit = c"quick_exit";
+}
+
+/// What code calls whose stack canary has changed.
+///
+/// # Safety
+///
+/// None: it is the compiler's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn __stack_chk_fail() -> ! {
+    static NEXT: Next = Next::new(c"__stack_chk_fail");
+    if tls::is_in_domain() {
+        report::end_call(Report::StackSmashed);
+    }
+    // SAFETY: it is the C library's function of this name.
+    let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(NEXT.get()) };
+    // SAFETY: the same contract.
+    unsafe { next() }
+}
+
+/// What a failed assertion in C calls.
+///
+/// # Safety
+///
+/// As C says.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn __assert_fail(
+    assertion: *const c_char,
+    file: *const c_char,
+    line: libc::c_uint,
+    function: *const c_char,
+) -> ! {
+    type Function = unsafe extern "C" fn(*const c_char, *const c_char, libc::c_uint, *const c_char) -> !;
+    static NEXT: Next = Next::new(c"__assert_fail");
+    if tls::is_in_domain() {
+        report::end_call(Report::Assertion { text: assertion.addr() });
+    }
+    // SAFETY: it is the C library's function of this name.
+    let next = unsafe { mem::transmute::<usize, Function>(NEXT.get()) };
+    // SAFETY: the same contract.
+    unsafe { next(assertion, file, line, function) }
+}
+
+/// C++'s `std::terminate`, which an exception that nobody catches ends in.
+///
+/// # Safety
+///
+/// None: it is C++'s.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
+    static NEXT: Next = Next::new(c"_ZSt9terminatev");
+    if tls::is_in_domain() {
+        report::end_call(Report::Exception);
+    }
+    match NEXT.find() {
+        Some(next) => {
+            // SAFETY: it is the C++ library's function of this name.
+            let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(next) };
+            // SAFETY: the same contract.
+            unsafe { next() }
+        }
+        // Loaded out of reach of the search; this is what it does.
+        // SAFETY: abort can be called at any time.
+        None => unsafe { abort() },
+    }
+}
+
+/// The same, by the name by which the C++ library calls it when an exception finds no handler.
+///
+/// # Safety
+///
+/// As for the C++ library.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn _ZN10__cxxabiv111__terminateEPFvvE(handler: *mut c_void) -> ! {
+    static NEXT: Next = Next::new(c"_ZN10__cxxabiv111__terminateEPFvvE");
+    if tls::is_in_domain() {
+        report::end_call(Report::Exception);
+    }
+    match NEXT.find() {
+        Some(next) => {
+            // SAFETY: it is the C++ library's function of this name.
+            let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> !>(next) };
+            // SAFETY: the same contract.
+            unsafe { next(handler) }
+        }
+        // SAFETY: as above.
+        None => unsafe { abort() },
+    }
+}
+
+/// Returns the stack pointer that a jump buffer holds.
+///
+/// glibc keeps it rotated and mixed with the thread's pointer guard (2.36, `sysdeps/x86_64/jmpbuf-offsets.h` and
+/// `sysdeps/unix/sysv/linux/x86_64/pointer_guard.h`).
+///
+/// # Safety
+///
+/// The buffer is readable.
+unsafe fn stack_of(buffer: *const c_void) -> usize {
+    const STACK: usize = 6;
+    // SAFETY: the buffer is longer than that.
+    let mangled = unsafe { buffer.cast::<u64>().wrapping_add(STACK).read() };
+    let guard: u64;
+    // SAFETY: the C library keeps the guard at this place of the thread's descriptor.
+    unsafe { std::arch::asm!("mov {}, fs:0x30", out(reg) guard, options(nostack, readonly, preserves_flags)) };
+    (mangled.rotate_right(17) ^ guard) as usize
+}
+
+macro_rules! jumps {
+    ($($(#[$doc:meta])* $name:ident = $next:literal;)*) => {
+        /// The C library's functions.
+        #[allow(non_upper_case_globals, reason = "they are named after the functions")]
+        mod next {
+            use super::Next;
+            $(pub(super) static $name: Next = Next::new($next);)*
+        }
+
+        /// Finds the functions that code in a domain forwards to, for it could not note where they are.
+        pub(crate) fn prepare() {
+            $(let _ = next::$name.find();)*
+        }
+
+        $(
+            $(#[$doc])*
+            ///
+            /// # Safety
+            ///
+            /// As C says.
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "C" fn $name(buffer: *mut c_void, value: c_int) -> ! {
+                // SAFETY: the caller answers for the buffer.
+                let target = unsafe { stack_of(buffer) };
+                if tls::is_in_domain() {
+                    if !tls::is_on_own_stack(target) {
+                        report::end_call(Report::Jump { target });
+                    }
+                } else if let Some(thread) = thread::current() {
+                    thread.jumping(target);
+                }
+                // SAFETY: it is the C library's function of this name.
+                let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*mut c_void, c_int) -> !>(next::$name.get()) };
+                // SAFETY: the same contract.
+                unsafe { next(buffer, value) }
+            }
+        )*
+    };
+}
+
+jumps! {
+    /// longjmp(3).
+    longjmp = c"longjmp";
+    /// longjmp(3), by another name.
+    _longjmp = c"_longjmp";
+    /// siglongjmp(3).
+    siglongjmp = c"siglongjmp";
+    /// longjmp(3), with a check, for code that was compiled with `_FORTIFY_SOURCE`.
+    __longjmp_chk = c"__longjmp_chk";
+}

@@ -1,0 +1,100 @@
+//! Giving a domain the data of a shared library.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use pkru::ProtectionKey;
+
+use crate::Error;
+use crate::sys::{self, Library};
+
+/// A library whose writable data belongs to a domain, and what that data was like.
+#[derive(Debug)]
+pub(crate) struct Given {
+    /// Keeps it loaded.
+    _library: Library,
+    parts: Vec<Part>,
+}
+
+#[derive(Debug)]
+struct Part {
+    addresses: Range<usize>,
+    contents: Vec<u8>,
+}
+
+/// The addresses that domains have.
+static TAKEN: Mutex<Vec<Range<usize>>> = Mutex::new(Vec::new());
+
+impl Given {
+    /// Takes a loaded library by the name of its file, with or without the version at its end, as it is now.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such library, if another domain has it, or if it is one that the program itself cannot do without.
+    pub(crate) fn new(name: &str) -> Result<Self, Error> {
+        let library = sys::libraries().into_iter().find(|library| is_called(library, name));
+        let library = library.ok_or_else(|| Error::NoLibrary { name: name.into() })?;
+        if INDISPENSABLE.iter().any(|name| is_called(&library, name)) {
+            return Err(Error::LibraryInUse { name: name.into() });
+        }
+        let ranges = library.writable_pages();
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if ranges.iter().any(|range| taken.iter().any(|other| other.start == range.start)) {
+            return Err(Error::LibraryInUse { name: name.into() });
+        }
+        taken.extend(ranges.iter().cloned());
+        let contents = |range: &Range<usize>| {
+            // SAFETY: the pages are the library's data, which is mapped while this value holds it. A library of which other threads
+            // make use at this moment could change it; that is excluded by the builder's contract.
+            unsafe { std::slice::from_raw_parts(range.start as *const u8, range.len()) }.to_vec()
+        };
+        let parts = ranges.into_iter().map(|range| Part { contents: contents(&range), addresses: range }).collect();
+        Ok(Self { _library: library, parts })
+    }
+
+    /// Returns the pages of its writable data.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = Range<usize>> {
+        self.parts.iter().map(|part| part.addresses.clone())
+    }
+
+    /// Makes the data what it was.
+    pub(crate) fn restore(&self) {
+        for part in &self.parts {
+            // SAFETY: the pages are the library's, and as many; nothing runs in the domain that has them.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    part.contents.as_ptr(),
+                    part.addresses.start as *mut u8,
+                    part.contents.len(),
+                );
+            }
+        }
+    }
+
+    /// Takes the data away from the domain, and makes it what it was; `false` if a page could not be untagged.
+    pub(crate) fn take_back(&self) -> bool {
+        for part in &self.parts {
+            // SAFETY: the pages are the library's data.
+            if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_err() {
+                return false;
+            }
+        }
+        self.restore();
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.retain(|range| !self.parts.iter().any(|part| part.addresses == *range));
+        true
+    }
+}
+
+/// Libraries that the program uses at every step, and the object that is the program.
+const INDISPENSABLE: [&str; 5] = ["libc.so", "libpthread.so", "ld-linux-x86-64.so", "libgcc_s.so", "linux-vdso.so"];
+
+/// Whether a library's file has this name, or this name and a version.
+fn is_called(library: &Library, name: &str) -> bool {
+    if library.name.is_empty() {
+        return false;
+    }
+    let path = library.name.to_string_lossy();
+    let file = path.rsplit('/').next().unwrap_or_default();
+    file.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}

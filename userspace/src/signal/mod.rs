@@ -1,0 +1,218 @@
+//! Signals: the handler that ends a call whose code has faulted, and what it leaves alone.
+//!
+//! A handler starts with the kernel's initial rights, which allow key 0 alone, and with the FS base of whatever was
+//! interrupted. So the entry is a few instructions that touch no memory and open the rights; the rest is Rust that uses no
+//! thread-local. For a fault in a domain it writes the rewind's state into the signal frame, and sigreturn resumes there with
+//! the caller's rights in one step. Any other signal goes to the program's own handler, see [`deliver`].
+//!
+//! Whether a domain was interrupted is told by the stack that the frame lies on: each thread has one that the kernel uses for
+//! nothing else, and the slot of a key says on which thread it was pinned. No register that the domain could have set is asked.
+//!
+//! # References
+//!
+//! Linux 6.12, `arch/x86/kernel/signal.c`.
+
+pub(crate) mod actions;
+mod deliver;
+mod frame;
+
+use std::arch::naked_asm;
+use std::cell::Cell;
+use std::ffi::{c_int, c_void};
+use std::ops::Range;
+
+use pkru::gate::{Context, Gate};
+use pkru::instructions::{rdfsbase, wrfsbase};
+use pkru::{KeyRights, ProtectionKey};
+
+use crate::report::Report;
+use crate::{Error, keys, process, sys};
+use deliver::Interrupted;
+
+/// A call that runs in a domain, as the handler sees it. Domains can read it and not write it.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Running {
+    /// First, so that the gate's pointer to it leads to the whole.
+    pub(crate) context: Context,
+    /// The domain's own stack.
+    pub(crate) stack: Range<usize>,
+    /// Written by the handler, when it ends the call.
+    pub(crate) trap: Cell<Option<Trap>>,
+}
+
+/// What the handler notes of a fault.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Trap {
+    pub(crate) signal: c_int,
+    /// The kernel's reason, `si_code`.
+    pub(crate) code: c_int,
+    /// The address of the fault, where the signal has one.
+    pub(crate) address: u64,
+    pub(crate) instruction: u64,
+    /// The stack pointer.
+    pub(crate) stack: u64,
+    /// The page fault's error code, where it was one.
+    pub(crate) error_code: u32,
+    /// The page's key, where a key denied the access.
+    pub(crate) key: Option<ProtectionKey>,
+    /// The rights in force.
+    pub(crate) rights: KeyRights,
+    pub(crate) report: Option<Report>,
+}
+
+/// The signals that a fault raises, and the one by which code aborts.
+pub(crate) const FAULTS: [c_int; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGABRT];
+
+/// The signal that says that a call has taken too long: one of those that are never blocked.
+pub(crate) const DEADLINE: c_int = libc::SIGFPE;
+
+/// Installs the handler, also in the place of the program's own. Called once.
+pub(crate) fn install(pkru_offset: usize) -> Result<(), Error> {
+    frame::set_pkru_offset(pkru_offset);
+    actions::adopt().map_err(Error::system("install the signal handlers"))
+}
+
+/// Opens the rights, with registers alone, and goes on in Rust. The arguments are in RDI, RSI and RDX.
+#[unsafe(naked)]
+unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
+    naked_asm!(
+        "mov r8, rdx",
+        "xor eax, eax",
+        "xor ecx, ecx",
+        "xor edx, edx",
+        "wrpkru",
+        // A domain may have jumped to the write.
+        "test eax, eax",
+        "jne 2f",
+        // Linux leaves AC as it was, and a misaligned access here would be the end.
+        "pushfq",
+        "and dword ptr [rsp], ~0x40000",
+        "popfq",
+        "mov rdx, r8",
+        "jmp {handle}",
+        "2: ud2",
+        handle = sym handle,
+    )
+}
+
+unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
+    // SAFETY: the kernel passes a valid frame, and nobody else uses it while the handler runs.
+    let context = unsafe { &mut *frame.cast::<libc::ucontext_t>() };
+    let Some(running) = keys::running_on(frame as usize) else {
+        // SAFETY: the kernel passes a valid description of the signal.
+        if is_late_deadline(signal, unsafe { &*info }) {
+            return;
+        }
+        let from = deliver::outside(context);
+        // SAFETY: these are the kernel's own arguments; FS base and rights are the program's.
+        unsafe { deliver::deliver(signal, info, frame, &from) };
+        return;
+    };
+    // SAFETY: every context that is entered by this crate is the head of a `Running`, alive while its call runs.
+    let call = unsafe { running.cast::<Running>().as_ref() };
+    // SAFETY: the kernel passes a valid description of the signal.
+    if ends_call(signal, unsafe { &*info }) {
+        // Code in the domain has duplicated the process: the copy must not go on as the program.
+        if !process::is_original() {
+            sys::exit_now();
+        }
+        // SAFETY: the kernel passes a valid description of the signal.
+        call.trap.set(Some(unsafe { trap(signal, info, context) }));
+        // SAFETY: the signal struck this context's call on this thread, and sigreturn resumes as it says.
+        let rewind = unsafe { Gate::Pkru.rewind(running) };
+        if frame::write(context, rewind) {
+            // SAFETY: the caller had this FS base, and the C library's return from a handler uses none.
+            unsafe { wrfsbase(rewind.fs_base) };
+            return;
+        }
+        // No way back to the caller: the kernel's frames have changed since the capability check.
+        sys::exit_now();
+    }
+    // SAFETY: the process has domains, so it can read the FS base.
+    let interrupted = unsafe { rdfsbase() };
+    // SAFETY: the caller had this FS base.
+    unsafe { wrfsbase(call.context.caller_fs_base()) };
+    // What goes wrong in the program's handler is not the domain's doing.
+    // SAFETY: the signal struck this context's call on this thread.
+    unsafe { Gate::Pkru.hide(running) };
+    let from = Interrupted { stack: call.context.caller_stack() as usize, rights: call.context.caller_rights() };
+    // SAFETY: these are the kernel's own arguments; FS base and rights are the caller's.
+    unsafe { deliver::deliver(signal, info, frame, &from) };
+    // SAFETY: it goes on when this returns.
+    unsafe { Gate::Pkru.show(running) };
+    // SAFETY: it was in force when the signal struck.
+    unsafe { wrfsbase(interrupted) };
+}
+
+/// Whether a signal that struck in a domain is about the code there: a fault, one that it has sent itself, or its deadline.
+fn ends_call(signal: c_int, info: &libc::siginfo_t) -> bool {
+    if !FAULTS.contains(&signal) {
+        return false;
+    }
+    // SAFETY: a signal that a process has sent has its number; in others the field is not looked at.
+    let sender = || unsafe { info.si_pid() } as u32;
+    match info.si_code {
+        libc::SI_USER | libc::SI_QUEUE | libc::SI_TKILL => sender() == sys::process_id(),
+        libc::SI_TIMER => is_deadline(signal, info),
+        _ => true,
+    }
+}
+
+/// The value that a deadline's timer sends: nothing else has this address to give.
+pub(crate) fn deadline_value() -> usize {
+    entry as *const () as usize
+}
+
+fn is_deadline(signal: c_int, info: &libc::siginfo_t) -> bool {
+    // SAFETY: a signal that a timer has sent has its value; in others the code differs.
+    signal == DEADLINE
+        && info.si_code == libc::SI_TIMER
+        && unsafe { info.si_value() }.sival_ptr.addr() == deadline_value()
+}
+
+/// Whether a signal outside any domain is a deadline of a call that has just ended, or is waiting for a callback.
+fn is_late_deadline(signal: c_int, info: &libc::siginfo_t) -> bool {
+    is_deadline(signal, info)
+}
+
+/// Notes what the fault was.
+///
+/// # Safety
+///
+/// The pointer is the one that the kernel passed.
+unsafe fn trap(signal: c_int, info: *const libc::siginfo_t, context: &libc::ucontext_t) -> Trap {
+    /// The offset of `si_pkey` in `siginfo_t`, and the code that says that it is there
+    /// (Linux 6.12, `include/uapi/asm-generic/siginfo.h`).
+    const SI_PKEY: usize = 0x20;
+    const SEGV_PKUERR: c_int = 4;
+
+    let register = |index| frame::register(context, index);
+    // SAFETY: the caller answers for the pointer.
+    let description = unsafe { &*info };
+    let code = description.si_code;
+    // SAFETY: a signal of these that the CPU raised has an address; in others the field is some other number.
+    let address = unsafe { description.si_addr() } as u64;
+    let key = (signal == libc::SIGSEGV && code == SEGV_PKUERR).then(|| {
+        // SAFETY: with this code the field is there.
+        unsafe { info.wrapping_byte_add(SI_PKEY).cast::<u32>().read() }
+    });
+    let instruction = register(libc::REG_RIP);
+    let report = if signal == libc::SIGILL {
+        Report::decode(instruction, [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX].map(register))
+    } else {
+        None
+    };
+    Trap {
+        signal,
+        code,
+        address,
+        instruction,
+        stack: register(libc::REG_RSP),
+        error_code: register(libc::REG_ERR) as u32,
+        key: key.and_then(|key| ProtectionKey::new(key as u8)),
+        rights: frame::rights(context),
+        report,
+    }
+}

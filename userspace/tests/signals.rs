@@ -1,0 +1,460 @@
+//! A program's own signal handlers run as they would without domains, also when their signal arrives inside one.
+
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
+mod common;
+
+use std::cell::Cell;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{contain, domain, mistake, works};
+use pkru_userspace::Domain;
+
+type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
+
+fn install(signal: i32, handler: Handler, flags: i32) -> libc::sigaction {
+    // SAFETY: zeroed sigactions are valid, and the tests' handlers keep to what handlers may do.
+    unsafe {
+        let mut new: libc::sigaction = std::mem::zeroed();
+        new.sa_sigaction = handler as *const () as usize;
+        new.sa_flags = libc::SA_SIGINFO | flags;
+        let mut old: libc::sigaction = std::mem::zeroed();
+        assert_eq!(libc::sigaction(signal, &raw const new, &raw mut old), 0);
+        old
+    }
+}
+
+/// Has SIGALRM sent to this thread every so many microseconds; 0 ends that. The process's own timer would send it to any thread.
+fn timer(microseconds: libc::c_long) {
+    thread_local! { static TIMER: Cell<Option<libc::timer_t>> = const { Cell::new(None) } }
+    let timer = TIMER.get().unwrap_or_else(|| {
+        // SAFETY: the structs are valid, and live across the call.
+        unsafe {
+            let mut event: libc::sigevent = std::mem::zeroed();
+            event.sigev_notify = libc::SIGEV_THREAD_ID;
+            event.sigev_signo = libc::SIGALRM;
+            event.sigev_notify_thread_id = libc::gettid();
+            let mut timer = std::ptr::null_mut();
+            assert_eq!(libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer), 0);
+            timer
+        }
+    });
+    TIMER.set(Some(timer));
+    let interval = libc::timespec { tv_sec: 0, tv_nsec: microseconds * 1000 };
+    let value = libc::itimerspec { it_interval: interval, it_value: interval };
+    // SAFETY: the struct lives across the call.
+    assert_eq!(unsafe { libc::timer_settime(timer, 0, &raw const value, std::ptr::null_mut()) }, 0);
+}
+
+/// What the handlers have seen.
+static COUNT: AtomicU64 = AtomicU64::new(0);
+static WRONG: AtomicU64 = AtomicU64::new(0);
+static STACK: AtomicUsize = AtomicUsize::new(0);
+static WHERE: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! { static MARK: Cell<u32> = const { Cell::new(0) } }
+
+/// Looks at everything that must be the program's: thread-locals, rights to write, the stack, errno.
+extern "C" fn look(_: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let here = 0u8;
+    STACK.store((&raw const here).addr(), Ordering::Relaxed);
+    // SAFETY: the kernel passes valid pointers.
+    WHERE.store(
+        unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] } as usize,
+        Ordering::Relaxed,
+    );
+    // SAFETY: as above.
+    let number = unsafe { (*info).si_signo };
+    let good = number != 0 && MARK.get() == 7 && ALLOCATED.with(|word| **word == 11);
+    WRONG.fetch_add(u64::from(!good), Ordering::Relaxed);
+    COUNT.fetch_add(1, Ordering::Relaxed);
+}
+
+thread_local! { static ALLOCATED: Box<u32> = Box::new(11) }
+
+fn begin() {
+    MARK.set(7);
+    ALLOCATED.with(|word| assert_eq!(**word, 11));
+}
+
+/// Runs in domains for a while, under timer signals, now and then with a fault; returns how many calls there were.
+fn run_for(time: Duration, domain: &mut Domain) -> u64 {
+    let start = Instant::now();
+    let mut calls = 0;
+    while start.elapsed() < time {
+        for _ in 0..50 {
+            let sum = domain.call(|| (0..black_box(20_000u64)).map(black_box).sum::<u64>());
+            assert_eq!(sum.unwrap(), 199_990_000);
+        }
+        contain(domain, mistake);
+        calls += 52;
+    }
+    calls
+}
+
+fn a_kilohertz(flags: i32, time: Duration) {
+    begin();
+    let mut domain = need!(domain("timed"));
+    install(libc::SIGALRM, look, flags);
+    timer(1000);
+    let calls = run_for(time, &mut domain);
+    timer(0);
+    let (count, wrong) = (COUNT.load(Ordering::Relaxed), WRONG.load(Ordering::Relaxed));
+    println!("figure: {count} signals in {calls} calls over {} s", time.as_secs());
+    assert_eq!(wrong, 0, "of {count} signals");
+    assert!(count > time.as_secs() * 100, "{count} signals");
+}
+
+#[test]
+fn a_timer_at_one_kilohertz_for_half_a_minute_on_the_alternate_stack() {
+    a_kilohertz(libc::SA_ONSTACK, Duration::from_secs(30));
+}
+
+#[test]
+fn a_timer_at_one_kilohertz_for_half_a_minute_on_the_callers_stack() {
+    a_kilohertz(0, Duration::from_secs(30));
+}
+
+#[test]
+fn a_handler_installed_before_the_first_domain() {
+    begin();
+    install(libc::SIGALRM, look, libc::SA_RESTART);
+    let mut domain = need!(domain("later"));
+    timer(1000);
+    run_for(Duration::from_secs(2), &mut domain);
+    timer(0);
+    assert!(COUNT.load(Ordering::Relaxed) > 100);
+    assert_eq!(WRONG.load(Ordering::Relaxed), 0);
+    // The program is told what it has set, and not what the kernel has.
+    let old = install(libc::SIGALRM, look, 0);
+    assert_eq!((old.sa_sigaction, old.sa_flags & libc::SA_RESTART), (look as *const () as usize, libc::SA_RESTART));
+}
+
+/// Waits in a domain for a signal to be handled.
+fn wait_in(domain: &mut Domain) {
+    let before = COUNT.load(Ordering::Relaxed);
+    timer(1000);
+    let done = domain.call(|| {
+        let mut spins = 0u64;
+        while COUNT.load(Ordering::Relaxed) == before && spins < 1 << 34 {
+            spins = black_box(spins) + 1;
+        }
+        // SAFETY: the domain's own code's address.
+        [wait_in as *const () as usize as u64, spins]
+    });
+    timer(0);
+    done.unwrap();
+    assert!(COUNT.load(Ordering::Relaxed) > before, "the handler ran while the domain did");
+}
+
+#[test]
+fn the_handlers_stack_is_the_one_that_was_asked_for() {
+    begin();
+    let mut domain = need!(domain("stack"));
+    let own = vec![0u8; 128 * 1024].leak();
+    let own = own.as_ptr().addr()..own.as_ptr().addr() + own.len();
+    let new = libc::stack_t { ss_sp: own.start as *mut _, ss_flags: 0, ss_size: own.len() };
+    // SAFETY: the stack is leaked.
+    assert_eq!(unsafe { libc::sigaltstack(&raw const new, std::ptr::null_mut()) }, 0);
+    let mut told = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: 0, ss_size: 0 };
+    // SAFETY: the struct is writable.
+    assert_eq!(unsafe { libc::sigaltstack(std::ptr::null(), &raw mut told) }, 0);
+    assert_eq!((told.ss_sp.addr(), told.ss_size, told.ss_flags), (own.start, own.len(), 0));
+
+    install(libc::SIGALRM, look, libc::SA_ONSTACK);
+    wait_in(&mut domain);
+    assert!(own.contains(&STACK.load(Ordering::Relaxed)), "with SA_ONSTACK it is the program's alternate stack");
+    // SAFETY: sends this thread a signal outside any domain.
+    unsafe { libc::raise(libc::SIGALRM) };
+    assert!(own.contains(&STACK.load(Ordering::Relaxed)), "outside a domain, too");
+
+    install(libc::SIGALRM, look, 0);
+    wait_in(&mut domain);
+    let here = (&raw const told).addr();
+    let distance = here.wrapping_sub(STACK.load(Ordering::Relaxed));
+    assert!(distance < 64 * 1024, "without it is the caller's stack, {distance} bytes below");
+    // SAFETY: as above.
+    unsafe { libc::raise(libc::SIGALRM) };
+    let distance = here.wrapping_sub(STACK.load(Ordering::Relaxed));
+    assert!(distance < 64 * 1024, "outside a domain, too: {distance}");
+    assert_eq!(WRONG.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_handler_may_use_a_lot_of_stack() {
+    extern "C" fn large(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let mut room = [0u8; 1 << 20];
+        black_box(&mut room).fill(1);
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+    let mut domain = need!(domain("large"));
+    install(libc::SIGALRM, large, 0);
+    for _ in 0..5 {
+        wait_in(&mut domain);
+    }
+}
+
+#[test]
+fn a_handler_may_call_a_domain_that_faults() {
+    static INNER: std::sync::Mutex<Option<Domain>> = std::sync::Mutex::new(None);
+    extern "C" fn call(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let mut inner = INNER.lock().unwrap();
+        let inner = inner.as_mut().unwrap();
+        contain(inner, mistake);
+        contain(inner, || {
+            #[allow(unconditional_recursion, reason = "overflowing the stack is the point")]
+            fn recurse(depth: u64) -> u64 {
+                black_box(&[depth; 16])[3] + recurse(depth + 1)
+            }
+            black_box(recurse(0));
+        });
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+    let mut domain = need!(domain("outer"));
+    *INNER.lock().unwrap() = Some(need!(common::domain("inner")));
+    install(libc::SIGALRM, call, 0);
+    for _ in 0..10 {
+        wait_in(&mut domain);
+        contain(&mut domain, mistake);
+    }
+    install(libc::SIGALRM, call, libc::SA_ONSTACK);
+    wait_in(&mut domain);
+    works(&mut domain);
+}
+
+#[test]
+fn signals_within_handlers() {
+    extern "C" fn outer(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        // SAFETY: sends this thread a signal.
+        unsafe { libc::raise(libc::SIGUSR1) };
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+    begin();
+    let mut domain = need!(domain("nested"));
+    install(libc::SIGUSR1, look, 0);
+    install(libc::SIGALRM, outer, 0);
+    for _ in 0..5 {
+        wait_in(&mut domain);
+    }
+    assert_eq!(WRONG.load(Ordering::Relaxed), 0);
+    assert!(COUNT.load(Ordering::Relaxed) >= 10);
+}
+
+#[test]
+fn a_jump_out_of_a_handler() {
+    // A jump buffer is for C; what std offers for this is nothing. The buffer is as large as glibc's.
+    unsafe extern "C" {
+        fn siglongjmp(buffer: *mut libc::c_void, value: i32) -> !;
+        fn __sigsetjmp(buffer: *mut libc::c_void, save: i32) -> i32;
+    }
+    static BUFFER: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
+    extern "C" fn jump(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the buffer was set by a frame that is still there.
+        unsafe { siglongjmp(BUFFER.as_ptr() as *mut _, 1) }
+    }
+    let mut domain = need!(domain("left"));
+    install(libc::SIGALRM, jump, 0);
+    /// A frame of its own: nothing in it is used after the jump but what was there before.
+    #[inline(never)]
+    fn attempt(domain: &mut Domain) {
+        timer(1000);
+        // SAFETY: the buffer is large enough.
+        if unsafe { __sigsetjmp(BUFFER.as_ptr() as *mut _, 1) } == 0 {
+            let _ = domain.call(|| while black_box(true) {});
+        }
+        timer(0);
+    }
+    for round in 1..=30 {
+        attempt(&mut domain);
+        assert_eq!(COUNT.load(Ordering::Relaxed), round);
+        works(&mut domain);
+        contain(&mut domain, mistake);
+    }
+}
+
+#[test]
+fn system_calls_are_interrupted_or_restarted_as_asked() {
+    begin();
+    let mut domain = need!(domain("sleeper"));
+    let sleep = || {
+        let time = libc::timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        // SAFETY: the struct lives across the call.
+        let result = unsafe { libc::nanosleep(&raw const time, std::ptr::null_mut()) };
+        (result, std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
+    };
+    install(libc::SIGALRM, look, 0);
+    timer(5000);
+    let result = domain.call(sleep).unwrap();
+    timer(0);
+    assert_eq!(result, (-1, libc::EINTR));
+    works(&mut domain);
+}
+
+#[test]
+fn one_shot_handlers() {
+    begin();
+    let mut domain = need!(domain("once"));
+    install(libc::SIGUSR1, look, libc::SA_RESETHAND);
+    // SAFETY: sends this thread a signal.
+    domain.call(|| unsafe { libc::raise(libc::SIGUSR1) }).unwrap();
+    assert_eq!(COUNT.load(Ordering::Relaxed), 1);
+    let old = install(libc::SIGUSR1, look, 0);
+    assert_eq!(old.sa_sigaction, libc::SIG_DFL);
+}
+
+#[test]
+fn signal_and_its_answers() {
+    extern "C" fn simple(signal: i32) {
+        COUNT.fetch_add(signal as u64, Ordering::Relaxed);
+    }
+    let mut domain = need!(domain("signal"));
+    let handler = simple as *const () as usize;
+    // SAFETY: the handler keeps to what handlers may do.
+    unsafe {
+        assert_eq!(libc::signal(libc::SIGUSR2, handler), libc::SIG_DFL);
+        domain.call(|| libc::raise(libc::SIGUSR2)).unwrap();
+        assert_eq!(COUNT.load(Ordering::Relaxed), libc::SIGUSR2 as u64);
+        assert_eq!(libc::signal(libc::SIGUSR2, libc::SIG_IGN), handler);
+        domain.call(|| libc::raise(libc::SIGUSR2)).unwrap();
+        assert_eq!(libc::signal(libc::SIGUSR2, libc::SIG_DFL), libc::SIG_IGN);
+        assert_eq!(libc::signal(libc::SIGKILL, handler), libc::SIG_ERR);
+        assert_eq!(libc::signal(99, handler), libc::SIG_ERR);
+    }
+}
+
+#[test]
+fn handlers_are_not_for_code_in_a_domain_to_set() {
+    let mut domain = need!(domain("setter"));
+    // SAFETY: refused.
+    let set = || unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) == libc::SIG_ERR };
+    assert!(domain.call(set).unwrap());
+    assert!(!set(), "control");
+}
+
+#[test]
+fn a_mask_that_would_block_faults() {
+    let mut domain = need!(domain("masked"));
+    // SAFETY: the set is filled before it is used.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        assert_eq!(libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut()), 0);
+        contain(&mut domain, mistake);
+        assert_eq!(libc::sigprocmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut()), 0);
+        contain(&mut domain, mistake);
+        let mut now: libc::sigset_t = std::mem::zeroed();
+        libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut now);
+        assert_eq!(
+            (libc::sigismember(&raw const now, libc::SIGUSR1), libc::sigismember(&raw const now, libc::SIGSEGV)),
+            (1, 0)
+        );
+    }
+}
+
+/// Runs something in a child that the C library forks, and returns how that ended.
+fn in_child(function: impl FnOnce()) -> i32 {
+    // SAFETY: the child runs the function and exits.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        function();
+        // SAFETY: leaves without running anything of the parent's.
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    status
+}
+
+#[test]
+fn the_programs_stack_overflow_is_reported_as_before() {
+    #[allow(unconditional_recursion, reason = "overflowing the stack is the point")]
+    fn recurse(depth: u64) -> u64 {
+        black_box(&[depth; 16])[3] + recurse(depth + 1)
+    }
+    let mut domain = need!(domain("bystander"));
+    works(&mut domain);
+    for thread in [false, true] {
+        let mut pipe = [0; 2];
+        // SAFETY: the array has room for two descriptors.
+        assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+        let status = in_child(|| {
+            // SAFETY: both descriptors are open.
+            unsafe { libc::dup2(pipe[1], 2) };
+            if thread {
+                let overflow = || {
+                    contain(&mut common::domain("of thread").unwrap(), mistake);
+                    recurse(0)
+                };
+                std::thread::spawn(overflow).join().unwrap();
+            } else {
+                black_box(recurse(0));
+            }
+        });
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
+        let mut text = [0u8; 512];
+        // SAFETY: the buffer has that many bytes.
+        let length = unsafe { libc::read(pipe[0], text.as_mut_ptr().cast(), text.len()) };
+        let text = String::from_utf8_lossy(&text[..usize::try_from(length).unwrap()]).into_owned();
+        assert!(text.contains("has overflowed its stack"), "{text}");
+    }
+}
+
+#[test]
+fn a_fault_outside_kills_the_process_as_before() {
+    let _ = need!(domain("bystander"));
+    let status = in_child(mistake);
+    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
+    // SAFETY: this is what is tried.
+    let status = in_child(|| unsafe { libc::abort() });
+    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
+}
+
+#[test]
+fn a_fault_in_a_handler_that_interrupted_a_domain_is_the_programs() {
+    extern "C" fn wrong(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        mistake();
+    }
+    let mut domain = need!(domain("innocent"));
+    install(libc::SIGALRM, wrong, 0);
+    // SAFETY: sends this thread a signal.
+    let status = in_child(|| drop(domain.call(|| unsafe { libc::raise(libc::SIGALRM) })));
+    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
+}
+
+#[test]
+fn many_threads_with_timers() {
+    begin();
+    let first = need!(domain("first"));
+    install(libc::SIGALRM, look, 0);
+    extern "C" fn count(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+    install(libc::SIGALRM, count, 0);
+    drop(first);
+    static STOP: AtomicBool = AtomicBool::new(false);
+    let threads: Vec<_> = (0..6)
+        .map(|_| {
+            std::thread::spawn(|| {
+                timer(1000);
+                let mut domain = Domain::builder("threaded").build().unwrap();
+                let mut rounds = 0;
+                while !STOP.load(Ordering::Relaxed) {
+                    works(&mut domain);
+                    contain(&mut domain, mistake);
+                    rounds += 1;
+                }
+                timer(0);
+                rounds
+            })
+        })
+        .collect();
+    std::thread::sleep(Duration::from_secs(5));
+    STOP.store(true, Ordering::Relaxed);
+    let rounds: Vec<u32> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+    assert!(rounds.iter().all(|rounds| *rounds > 10), "{rounds:?}");
+    assert!(COUNT.load(Ordering::Relaxed) > 1000);
+}
