@@ -114,6 +114,17 @@ impl DomainHeap {
         self.failed
     }
 
+    /// Returns the same of a heap of which nothing is known but that its bytes can be read.
+    ///
+    /// # Safety
+    ///
+    /// The bytes of a heap's value are mapped there, and nothing writes them meanwhile.
+    #[must_use]
+    pub const unsafe fn last_failed_of(heap: *const Self) -> usize {
+        // SAFETY: the caller answers for the bytes.
+        unsafe { (*heap).failed }
+    }
+
     /// Notes that an allocation of so many bytes has failed.
     #[cold]
     pub const fn note_failed(&mut self, size: usize) {

@@ -17,7 +17,8 @@ pub(crate) const COST: &str = "cost";
 pub(crate) const SUITE: &str = "== suite ";
 
 pub(crate) fn suites() -> Result<Vec<Binary>, String> {
-    build::binaries("cargo", &["test", "--release", "-p", "pkru-userspace", "--tests", "--no-run"], "test")
+    let packages = ["-p", "pkru-userspace", "-p", "pkru-tests"];
+    build::binaries("cargo", &[&["test", "--release"], &packages[..], &["--tests", "--no-run"]].concat(), "test")
 }
 
 pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {

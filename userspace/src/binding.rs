@@ -40,7 +40,7 @@ pub(crate) fn bind_all() {
         for library in &libraries {
             bind(library, &unversioned);
         }
-        ending::prepare();
+        ending::prepare(&libraries);
         *done = loaded;
     }
 }

@@ -3,11 +3,11 @@
 use std::arch::naked_asm;
 use std::ptr::NonNull;
 
-use pkru::ProtectionKey;
 use pkru::cpuid::Features;
+use pkru::{AccessRights, ProtectionKey};
 
 use crate::domain::default_rights;
-use crate::{Error, sys, tls};
+use crate::{Error, keys, sys, tls};
 
 /// What domains can build on here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,26 +61,28 @@ fn kernel_allows_fsgsbase() -> bool {
 fn signal_frame() -> Result<SignalFrame, Error> {
     // Before the fork: another thread may hold the loader's lock at that moment, and in the child for ever.
     let rseq = sys::rseq_area();
-    for (frame, tagged) in [(SignalFrame::OnAnyStack, false), (SignalFrame::OnWritableStack, true)] {
+    let survives = |stack| {
         // SAFETY: the experiment makes system calls only.
-        let survived = unsafe { sys::fork_probe(|| fault_as_a_domain(tagged, rseq)) };
-        if survived.map_err(Error::system("fork a child to try how signals work"))? {
-            return Ok(frame);
-        }
+        let survived = unsafe { sys::fork_probe(|| fault_as_a_domain(stack, rseq)) };
+        survived.map_err(Error::system("fork a child to try how signals work"))
+    };
+    if survives(ProtectionKey::DEFAULT)? {
+        return Ok(SignalFrame::OnAnyStack);
     }
-    Err(Error::NoSignalFrame)
+    let key = keys::take()?;
+    let survived = survives(key);
+    keys::give_back(key);
+    if survived? { Ok(SignalFrame::OnWritableStack) } else { Err(Error::NoSignalFrame) }
 }
 
-/// In a child: takes a fault with key 0 read-only. The handler exits with 0; if the signal cannot be delivered the kernel kills
-/// the child; `false` if the stage could not be set.
-fn fault_as_a_domain(tagged: bool, rseq: Option<usize>) -> bool {
+/// In a child: takes a fault with key 0 read-only, on a signal stack with this key. The handler exits with 0; if the signal cannot
+/// be delivered the kernel kills the child; `false` if the stage could not be set.
+fn fault_as_a_domain(of_stack: ProtectionKey, rseq: Option<usize>) -> bool {
     const STACK: usize = 64 * 1024;
     let set = || {
         rseq.map_or(Ok(()), sys::unregister_rseq).ok()?;
         sys::unblock(&[libc::SIGSEGV]).ok()?;
-        let key = sys::pkey_alloc().ok()?;
         let start = sys::map_reserved(STACK).ok()?;
-        let of_stack = if tagged { key } else { ProtectionKey::DEFAULT };
         let stack = start.as_ptr() as usize..start.as_ptr() as usize + STACK;
         // SAFETY: the pages were just mapped.
         unsafe { sys::protect(stack.clone(), of_stack) }.ok()?;
@@ -89,7 +91,7 @@ fn fault_as_a_domain(tagged: bool, rseq: Option<usize>) -> bool {
         let flags = (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64;
         // SAFETY: the handler uses nothing but registers.
         unsafe { sys::set_action(libc::SIGSEGV, sys::Action::new(exit_well as *const () as usize, flags, 0)) }.ok()?;
-        Some(default_rights(key))
+        Some(default_rights(of_stack).with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY))
     };
     let Some(rights) = set() else { return false };
     // SAFETY: it faults, and the handler or the kernel ends the child.

@@ -137,18 +137,28 @@ impl Tagged {
         }
     }
 
-    /// Gives the key back for good; `is_clean` if no page carries it any more.
-    pub(crate) fn release(&self, is_clean: bool) {
-        let mut keys = Keys::lock();
-        let Some(key) = self.key() else { return };
-        self.set_slot(Slot::NONE);
-        keys.owners[key.index()] = None;
-        if is_clean {
-            keys.free |= bit(key);
-            Slot::of(key).owner.store(0, Ordering::Release);
-        } else {
-            // Pages that nobody could untag: the key is lost with them.
-            Slot::of(key).owner.store(CLAIMED, Ordering::Release);
+    /// Unmaps the memory by a function that says whether no page carries the key any more, and gives the key back if so. Nobody
+    /// tags the memory meanwhile.
+    pub(crate) fn leave(&self, unmap: impl FnOnce() -> bool) {
+        let key = {
+            let mut keys = Keys::lock();
+            let key = self.key();
+            if let Some(key) = key {
+                Slot::of(key).owner.store(CLAIMED, Ordering::Relaxed);
+                self.set_slot(Slot::NONE);
+                keys.owners[key.index()] = None;
+                keys.leaving += 1;
+            }
+            key
+        };
+        let is_clean = unmap();
+        if let Some(key) = key {
+            let mut keys = Keys::lock();
+            keys.leaving -= 1;
+            // A key that pages still carry is lost with them.
+            if is_clean {
+                keys.put_back(key);
+            }
         }
     }
 
@@ -206,6 +216,8 @@ struct Keys {
     /// The key of what no domain may touch.
     closed: Option<ProtectionKey>,
     owners: [Option<Arc<Tagged>>; ProtectionKey::COUNT],
+    /// How many keys are about to come back, of memory that is being unmapped.
+    leaving: usize,
 }
 
 static KEYS: Mutex<Keys> = Mutex::new(Keys {
@@ -214,6 +226,7 @@ static KEYS: Mutex<Keys> = Mutex::new(Keys {
     free: 0,
     closed: None,
     owners: [const { None }; ProtectionKey::COUNT],
+    leaving: 0,
 });
 
 impl Keys {
@@ -252,9 +265,14 @@ impl Keys {
             }
         }
         if self.free == 0 {
+            if self.closed.is_none() && (self.ours.count_ones() as usize) < self.limit && self.take_from_kernel()? {
+                self.closed = ProtectionKey::new(self.free.trailing_zeros() as u8);
+                self.free = 0;
+            }
             let mut idle: Vec<_> = ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).collect();
+            // Without a key for what is closed, one of those in use becomes it.
             if idle.len() < 2 && self.closed.is_none() {
-                return Err(self.exhausted());
+                return if self.leaving == 0 { Err(self.exhausted()) } else { Ok(None) };
             }
             idle.sort_by_key(|key| Slot::of(*key).used.load(Ordering::Relaxed));
             for key in idle {
@@ -266,10 +284,16 @@ impl Keys {
         let key = ProtectionKey::new(self.free.trailing_zeros() as u8);
         if let Some(key) = key {
             self.free &= !bit(key);
-        } else if self.owners.iter().all(Option::is_none) {
+        } else if self.leaving == 0 && self.owners.iter().all(Option::is_none) {
             return Err(self.exhausted());
         }
         Ok(key)
+    }
+
+    /// Notes that a key tags nothing any more.
+    fn put_back(&mut self, key: ProtectionKey) {
+        Slot::of(key).owner.store(0, Ordering::Release);
+        self.free |= bit(key);
     }
 
     const fn exhausted(&self) -> Error {
@@ -299,22 +323,10 @@ impl Keys {
         let closed = match self.closed {
             Some(closed) => closed,
             None => {
-                if self.free == 0 && (self.ours.count_ones() as usize) < self.limit {
-                    self.take_from_kernel()?;
-                }
-                match ProtectionKey::new(self.free.trailing_zeros() as u8) {
-                    Some(free) => {
-                        self.free &= !bit(free);
-                        self.closed = Some(free);
-                        free
-                    }
-                    None => {
-                        // There is none left: this very key becomes the closed one, with the memory that it tags.
-                        self.closed = Some(key);
-                        self.lose(key, &owner);
-                        return Ok(false);
-                    }
-                }
+                // There is none left: this very key becomes the closed one, with the memory that it tags.
+                self.closed = Some(key);
+                self.lose(key, &owner);
+                return Ok(false);
             }
         };
         if let Err(error) = owner.tag(closed) {
@@ -325,8 +337,7 @@ impl Keys {
             return Err(Error::system("take a domain's protection key away")(error));
         }
         self.lose(key, &owner);
-        self.free |= bit(key);
-        slot.owner.store(0, Ordering::Release);
+        self.put_back(key);
         Ok(true)
     }
 
@@ -356,9 +367,7 @@ pub(crate) fn take() -> Result<ProtectionKey, Error> {
 
 /// Gives a key back that [`take`] gave, and that tags nothing any more.
 pub(crate) fn give_back(key: ProtectionKey) {
-    let mut keys = Keys::lock();
-    Slot::of(key).owner.store(0, Ordering::Relaxed);
-    keys.free |= bit(key);
+    Keys::lock().put_back(key);
 }
 
 /// Returns the key of what no domain may touch.
@@ -371,8 +380,7 @@ pub(crate) fn closed() -> Result<ProtectionKey, Error> {
     match keys.closed {
         // Another thread was faster.
         Some(closed) => {
-            Slot::of(key).owner.store(0, Ordering::Relaxed);
-            keys.free |= bit(key);
+            keys.put_back(key);
             Ok(closed)
         }
         None => {

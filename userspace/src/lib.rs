@@ -14,6 +14,7 @@
 //! | module | subject |
 //! |---|---|
 //! | [`Domain`], [`Builder`] | making a domain and calling into it |
+//! | [`Pool`] | domains that threads take turns with |
 //! | [`Violation`] | what ended a call |
 //! | [`CallbackArguments`] | calling back from a domain |
 //! | [`Region`], [`Vault`] | memory that domains share, and memory that none can read |
@@ -51,6 +52,7 @@ mod keys;
 mod library;
 mod mapping;
 mod platform;
+mod pool;
 mod process;
 mod region;
 mod report;
@@ -71,6 +73,7 @@ pub use pkru::fault::KeyFault;
 pub use pkru::heap::HeapError;
 pub use pkru::rights::Access;
 pub use pkru::{AccessRights, KeyRights, ProtectionKey};
+pub use pool::{Pool, Pooled};
 pub use region::{Region, RegionAccess};
 pub use symbol::Symbol;
 pub use vault::Vault;

@@ -85,6 +85,11 @@ impl Memory {
         }
     }
 
+    /// Says whether the next call is a trial that panics.
+    pub(crate) fn set_learning(&self, learning: bool) {
+        self.running.learning.set(learning);
+    }
+
     /// Returns the key that the domain has at the moment.
     pub(crate) fn key(&self) -> Option<ProtectionKey> {
         self.tagged.key()
@@ -148,6 +153,29 @@ impl Memory {
         }
     }
 
+    /// Copies words from the domain's stack, upwards from an address; the calling thread can read the memory.
+    pub(crate) fn stack_words(&self, from: u64, most: usize) -> Vec<u64> {
+        let from = (from as usize).next_multiple_of(size_of::<u64>());
+        let (stack, end) = (self.stack(), self.mailbox().start);
+        if !stack.contains(&from) || from >= end {
+            return Vec::new();
+        }
+        let count = ((end - from) / size_of::<u64>()).min(most);
+        let mut words = vec![0u64; count];
+        // SAFETY: the range is in the domain's memory, where nothing runs.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u64, words.as_mut_ptr(), count) };
+        words
+    }
+
+    /// Returns how many bytes the last allocation asked for that failed in the domain, as its heap says; the calling thread can read
+    /// the memory.
+    pub(crate) fn failed_allocation(&self) -> usize {
+        let heap = self.heap().start as *const DomainHeap;
+        // SAFETY: the heap's bookkeeping is there, in mapped memory, where nothing runs. Only an integer in it is looked at, of which
+        // any bytes are a value.
+        unsafe { DomainHeap::last_failed_of(heap) }
+    }
+
     /// Copies a text that code in the domain has left there, as far as it is one; the calling thread can read the memory.
     pub(crate) fn text(&self, address: usize, length: usize) -> Option<String> {
         const MOST: usize = 4096;
@@ -175,8 +203,13 @@ unsafe impl Platform for Linux {
 
     fn map(&self, sizes: Sizes) -> Result<Memory, Error> {
         let mapping = Mapping::new([sizes.stack, tls::SIZE, sizes.heap])?;
-        let running =
-            Running { context: Context::without_key(0, 0), stack: mapping.part(STACK), trap: Cell::new(None) };
+        let running = Running {
+            context: Context::without_key(0, 0),
+            stack: mapping.part(STACK),
+            trap: Cell::new(None),
+            in_panic: Cell::new(false),
+            learning: Cell::new(false),
+        };
         let own = [STACK, TLS, HEAP].map(|part| mapping.part(part));
         let ranges = own.into_iter().chain(self.libraries.iter().flat_map(Given::ranges)).collect();
         Ok(Memory {
@@ -236,10 +269,9 @@ unsafe impl Platform for Linux {
 
     fn unmap(&self, memory: Memory) {
         let Memory { mapping, tagged, .. } = memory;
-        let mut is_clean = mapping.unmap().is_ok();
-        for library in &self.libraries {
-            is_clean &= library.take_back();
-        }
-        tagged.release(is_clean);
+        tagged.leave(|| {
+            let is_unmapped = mapping.unmap().is_ok();
+            self.libraries.iter().fold(is_unmapped, |is_clean, library| library.take_back() && is_clean)
+        });
     }
 }

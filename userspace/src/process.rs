@@ -1,7 +1,7 @@
 //! What a process needs once before its first domain.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use pkru::ProtectionKey;
 
@@ -35,10 +35,21 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Gets the process ready, the first time; afterwards returns what came of that.
+    /// Gets the process ready, the first time that this succeeds.
     pub(crate) fn get() -> Result<&'static Self, Error> {
-        static PROCESS: OnceLock<Result<Process, Error>> = OnceLock::new();
-        PROCESS.get_or_init(Self::new).as_ref().map_err(Clone::clone)
+        static PROCESS: OnceLock<Process> = OnceLock::new();
+        static MAKING: Mutex<()> = Mutex::new(());
+        if let Some(process) = PROCESS.get() {
+            return Ok(process);
+        }
+        let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+        match PROCESS.get() {
+            Some(process) => Ok(process),
+            None => {
+                let process = Self::new()?;
+                Ok(PROCESS.get_or_init(|| process))
+            }
+        }
     }
 
     fn new() -> Result<Self, Error> {
@@ -53,11 +64,19 @@ impl Process {
             SignalFrame::OnAnyStack => None,
             SignalFrame::OnWritableStack => Some(keys::take()?),
         };
+        let undo = |error| {
+            signal_stack_key.into_iter().for_each(keys::give_back);
+            error
+        };
         endings::prepare();
+        sys::prepare_unwinding();
         note_process();
         sys::around_forks(keys::before_fork, keys::after_fork, after_fork_in_child)
-            .map_err(Error::system("be told of forks"))?;
+            .map_err(Error::system("be told of forks"))
+            .map_err(undo)?;
+        // This fails for no reason that would be gone another time.
         signal::install(pkru_offset)?;
+        signal::panics::install_hook();
         Ok(Self { signal_stack_key })
     }
 

@@ -86,8 +86,8 @@ pub enum ViolationKind {
     },
     /// It was about to end the process, by exit(3) or the like.
     Exit {
-        /// The status.
-        status: i32,
+        /// The status, if it could be told.
+        status: Option<i32>,
     },
     /// Rust code panicked.
     Panic {
@@ -133,6 +133,8 @@ impl Violation {
                 (ViolationKind::InvalidFree(error), Some(caller.wrapping_sub(1)))
             }
             Some(report) => (ViolationKind::of_report(memory, report), None),
+            // On its way to a hook that is not this crate's, or in it.
+            None if trap.in_panic => (ViolationKind::Panic { message: None }, Some(trap.instruction)),
             None => (ViolationKind::of_signal(memory, trap), Some(trap.instruction)),
         };
         Self(Box::new(Details { domain: domain.clone(), kind, instruction }))
@@ -232,7 +234,7 @@ impl ViolationKind {
             _ => match trap.key {
                 Some(key) => {
                     let fault = KeyFault { address, access, key, rights: trap.rights };
-                    ending::of(&fault, trap.instruction).unwrap_or(Self::Key(fault))
+                    ending::of(memory, &fault, trap).unwrap_or(Self::Key(fault))
                 }
                 None => Self::Unmapped { address, access },
             },
@@ -244,7 +246,7 @@ impl ViolationKind {
             Report::InvalidFree(error, _) => Self::InvalidFree(error),
             Report::Abort => Self::Abort,
             Report::OutOfMemory { size } => Self::OutOfMemory { size },
-            Report::Exit { status } => Self::Exit { status },
+            Report::Exit { status } => Self::Exit { status: Some(status) },
             Report::StackSmashed => Self::StackSmashed,
             Report::Assertion { text } => Self::Assertion { text: ending::text(text) },
             Report::Exception => Self::Exception,
@@ -329,7 +331,8 @@ impl fmt::Display for ViolationKind {
             Self::OutOfMemory { size } => write!(f, "out of memory: it aborted after {size} bytes could not be had"),
             Self::Assertion { text: Some(text) } => write!(f, "assertion `{text}` failed"),
             Self::Assertion { text: None } => f.write_str("an assertion failed"),
-            Self::Exit { status } => write!(f, "exit with status {status}"),
+            Self::Exit { status: Some(status) } => write!(f, "exit with status {status}"),
+            Self::Exit { status: None } => f.write_str("exit"),
             Self::Panic { message: Some(message) } => write!(f, "panic: {message}"),
             Self::Panic { message: None } => f.write_str("panic"),
             Self::Exception => f.write_str("an uncaught C++ exception, or std::terminate"),

@@ -126,23 +126,117 @@ fn a_bus_error() {
 #[test]
 fn a_panic() {
     let mut domain = need!(domain("panic"));
+    for number in 0..3 {
+        let violation = contain(&mut domain, || panic!("number {number} in a domain"));
+        let ViolationKind::Panic { message: Some(message) } = violation.kind() else { panic!("{violation}") };
+        assert!(message.contains(&format!("number {number} in a domain")), "{message}");
+        assert!(message.contains("violations.rs"), "{message}");
+    }
+    // Panics that the compiler puts in.
+    let index = black_box(7);
+    let violation = contain(&mut domain, || {
+        black_box([1, 2, 3][black_box(index)]);
+    });
+    let ViolationKind::Panic { message: Some(message) } = violation.kind() else { panic!("{violation}") };
+    assert!(message.contains("index out of bounds"), "{message}");
+    // Outside, panics go where they went.
+    assert!(std::panic::catch_unwind(|| panic!("as ever")).is_err());
+    assert!(!std::thread::panicking());
+}
+
+#[test]
+fn a_panic_with_a_hook_of_the_programs() {
+    let mut domain = need!(domain("panic"));
+    std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     let violation = contain(&mut domain, || panic!("in a domain"));
-    // std counts panics in a static before anything else.
-    assert_eq!(key_fault(&violation).access, Access::Write);
-    assert!(violation.symbol().unwrap().name().unwrap().contains("panic"), "{violation}");
+    assert!(matches!(violation.kind(), ViolationKind::Panic { .. }), "{violation}");
+}
+
+#[test]
+fn a_panic_on_another_thread() {
+    drop(need!(domain("first")));
+    let violation = std::thread::spawn(|| {
+        let mut domain = Domain::builder("thread").build().unwrap();
+        contain(&mut domain, || panic!("on a thread"))
+    });
+    let violation = violation.join().unwrap();
+    assert!(violation.to_string().contains("on a thread"), "{violation}");
 }
 
 #[test]
 fn an_abort() {
     let mut domain = need!(domain("abort"));
-    contain(&mut domain, || std::process::abort());
     // SAFETY: none: this is the mistake.
-    contain(&mut domain, || unsafe { libc::abort() });
-    // SAFETY: as above; this is what an abort ends in.
-    let violation = contain(&mut domain, || unsafe {
+    let ways: [&dyn Fn(); 3] = [&|| std::process::abort(), &|| unsafe { libc::abort() }, &|| unsafe {
         libc::raise(libc::SIGABRT);
+    }];
+    for way in ways {
+        assert_eq!(*contain(&mut domain, way).kind(), ViolationKind::Abort);
+    }
+}
+
+#[test]
+fn an_exit() {
+    let mut domain = need!(domain("exit"));
+    // SAFETY: none: this is the mistake.
+    let ways: [&dyn Fn(); 2] = [&|| unsafe { libc::exit(3) }, &|| unsafe { libc::_exit(3) }];
+    for way in ways {
+        assert_eq!(*contain(&mut domain, way).kind(), ViolationKind::Exit { status: Some(3) });
+    }
+    // std flushes standard output first, with a lock.
+    let violation = contain(&mut domain, || std::process::exit(3));
+    assert!(matches!(violation.kind(), ViolationKind::Exit { .. }), "{violation}");
+}
+
+#[test]
+fn an_exhausted_heap_in_rust() {
+    let mut domain = need!(common::build(Domain::builder("full").heap_size(1 << 20)));
+    let violation = contain(&mut domain, || {
+        black_box(vec![1u8; 3 << 20]);
     });
-    assert_eq!(*violation.kind(), ViolationKind::Abort);
+    assert_eq!(*violation.kind(), ViolationKind::OutOfMemory { size: 3 << 20 });
+    let violation = contain(&mut domain, || {
+        let mut blocks = Vec::new();
+        loop {
+            blocks.push(black_box(Box::new([0u8; 4096])));
+            if blocks.len() > 1000 {
+                break;
+            }
+        }
+    });
+    assert!(matches!(violation.kind(), ViolationKind::OutOfMemory { .. }), "{violation}");
+}
+
+#[test]
+fn a_loop_that_does_not_end() {
+    let deadline = Duration::from_millis(200);
+    let mut domain = need!(common::build(Domain::builder("loop").deadline(deadline)));
+    for _ in 0..3 {
+        let start = std::time::Instant::now();
+        let violation = contain(&mut domain, loop_forever);
+        assert_eq!(*violation.kind(), ViolationKind::Deadline);
+        assert!(start.elapsed() >= deadline, "{:?}", start.elapsed());
+    }
+    // One that waits in the kernel.
+    let violation = contain(&mut domain, || {
+        // SAFETY: the call touches no memory.
+        unsafe { libc::pause() };
+    });
+    assert_eq!(*violation.kind(), ViolationKind::Deadline);
+    for _ in 0..200 {
+        common::works(&mut domain);
+    }
+}
+
+#[test]
+fn a_wild_jump() {
+    let mut domain = need!(domain("jump"));
+    // Memory that cannot be executed.
+    static DATA: [u8; 16] = [0xc3; 16];
+    // SAFETY: none: this is the mistake.
+    let function = unsafe { std::mem::transmute::<*const u8, extern "C" fn()>(black_box(DATA.as_ptr())) };
+    let violation = contain(&mut domain, || function());
+    assert_eq!(violation.access(), Some(Access::Execute), "{violation}");
 }
 
 #[test]

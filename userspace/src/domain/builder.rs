@@ -1,7 +1,7 @@
 //! Making domains.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use pkru::AccessRights;
@@ -13,6 +13,7 @@ use crate::library::Given;
 use crate::platform::{Linux, MAILBOX};
 use crate::process::Process;
 use crate::region::Region;
+use crate::signal::panics;
 use crate::violation::ViolationKind;
 use crate::{Error, sys, tls};
 
@@ -174,12 +175,29 @@ impl Domain {
     fn try_out(&mut self) -> Result<(), Error> {
         let heap = self.core.memory().heap();
         match self.call(|| std::ptr::from_ref(&*Box::new(0u64)) as usize) {
-            Ok(block) if heap.contains(&block) => Ok(()),
+            Ok(block) if heap.contains(&block) => {
+                static LEARNED: Once = Once::new();
+                LEARNED.call_once(|| self.try_a_panic());
+                Ok(())
+            }
             Err(violation) => match violation.into_kind() {
                 ViolationKind::NotReady(error) => Err(error),
                 _ => Err(Error::MallocNotRouted),
             },
             Ok(_) => Err(Error::MallocNotRouted),
+        }
+    }
+
+    /// A call that panics, so that the fault handler learns what std does about a panic.
+    fn try_a_panic(&mut self) {
+        self.core.memory().set_learning(true);
+        let result = self.call(|| -> () { panic!("to see how that goes") });
+        self.core.memory().set_learning(false);
+        let with_message = result.is_err_and(|violation| {
+            matches!(violation.kind(), ViolationKind::Panic { message: Some(message) } if message.contains("how that goes"))
+        });
+        if !with_message {
+            panics::forget();
         }
     }
 }

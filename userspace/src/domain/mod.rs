@@ -104,6 +104,7 @@ impl Domain {
     fn set_limits(&mut self, limits: Limits, hook: Option<Hook>) {
         self.limits = limits;
         self.has_limits = limits.are_set();
+        self.violations = 0;
         self.hook = hook;
     }
 

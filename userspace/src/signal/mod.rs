@@ -15,6 +15,7 @@
 pub(crate) mod actions;
 mod deliver;
 mod frame;
+pub(crate) mod panics;
 
 use std::arch::naked_asm;
 use std::cell::Cell;
@@ -39,6 +40,10 @@ pub(crate) struct Running {
     pub(crate) stack: Range<usize>,
     /// Written by the handler, when it ends the call.
     pub(crate) trap: Cell<Option<Trap>>,
+    /// Written by the handler, when code in the domain has begun to panic.
+    pub(crate) in_panic: Cell<bool>,
+    /// The call is a trial that panics, so that the handler learns how that goes.
+    pub(crate) learning: Cell<bool>,
 }
 
 /// What the handler notes of a fault.
@@ -59,6 +64,8 @@ pub(crate) struct Trap {
     /// The rights in force.
     pub(crate) rights: KeyRights,
     pub(crate) report: Option<Report>,
+    /// Code in the domain was panicking.
+    pub(crate) in_panic: bool,
 }
 
 /// The signals that a fault raises, and the one by which code aborts.
@@ -119,7 +126,14 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
             sys::exit_now();
         }
         // SAFETY: the kernel passes a valid description of the signal.
-        call.trap.set(Some(unsafe { trap(signal, info, context) }));
+        let trap = Trap { in_panic: call.in_panic.get(), ..unsafe { trap(signal, info, context) } };
+        // SAFETY: the frame is that of the page fault.
+        if panics::is_bookkeeping(&trap, call.learning.get()) && unsafe { panics::pass_over(context, trap.address) } {
+            call.in_panic.set(true);
+            return;
+        }
+        call.in_panic.set(false);
+        call.trap.set(Some(trap));
         // SAFETY: the signal struck this context's call on this thread, and sigreturn resumes as it says.
         let rewind = unsafe { Gate::Pkru.rewind(running) };
         if frame::write(context, rewind) {
@@ -214,5 +228,6 @@ unsafe fn trap(signal: c_int, info: *const libc::siginfo_t, context: &libc::ucon
         key: key.and_then(|key| ProtectionKey::new(key as u8)),
         rights: frame::rights(context),
         report,
+        in_panic: false,
     }
 }

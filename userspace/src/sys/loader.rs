@@ -248,6 +248,41 @@ pub(crate) fn next_symbol(name: &CStr, version: Option<&CStr>) -> Option<Range<u
     Some(start..start + size as usize)
 }
 
+/// Returns where the function begins that an address belongs to, as its unwinding information says.
+pub(crate) fn function_at(address: u64) -> Option<u64> {
+    /// libgcc's `struct dwarf_eh_bases`.
+    #[repr(C)]
+    struct Bases {
+        text: usize,
+        data: usize,
+        function: usize,
+    }
+    unsafe extern "C" {
+        fn _Unwind_Find_FDE(address: *const c_void, bases: *mut Bases) -> *const c_void;
+    }
+    let mut bases = Bases { text: 0, data: 0, function: 0 };
+    // SAFETY: the address is only compared; the struct is libgcc's.
+    let found = unsafe { _Unwind_Find_FDE(address as *const c_void, &raw mut bases) };
+    (!found.is_null()).then_some(bases.function as u64)
+}
+
+/// Has libgcc do what it does once before it first unwinds a stack, which code in a domain could not.
+pub(crate) fn prepare_unwinding() {
+    unsafe extern "C" fn stop(_: *mut c_void, _: *mut c_void) -> c_int {
+        /// `_URC_END_OF_STACK`
+        const END: c_int = 5;
+        END
+    }
+    unsafe extern "C" {
+        fn _Unwind_Backtrace(
+            visit: unsafe extern "C" fn(*mut c_void, *mut c_void) -> c_int,
+            argument: *mut c_void,
+        ) -> c_int;
+    }
+    // SAFETY: the function is called with the first frame, and ends the walk.
+    unsafe { _Unwind_Backtrace(stop, std::ptr::null_mut()) };
+}
+
 /// Finds the next definition of a symbol after this object's own.
 pub(crate) fn lookup_next(name: &CStr) -> Option<NonNull<c_void>> {
     // SAFETY: the name is NUL-terminated.

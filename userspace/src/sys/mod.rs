@@ -4,7 +4,10 @@ mod loader;
 mod memory;
 mod process;
 
-pub(crate) use loader::{Library, TlsModule, libraries, loaded_count, lookup, lookup_next, next_symbol, touch_module};
+pub(crate) use loader::{
+    Library, TlsModule, function_at, libraries, loaded_count, lookup, lookup_next, next_symbol, prepare_unwinding,
+    touch_module,
+};
 pub(crate) use memory::{
     DontNeed, discard, map_again, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
 };

@@ -1,0 +1,339 @@
+//! Callbacks, calls within calls, what is told about violations, and what comes after them.
+
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
+#[path = "../../userspace/tests/common/mod.rs"]
+#[macro_use]
+mod common;
+
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use common::{build, contain, domain, mistake, works};
+use pkru_userspace::transfer::InvalidResult;
+use pkru_userspace::{Callback, Domain, ViolationKind};
+
+unsafe extern "C" {
+    fn helper_walk(limit: u64, visit: *const c_void, data: *mut c_void) -> u64;
+    fn helper_keep(function: *const c_void) -> *mut c_void;
+    fn helper_call_kept(place: *mut c_void, argument: u64) -> u64;
+}
+
+/// Calls a callback as C code would.
+fn ask(callback: Callback, argument: u64) -> u64 {
+    // SAFETY: a callback takes up to six words and returns one.
+    let function: extern "C" fn(u64) -> u64 = unsafe { std::mem::transmute(callback.pointer()) };
+    function(argument)
+}
+
+#[test]
+fn c_code_calls_back() {
+    let mut domain = need!(domain("walker"));
+    let mut seen = Vec::new();
+    let mut visit = |arguments: &mut pkru_userspace::CallbackArguments<'_>| {
+        seen.push((arguments.word(0), arguments.word(1)));
+        arguments.word(0) * 10
+    };
+    let sum = domain.call_with(&mut [&mut visit], |callbacks| {
+        // SAFETY: the callback has the type that the function expects.
+        unsafe { helper_walk(5, callbacks[0].pointer(), 0x77 as *mut c_void) }
+    });
+    assert_eq!(sum.unwrap(), 100);
+    assert_eq!(seen, [(0, 0x77), (1, 0x77), (2, 0x77), (3, 0x77), (4, 0x77)]);
+}
+
+#[test]
+fn six_arguments_and_registers_that_survive() {
+    let mut domain = need!(domain("six"));
+    let mut words = [0; 6];
+    let mut note = |arguments: &mut pkru_userspace::CallbackArguments<'_>| {
+        words = std::array::from_fn(|index| arguments.word(index));
+        u64::MAX
+    };
+    let result = domain.call_with(&mut [&mut note], |callbacks| {
+        type Function = extern "C" fn(u64, u64, u64, u64, u64, u64) -> u64;
+        // SAFETY: a callback takes up to six words and returns one.
+        let function: Function = unsafe { std::mem::transmute(callbacks[0].pointer()) };
+        let kept: Vec<u64> = (0..20).map(std::hint::black_box).collect();
+        let answer = function(1, 2, 3, 4, 5, 6);
+        (answer, kept.iter().sum::<u64>())
+    });
+    assert_eq!(result.unwrap(), (u64::MAX, 190));
+    assert_eq!(words, [1, 2, 3, 4, 5, 6]);
+}
+
+#[test]
+fn a_callback_runs_with_the_callers_rights_and_thread_locals() {
+    thread_local! { static MARK: std::cell::Cell<u32> = const { std::cell::Cell::new(0) } }
+    let mut domain = need!(domain("rights"));
+    MARK.set(5);
+    let mut log = String::new();
+    let mut write = |_: &mut pkru_userspace::CallbackArguments<'_>| {
+        log.push_str("in the caller's heap");
+        MARK.set(MARK.get() + 1);
+        u64::from(MARK.get())
+    };
+    let result = domain.call_with(&mut [&mut write], |callbacks| {
+        MARK.set(100);
+        (ask(callbacks[0], 0), MARK.get())
+    });
+    assert_eq!(result.unwrap(), (6, 100));
+    assert_eq!((MARK.get(), log.as_str()), (6, "in the caller's heap"));
+}
+
+#[test]
+fn what_a_callback_is_given_is_checked() {
+    let mut domain = need!(domain("liar"));
+    let secret = Box::new(0x5ec2_u64);
+    let outside = &raw const *secret as u64;
+    let mut results = Vec::new();
+    let mut read = |arguments: &mut pkru_userspace::CallbackArguments<'_>| {
+        let (address, length) = (arguments.word(0), arguments.word(1) as usize);
+        results.push(arguments.read(address, length));
+        u64::from(arguments.write(address, &[9; 4]).is_ok())
+    };
+    let written = domain.call_with(&mut [&mut read], |callbacks| {
+        // SAFETY: a callback takes up to six words and returns one.
+        let read: extern "C" fn(u64, u64) -> u64 = unsafe { std::mem::transmute(callbacks[0].pointer()) };
+        let own = vec![1u8, 2, 3, 4];
+        let answers = [
+            read(own.as_ptr() as u64, 4),
+            read(outside, 8),
+            read(0, 8),
+            read(own.as_ptr() as u64, u64::MAX),
+            read(u64::MAX - 3, 8),
+        ];
+        (answers, std::hint::black_box(own))
+    });
+    assert_eq!(written.unwrap(), ([1, 0, 0, 1, 0], vec![9, 9, 9, 9]));
+    assert_eq!(results[0], Ok(vec![1, 2, 3, 4]));
+    assert!(matches!(results[1], Err(InvalidResult::OutOfBounds { address, length: 8 }) if address == outside));
+    assert!(results[2..].iter().all(Result::is_err), "{results:?}");
+    assert_eq!(*secret, 0x5ec2);
+}
+
+#[test]
+fn a_callback_of_an_earlier_call() {
+    let mut domain = need!(domain("keeper"));
+    let mut calls = 0;
+    let place = domain
+        .call_with(&mut [&mut |_| 1], |callbacks| {
+            // SAFETY: it only keeps the pointer.
+            unsafe { helper_keep(callbacks[0].pointer()) as u64 }
+        })
+        .unwrap();
+    // SAFETY: none: the function is one of a call that is over.
+    let violation = domain.call(|| unsafe { helper_call_kept(place as *mut c_void, 3) }).unwrap_err();
+    assert_eq!(*violation.kind(), ViolationKind::Callback);
+    works(&mut domain);
+    // Beyond those that there are.
+    let violation = domain.call_with(
+        &mut [&mut |_| {
+            calls += 1;
+            0
+        }],
+        |callbacks| {
+            // SAFETY: none: there is no such callback.
+            let next: extern "C" fn() -> u64 =
+                unsafe { std::mem::transmute(callbacks[0].pointer().wrapping_byte_add(16)) };
+            next()
+        },
+    );
+    assert_eq!(*violation.unwrap_err().kind(), ViolationKind::Callback);
+    assert_eq!(calls, 0);
+    works(&mut domain);
+}
+
+#[test]
+fn a_request_that_is_forged() {
+    let mut domain = need!(domain("forger"));
+    let mut calls = 0;
+    for address in [8u64, &raw const calls as u64, u64::MAX - 8, 1 << 63] {
+        let violation: Result<(), _> = domain.call_with(
+            &mut [&mut |_| {
+                calls += 1;
+                0
+            }],
+            |_| {
+                let stack: u64;
+                // SAFETY: none: it returns to the gate with a word of its choice.
+                unsafe {
+                    std::arch::asm!("mov {}, rsp", out(reg) stack);
+                    let key = pkru_userspace_key();
+                    let top = (stack + 4096) & !4095;
+                    std::arch::asm!("mov rbx, {}", "mov rax, {}", "mov rsp, {}", "ret",
+                    in(reg) key, in(reg) address, in(reg) top - 8, options(noreturn));
+                }
+            },
+        );
+        let violation = violation.unwrap_err();
+        assert!(matches!(violation.kind(), ViolationKind::Callback), "{violation}");
+        works(&mut domain);
+    }
+    assert_eq!(calls, 0);
+}
+
+/// In a domain: the number of its key, by its rights.
+fn pkru_userspace_key() -> u64 {
+    let rights: u32;
+    // SAFETY: reading the register changes nothing.
+    unsafe { std::arch::asm!("rdpkru", out("eax") rights, in("ecx") 0, out("edx") _) };
+    // On Linux 6.1 the signal stacks have a key that is open too, and lower: it was there first.
+    (1..16).rev().find(|key| rights >> (2 * key) & 3 == 0).unwrap_or(0)
+}
+
+#[test]
+fn calls_nest_and_each_rewinds_to_its_own_caller() {
+    let mut outer = need!(domain("outer"));
+    let mut inner = need!(domain("inner"));
+    let mut violations = Vec::new();
+    let result = outer.call_with(
+        &mut [&mut |arguments| {
+            violations.push(contain(&mut inner, mistake).domain().to_owned());
+            let argument = arguments.word(0);
+            inner.call(|| argument * 2).unwrap()
+        }],
+        |callbacks| ask(callbacks[0], 21) + ask(callbacks[0], 0),
+    );
+    assert_eq!(result.unwrap(), 42);
+    assert_eq!(violations, ["inner", "inner"]);
+    // The outer one goes wrong after the inner one has worked.
+    let violation = outer.call_with(&mut [&mut |_| inner.call(|| 1).unwrap()], |callbacks| {
+        ask(callbacks[0], 0);
+        mistake();
+    });
+    assert_eq!(violation.unwrap_err().domain(), "outer");
+    works(&mut outer);
+    works(&mut inner);
+}
+
+#[test]
+fn calls_nest_deeper_than_there_are_keys() {
+    fn descend(depth: u64) -> u64 {
+        let mut domain = Domain::builder("level").stack_size(64 * 1024).heap_size(64 * 1024).build().unwrap();
+        if depth == 0 {
+            contain(&mut domain, mistake);
+            return 1;
+        }
+        let kept = std::hint::black_box(depth);
+        let result = domain.call_with(&mut [&mut |_| descend(depth - 1)], |callbacks| {
+            let text = format!("level {kept}");
+            let below = ask(callbacks[0], 0);
+            // Its heap and stack are as they were.
+            below + u64::from(text == format!("level {kept}"))
+        });
+        contain(&mut domain, mistake);
+        result.unwrap()
+    }
+    drop(need!(domain("first")));
+    assert_eq!(descend(40), 41);
+}
+
+#[test]
+fn a_panic_in_a_callback_goes_on_in_the_caller() {
+    let mut domain = need!(domain("panic"));
+    domain.call(|| Vec::leak(vec![7u8; 100]).len() as u64).unwrap();
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        domain.call_with(&mut [&mut |_| panic!("in the caller")], |callbacks| ask(callbacks[0], 0))
+    }));
+    assert_eq!(*result.unwrap_err().downcast::<&str>().unwrap(), "in the caller");
+    works(&mut domain);
+    contain(&mut domain, mistake);
+}
+
+#[test]
+fn a_deadline_includes_callbacks() {
+    use std::time::Duration;
+    let mut domain = need!(build(Domain::builder("slow").deadline(Duration::from_millis(100))));
+    let violation = domain.call_with(
+        &mut [&mut |_| {
+            std::thread::sleep(Duration::from_millis(200));
+            0
+        }],
+        |callbacks| ask(callbacks[0], 0),
+    );
+    assert_eq!(*violation.unwrap_err().kind(), ViolationKind::Deadline);
+    works(&mut domain);
+}
+
+#[test]
+fn a_callback_outside_any_domain_ends_the_program() {
+    let mut domain = need!(domain("outside"));
+    let pointer = domain.call_with(&mut [&mut |_| 0], |callbacks| callbacks[0].pointer() as u64).unwrap();
+    // SAFETY: the child calls what it should not, and ends.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: none: this is the mistake.
+        let function: extern "C" fn() -> u64 = unsafe { std::mem::transmute(pointer) };
+        function();
+        // SAFETY: leaves without running anything of the parent's.
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
+}
+
+#[test]
+fn violations_are_told_to_a_hook_and_a_logger() {
+    struct Logger(Mutex<Vec<String>>);
+    impl log::Log for Logger {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            self.0.lock().unwrap().push(format!("{} {}: {}", record.level(), record.target(), record.args()));
+        }
+        fn flush(&self) {}
+    }
+    static LOGGER: Logger = Logger(Mutex::new(Vec::new()));
+    log::set_logger(&LOGGER).unwrap();
+    log::set_max_level(log::LevelFilter::Info);
+    let told = Arc::new(AtomicU32::new(0));
+    let hook = Arc::clone(&told);
+    let builder = Domain::builder("watched").on_violation(move |violation| {
+        assert_eq!(violation.domain(), "watched");
+        hook.fetch_add(1, Ordering::Relaxed);
+    });
+    let mut domain = need!(build(builder));
+    LOGGER.0.lock().unwrap().clear();
+    contain(&mut domain, mistake);
+    contain(&mut domain, mistake);
+    assert_eq!(told.load(Ordering::Relaxed), 2);
+    let lines = LOGGER.0.lock().unwrap();
+    assert_eq!(lines.len(), 2);
+    assert!(lines[0].starts_with("WARN pkru: domain `watched`: write of 0x120"), "{}", lines[0]);
+}
+
+#[test]
+fn a_domain_is_retired_and_reinstated() {
+    let mut domain = need!(build(Domain::builder("old").retire_after(3)));
+    for _ in 0..2 {
+        domain.call(mistake).unwrap_err();
+    }
+    assert_eq!(domain.violations(), 2);
+    works(&mut domain);
+    assert_eq!(domain.violations(), 0, "a good call starts the count anew");
+    for _ in 0..3 {
+        domain.call(mistake).unwrap_err();
+    }
+    let ran = AtomicU32::new(0);
+    for _ in 0..3 {
+        let violation = domain.call(|| ran.load(Ordering::Relaxed)).unwrap_err();
+        assert_eq!(*violation.kind(), ViolationKind::Retired);
+    }
+    domain.reinstate();
+    works(&mut domain);
+    // Off by default.
+    let mut other = domain_named("tireless");
+    for _ in 0..50 {
+        other.call(mistake).unwrap_err();
+    }
+    works(&mut other);
+}
+
+fn domain_named(name: &str) -> Domain {
+    Domain::builder(name).build().unwrap()
+}

@@ -1,0 +1,125 @@
+//! Domains that threads take turns with.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::{Builder, Domain, Error};
+
+/// A number of domains of one kind, for any number of threads.
+///
+/// # Examples
+///
+/// ```
+/// use pkru_userspace::{Domain, Pool};
+///
+/// # if pkru_userspace::capability::detect().is_err() { return Ok(()) }
+/// let pool = Pool::new(Domain::builder("worker"), 4);
+/// std::thread::scope(|scope| {
+///     for thread in 0..8u64 {
+///         let pool = &pool;
+///         scope.spawn(move || {
+///             let mut domain = pool.get().expect("this machine has protection keys");
+///             assert_eq!(domain.call(|| thread * thread).expect("nothing goes wrong here"), thread * thread);
+///         });
+///     }
+/// });
+/// # Ok::<(), pkru_userspace::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Pool {
+    builder: Builder,
+    most: usize,
+    state: Mutex<State>,
+    returned: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    idle: Vec<Domain>,
+    /// Those that are idle, in use or being made.
+    count: usize,
+}
+
+impl Pool {
+    /// Makes a pool of up to `most` domains, which are made when they are first needed.
+    ///
+    /// # Panics
+    ///
+    /// If `most` is 0.
+    #[must_use]
+    pub fn new(builder: Builder, most: usize) -> Self {
+        assert!(most > 0, "a pool has at least one domain");
+        Self { builder, most, state: Mutex::default(), returned: Condvar::new() }
+    }
+
+    /// Takes a domain, which goes back when it is dropped. It waits while all of them are in use.
+    ///
+    /// A domain keeps what calls leave in it, also from one thread to the next, unless the builder makes it
+    /// [transient](Builder::transient).
+    ///
+    /// # Errors
+    ///
+    /// Why a domain could not be made.
+    pub fn get(&self) -> Result<Pooled<'_>, Error> {
+        let mut state = self.lock();
+        loop {
+            // The one that was used last is the likeliest to have a key.
+            if let Some(domain) = state.idle.pop() {
+                return Ok(Pooled { pool: self, domain: Some(domain) });
+            }
+            if state.count < self.most {
+                state.count += 1;
+                break;
+            }
+            state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
+        match self.builder.clone().build() {
+            Ok(domain) => Ok(Pooled { pool: self, domain: Some(domain) }),
+            Err(error) => {
+                self.lock().count -= 1;
+                self.returned.notify_one();
+                Err(error)
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A domain of a [`Pool`].
+pub struct Pooled<'a> {
+    pool: &'a Pool,
+    /// Invariant: it is there until this is dropped.
+    domain: Option<Domain>,
+}
+
+impl Deref for Pooled<'_> {
+    type Target = Domain;
+
+    fn deref(&self) -> &Domain {
+        self.domain.as_ref().expect("it is there until this is dropped")
+    }
+}
+
+impl DerefMut for Pooled<'_> {
+    fn deref_mut(&mut self) -> &mut Domain {
+        self.domain.as_mut().expect("it is there until this is dropped")
+    }
+}
+
+impl Drop for Pooled<'_> {
+    fn drop(&mut self) {
+        self.pool.lock().idle.extend(self.domain.take());
+        self.pool.returned.notify_one();
+    }
+}
+
+impl fmt::Debug for Pooled<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.domain.fmt(f)
+    }
+}
