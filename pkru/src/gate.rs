@@ -44,13 +44,14 @@
 
 use core::arch::{asm, naked_asm};
 use core::cell::UnsafeCell;
-use core::mem::offset_of;
+use core::mem::{offset_of, size_of};
+use core::ops::Range;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicPtr, Ordering};
 
 use crate::domain::Entry;
 use crate::instructions::IA32_PKRS;
-use crate::{KeyRights, ProtectionKey};
+use crate::{AccessRights, KeyRights, ProtectionKey};
 
 /// Where and with what rights a domain runs, and the place where the gate keeps the caller's side of a call.
 ///
@@ -170,6 +171,13 @@ impl Context {
         self.caller_rights().bits() & self.identity == 0
     }
 
+    /// Gives the caller more rights than it had when it last entered, in force when it gets control back.
+    pub fn grant_to_caller(&self, key: ProtectionKey) {
+        let rights = self.caller_rights().with(key, AccessRights::READ_WRITE);
+        // SAFETY: this type is not Sync, so no other thread is there, and the gate reads the cell only when the call ends.
+        unsafe { (*self.caller.get()).rights = rights.bits() };
+    }
+
     /// Returns the FS base that the caller had when it last entered.
     #[must_use]
     pub const fn caller_fs_base(&self) -> u64 {
@@ -215,7 +223,8 @@ pub struct Rewind {
     pub rights: KeyRights,
 }
 
-/// The contexts of running calls, by the number of the domain's own key.
+/// The contexts of running calls, by the number of the domain's own key. On pages of its own.
+#[repr(align(4096))]
 struct Active([AtomicPtr<Context>; ProtectionKey::COUNT]);
 
 impl Active {
@@ -355,6 +364,13 @@ impl Gate {
         // SAFETY: the call is not over, so its context is alive.
         let key = unsafe { context.as_ref() }.key();
         self.active().0[key.index()].store(context.as_ptr(), Ordering::Relaxed);
+    }
+
+    /// Returns the addresses of the gate's own state: whole pages with nothing else on them, which no domain may write.
+    #[must_use]
+    pub fn state(self) -> Range<usize> {
+        let start = ptr::from_ref(self.active()).addr();
+        start..start + size_of::<Active>()
     }
 
     const fn active(self) -> &'static Active {

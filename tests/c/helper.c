@@ -109,3 +109,7 @@ uint64_t helper_call_kept(void *place, uint64_t argument)
     uint64_t (*function)(uint64_t) = *(uint64_t (**)(uint64_t))place;
     return function(argument);
 }
+
+/* Statics to be written at. */
+uint64_t helper_data = 0x0123456789abcdef;
+uint64_t helper_bss;

@@ -12,6 +12,7 @@ use std::ffi::CStr;
 use std::sync::{Mutex, PoisonError};
 
 use crate::ending;
+use crate::monitor::monitored;
 use crate::sys::{self, Library};
 
 const DT_PLTRELSZ: u64 = 2;
@@ -30,7 +31,7 @@ const R_X86_64_JUMP_SLOT: u32 = 7;
 
 /// Binds every slot of every library that is not bound yet. Does nothing if nothing was loaded since the last time.
 pub(crate) fn bind_all() {
-    static DONE: Mutex<u64> = Mutex::new(0);
+    monitored! { static DONE: Mutex<u64> = Mutex::new(0); }
     let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
     let loaded = sys::loaded_count();
     if *done != loaded {

@@ -4,9 +4,10 @@ use std::ffi::CStr;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pkru::ProtectionKey;
 use pkru::fault::KeyFault;
 
+use crate::globals;
+use crate::monitor::monitored;
 use crate::platform::Memory;
 use crate::signal::Trap;
 use crate::sys::{self, Library};
@@ -34,6 +35,7 @@ impl Place {
     }
 }
 
+monitored! {
 /// glibc's abort(3), which takes a lock (2.36, `stdlib/abort.c`).
 static ABORT: Place = Place::new();
 /// Where glibc keeps the message of a check that failed, for a debugger (2.36, `sysdeps/posix/libc_fatal.c`).
@@ -45,6 +47,7 @@ static FAILED_CHECKS: [Place; 3] = [const { Place::new() }; 3];
 /// The code of the C library, and the statics of the program: what endings that are worth a closer look have to do with.
 static LIBRARY_CODE: Place = Place::new();
 static PROGRAM_DATA: Place = Place::new();
+}
 
 /// Finds these places among the libraries that are loaded now.
 pub(crate) fn prepare(libraries: &[Library]) {
@@ -66,7 +69,7 @@ pub(crate) fn prepare(libraries: &[Library]) {
 
 /// Tells what a write to key 0 was about, if it was such a one. The calling thread can read the domain's memory.
 pub(crate) fn of(memory: &Memory, fault: &KeyFault, trap: &Trap) -> Option<ViolationKind> {
-    if fault.key != ProtectionKey::DEFAULT {
+    if !globals::is_of_the_program(fault.key) {
         None
     } else if ABORT.contains(trap.instruction) || ABORT_MESSAGE.contains(fault.address) {
         Some(ViolationKind::Abort)

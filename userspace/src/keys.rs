@@ -23,6 +23,7 @@ use std::time::Duration;
 use pkru::ProtectionKey;
 use pkru::gate::{Context, Gate};
 
+use crate::monitor::monitored;
 use crate::thread::Thread;
 use crate::{Error, sys};
 
@@ -31,7 +32,7 @@ use crate::{Error, sys};
 struct Slot {
     /// The number of the domain that has the key, shifted left by one, and bit 0 if a call pins it. 0: no domain has it.
     owner: AtomicU64,
-    /// The value of [`EPOCH`] when it was last pinned.
+    /// The value of [`Slots::epoch`] when it was last pinned.
     used: AtomicU64,
     /// Where the signal stack of the thread begins whose call pinned it last.
     signal_stack: AtomicUsize,
@@ -40,29 +41,35 @@ struct Slot {
 /// No domain has this number: the slot is changing hands.
 const CLAIMED: u64 = u64::MAX - 1;
 
-/// The slots, on pages of their own, so that the rest of the program's statics can be opened to domains without them.
-#[repr(align(4096))]
-struct Slots([Slot; ProtectionKey::COUNT]);
+/// The slots, and what goes with them.
+struct Slots {
+    slots: [Slot; ProtectionKey::COUNT],
+    /// How often a key has changed hands. A slot that was used since the last time has the newest value.
+    epoch: AtomicU64,
+    /// The number of the next domain.
+    next: AtomicU64,
+}
 
-static SLOTS: Slots = Slots(
-    [const { Slot { owner: AtomicU64::new(0), used: AtomicU64::new(0), signal_stack: AtomicUsize::new(0) } };
-        ProtectionKey::COUNT],
-);
-
-/// How often a key has changed hands. A slot that was used since the last time has the newest value.
-static EPOCH: AtomicU64 = AtomicU64::new(1);
+monitored! {
+    static SLOTS: Slots = Slots {
+        slots: [const { Slot { owner: AtomicU64::new(0), used: AtomicU64::new(0), signal_stack: AtomicUsize::new(0) } };
+            ProtectionKey::COUNT],
+        epoch: AtomicU64::new(1),
+        next: AtomicU64::new(1),
+    };
+}
 
 impl Slot {
     fn of(key: ProtectionKey) -> &'static Self {
-        &SLOTS.0[key.index()]
+        &SLOTS.0.slots[key.index()]
     }
 
     /// The slot of key 0, which no domain has.
-    const NONE: &'static Self = &SLOTS.0[0];
+    const NONE: &'static Self = &SLOTS.0.slots[0];
 
     /// Returns the slot's key; `None` for [`NONE`](Self::NONE).
     fn key(&'static self) -> Option<ProtectionKey> {
-        let distance = ptr::from_ref(self).addr() - SLOTS.0.as_ptr().addr();
+        let distance = ptr::from_ref(self).addr() - SLOTS.slots.as_ptr().addr();
         ProtectionKey::new((distance / size_of::<Self>()) as u8).filter(|key| *key != ProtectionKey::DEFAULT)
     }
 
@@ -85,8 +92,7 @@ pub(crate) struct Tagged {
 impl Tagged {
     /// Describes memory that has no key yet.
     pub(crate) fn new(ranges: Box<[Range<usize>]>) -> Arc<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let number = SLOTS.next.fetch_add(1, Ordering::Relaxed);
         let slot = AtomicPtr::new(ptr::from_ref(Slot::NONE).cast_mut());
         Arc::new(Self { number, ranges, slot })
     }
@@ -114,7 +120,7 @@ impl Tagged {
         if !slot.swap(owner, owner | 1) {
             return None;
         }
-        slot.used.store(EPOCH.load(Ordering::Relaxed), Ordering::Relaxed);
+        slot.used.store(SLOTS.epoch.load(Ordering::Relaxed), Ordering::Relaxed);
         slot.signal_stack.store(thread.signal_stack(), Ordering::Relaxed);
         Some(Pin { slot, owner })
     }
@@ -220,6 +226,7 @@ struct Keys {
     leaving: usize,
 }
 
+monitored! {
 static KEYS: Mutex<Keys> = Mutex::new(Keys {
     limit: ProtectionKey::COUNT - 1,
     ours: 0,
@@ -228,6 +235,7 @@ static KEYS: Mutex<Keys> = Mutex::new(Keys {
     owners: [const { None }; ProtectionKey::COUNT],
     leaving: 0,
 });
+}
 
 impl Keys {
     fn lock() -> MutexGuard<'static, Self> {
@@ -241,7 +249,7 @@ impl Keys {
         memory.tag(key).map_err(Error::system("give a domain's memory a protection key"))?;
         memory.set_slot(Slot::of(key));
         self.owners[key.index()] = Some(memory.clone());
-        EPOCH.fetch_add(1, Ordering::Relaxed);
+        SLOTS.epoch.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
 
@@ -344,12 +352,37 @@ impl Keys {
     fn lose(&mut self, key: ProtectionKey, owner: &Tagged) {
         owner.set_slot(Slot::NONE);
         self.owners[key.index()] = None;
-        EPOCH.fetch_add(1, Ordering::Relaxed);
+        SLOTS.epoch.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 const fn bit(key: ProtectionKey) -> u16 {
     1 << key.number()
+}
+
+/// Runs a function at a moment when no domain has a key, so that each learns of what the function does to rights when it is next given
+/// one. Waits for calls of other threads to end.
+///
+/// # Errors
+///
+/// The function's, and [`Error::InDomain`] if the calling thread is itself in the middle of a call.
+pub(crate) fn while_none_has_a_key(thread: &Thread, function: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+    let mut keys = Keys::lock();
+    loop {
+        let owned: Vec<_> = ProtectionKey::all().filter(|key| keys.owners[key.index()].is_some()).collect();
+        if owned.is_empty() {
+            return function();
+        }
+        for key in owned {
+            let slot = Slot::of(key);
+            let is_pinned = slot.owner.load(Ordering::Relaxed) & 1 == 1;
+            if is_pinned && slot.signal_stack.load(Ordering::Relaxed) == thread.signal_stack() {
+                return Err(Error::InDomain);
+            }
+            keys.take_away(key)?;
+        }
+        std::thread::yield_now();
+    }
 }
 
 /// Takes a key for memory that keeps it for good, or until [`give_back`].

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use pkru::ProtectionKey;
 
 use crate::Error;
+use crate::monitor::monitored;
 use crate::sys::{self, Library};
 
 /// A library whose writable data belongs to a domain, and what that data was like.
@@ -22,8 +23,10 @@ struct Part {
     contents: Vec<u8>,
 }
 
-/// The addresses that domains have.
-static TAKEN: Mutex<Vec<Range<usize>>> = Mutex::new(Vec::new());
+monitored! {
+    /// The addresses that domains have.
+    static TAKEN: Mutex<Vec<Range<usize>>> = Mutex::new(Vec::new());
+}
 
 impl Given {
     /// Takes a loaded library by the name of its file, with or without the version at its end, as it is now.
@@ -84,6 +87,11 @@ impl Given {
         taken.retain(|range| !self.parts.iter().any(|part| part.addresses == *range));
         true
     }
+}
+
+/// Returns the pages of data that domains have.
+pub(crate) fn taken() -> Vec<Range<usize>> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// Libraries that the program uses at every step, and the object that is the program.

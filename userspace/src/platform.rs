@@ -15,7 +15,7 @@ use crate::library::Given;
 use crate::mapping::Mapping;
 use crate::signal::{Running, Trap};
 use crate::thread::{self, Thread};
-use crate::{Error, binding, tls};
+use crate::{Error, Globals, binding, globals, tls};
 
 /// The bytes at the head of a domain's stack through which a result leaves it.
 pub(crate) const MAILBOX: usize = 4096;
@@ -27,6 +27,8 @@ pub(crate) struct Linux {
     pub(crate) rights: KeyRights,
     /// Libraries whose data the domain may write.
     pub(crate) libraries: Vec<Given>,
+    /// What it may do with other statics.
+    pub(crate) globals: Globals,
 }
 
 /// The memory of one domain.
@@ -37,6 +39,7 @@ pub(crate) struct Memory {
     /// the same.
     running: Box<Running>,
     rights: KeyRights,
+    globals: Globals,
     thread_locals: Option<tls::Template>,
     /// Blocks of the heap whose contents the last result was copied from. The domain frees them at the next call.
     to_free: Vec<usize>,
@@ -71,7 +74,7 @@ impl Memory {
         if !thread::has_rights(key) {
             thread::open(key);
         }
-        let rights = self.rights.with(key, AccessRights::READ_WRITE);
+        let rights = globals::grant(self.rights, self.globals).with(key, AccessRights::READ_WRITE);
         self.running.context.set_key(key, rights);
         Ok(pin)
     }
@@ -217,6 +220,7 @@ unsafe impl Platform for Linux {
             tagged: Tagged::new(ranges),
             running: Box::new(running),
             rights: self.rights,
+            globals: self.globals,
             thread_locals: None,
             to_free: Vec::new(),
         })

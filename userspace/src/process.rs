@@ -7,13 +7,18 @@ use pkru::ProtectionKey;
 
 use crate::capability::{self, Capability, SignalFrame};
 use crate::interpose::{endings, malloc};
+use crate::monitor::monitored;
 use crate::{Error, keys, signal, sys, tls};
 
-/// The number of this process: set at the first domain, and in a child that the program forks.
-static PROCESS: AtomicU32 = AtomicU32::new(0);
+monitored! {
+    /// The number of this process: set at the first domain, and in a child that the program forks.
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    static PROCESS: OnceLock<Process> = OnceLock::new();
+    static MAKING: Mutex<()> = Mutex::new(());
+}
 
 fn note_process() {
-    PROCESS.store(sys::process_id(), Ordering::Relaxed);
+    NUMBER.store(sys::process_id(), Ordering::Relaxed);
 }
 
 extern "C" fn after_fork_in_child() {
@@ -23,7 +28,7 @@ extern "C" fn after_fork_in_child() {
 
 /// Whether this process is the program's, and not a copy that code in a domain has made by a system call.
 pub(crate) fn is_original() -> bool {
-    PROCESS.load(Ordering::Relaxed) == sys::process_id()
+    NUMBER.load(Ordering::Relaxed) == sys::process_id()
 }
 
 /// The process, ready for domains.
@@ -37,8 +42,6 @@ pub(crate) struct Process {
 impl Process {
     /// Gets the process ready, the first time that this succeeds.
     pub(crate) fn get() -> Result<&'static Self, Error> {
-        static PROCESS: OnceLock<Process> = OnceLock::new();
-        static MAKING: Mutex<()> = Mutex::new(());
         if let Some(process) = PROCESS.get() {
             return Ok(process);
         }

@@ -17,7 +17,8 @@ pub struct Symbol {
 }
 
 impl Symbol {
-    /// Returns the demangled name, if the file's symbol tables have one for the address.
+    /// Returns the name, if the file's symbol tables have one for the address: as the source has it for Rust, as the linker has it for
+    /// C++.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()

@@ -12,6 +12,7 @@ use pkru::registers::Pkru;
 use pkru::{AccessRights, ProtectionKey};
 
 use crate::mapping::Mapping;
+use crate::monitor::monitored;
 use crate::process::Process;
 use crate::sys::{self, AlternateStack};
 use crate::{Error, signal, tls};
@@ -85,7 +86,7 @@ pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
 
 /// Has the record freed when the calling thread ends, after the destructors of its thread-locals, which may call domains.
 fn at_end_of_thread(thread: *const Thread) -> Result<(), Error> {
-    static KEY: OnceLock<Option<libc::pthread_key_t>> = OnceLock::new();
+    monitored! { static KEY: OnceLock<Option<libc::pthread_key_t>> = OnceLock::new(); }
     unsafe extern "C" fn free(thread: *mut c_void) {
         // SAFETY: the record was made by `make_ready`, and this thread is done with it.
         drop(unsafe { Box::from_raw(thread.cast::<Thread>()) });

@@ -13,7 +13,7 @@ use crate::report::Report;
 use crate::signal::{self, Trap};
 use crate::symbol::{self, Symbol};
 use crate::transfer::InvalidResult;
-use crate::{Error, ending};
+use crate::{Error, ending, globals};
 
 /// The outcome of a call whose code misbehaved.
 ///
@@ -284,7 +284,9 @@ impl fmt::Display for Violation {
             (None, _) => {}
         }
         match (&self.0.kind, target) {
-            (ViolationKind::Key(KeyFault { access: Access::Write, key: ProtectionKey::DEFAULT, .. }), Some(target)) => {
+            (ViolationKind::Key(KeyFault { access: Access::Write, key, .. }), Some(target))
+                if globals::is_of_the_program(*key) =>
+            {
                 let library = target.library().file_name().unwrap_or_default().display();
                 write!(
                     f,

@@ -15,7 +15,7 @@ use crate::process::Process;
 use crate::region::Region;
 use crate::signal::panics;
 use crate::violation::ViolationKind;
-use crate::{Error, sys, tls};
+use crate::{Error, Globals, globals, sys, thread, tls};
 
 /// Chooses what a [`Domain`] is made of.
 ///
@@ -29,6 +29,7 @@ pub struct Builder {
     limits: Limits,
     hook: Option<Hook>,
     libraries: Vec<String>,
+    globals: Globals,
     regions: Vec<(Region, AccessRights)>,
 }
 
@@ -46,6 +47,7 @@ impl Builder {
             limits: Limits::default(),
             hook: None,
             libraries: Vec::new(),
+            globals: Globals::Protected,
             regions: Vec::new(),
         }
     }
@@ -124,6 +126,12 @@ impl Builder {
         self
     }
 
+    /// Sets what the domain may do with the statics of the program and its libraries: read them, if this is not called.
+    pub const fn globals(mut self, globals: Globals) -> Self {
+        self.globals = globals;
+        self
+    }
+
     /// Lets the domain use a region of shared memory: read it, or read and write it.
     pub fn region(mut self, region: &Region, access: crate::RegionAccess) -> Self {
         self.regions.push((region.clone(), access.rights()));
@@ -139,6 +147,19 @@ impl Builder {
     ///
     /// What is missing on this machine, a size that it cannot have, or that no protection key is left.
     pub fn build(self) -> Result<Domain, Error> {
+        let (globals, limits, hook) = (self.globals, self.limits, self.hook.clone());
+        let mut domain = self.assemble()?;
+        static LEARNED: Once = Once::new();
+        LEARNED.call_once(|| match globals {
+            Globals::Protected => domain.try_a_panic(),
+            // It has to be one that may not write statics. Without it panics have no message, which is no reason to give up.
+            Globals::Writable => drop(Self::new("trial").assemble().map(|mut domain| domain.try_a_panic())),
+        });
+        domain.set_limits(limits, hook);
+        Ok(domain)
+    }
+
+    fn assemble(self) -> Result<Domain, Error> {
         if tls::is_in_domain() {
             return Err(Error::InDomain);
         }
@@ -151,13 +172,15 @@ impl Builder {
             }
         }
         let rights = self.rights(Process::get()?);
+        if self.globals == Globals::Writable {
+            globals::open(thread::make_ready()?)?;
+        }
         let libraries = self.libraries.iter().map(|name| Given::new(name)).collect::<Result<_, _>>()?;
         let sizes = Sizes { stack: self.stack + MAILBOX, heap: self.heap };
-        let core = Core::new(Linux { rights, libraries }, sizes)?;
-        let regions = self.regions.into_iter().map(|(region, _)| region).collect();
-        let mut domain = Domain::new(core, self.name, regions);
+        let core = Core::new(Linux { rights, libraries, globals: self.globals }, sizes)?;
+        let regions = self.regions.iter().cloned().map(|(region, _)| region).collect();
+        let mut domain = Domain::new(core, self.name.clone(), regions);
         domain.try_out()?;
-        domain.set_limits(self.limits, self.hook);
         Ok(domain)
     }
 
@@ -175,11 +198,7 @@ impl Domain {
     fn try_out(&mut self) -> Result<(), Error> {
         let heap = self.core.memory().heap();
         match self.call(|| std::ptr::from_ref(&*Box::new(0u64)) as usize) {
-            Ok(block) if heap.contains(&block) => {
-                static LEARNED: Once = Once::new();
-                LEARNED.call_once(|| self.try_a_panic());
-                Ok(())
-            }
+            Ok(block) if heap.contains(&block) => Ok(()),
             Err(violation) => match violation.into_kind() {
                 ViolationKind::NotReady(error) => Err(error),
                 _ => Err(Error::MallocNotRouted),

@@ -14,7 +14,6 @@ use crate::{thread, tls};
 /// None: it is C's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn abort() -> ! {
-    static NEXT: Next = Next::new(c"abort");
     // SAFETY: the pointer is null, or in a domain leads to its heap.
     if let Some(heap) = unsafe { tls::current_heap().as_ref() } {
         report::end_call(match heap.last_failed() {
@@ -23,13 +22,13 @@ pub(crate) unsafe extern "C" fn abort() -> ! {
         });
     }
     // SAFETY: it is the C library's function of this name.
-    let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(NEXT.get()) };
+    let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(Next::abort.get()) };
     // SAFETY: the same contract.
     unsafe { next() }
 }
 
 macro_rules! exits {
-    ($($(#[$doc:meta])* $name:ident = $next:literal;)*) => {
+    ($($(#[$doc:meta])* $name:ident;)*) => {
         $(
             $(#[$doc])*
             ///
@@ -38,12 +37,11 @@ macro_rules! exits {
             /// None: it is C's.
             #[unsafe(no_mangle)]
             pub(crate) unsafe extern "C" fn $name(status: c_int) -> ! {
-                static NEXT: Next = Next::new($next);
                 if tls::is_in_domain() {
                     report::end_call(Report::Exit { status });
                 }
                 // SAFETY: it is the C library's function of this name.
-                let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(c_int) -> !>(NEXT.get()) };
+                let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(c_int) -> !>(Next::$name.get()) };
                 // SAFETY: the same contract.
                 unsafe { next(status) }
             }
@@ -53,13 +51,13 @@ macro_rules! exits {
 
 exits! {
     /// exit(3).
-    exit = c"exit";
+    exit;
     /// _exit(2).
-    _exit = c"_exit";
+    _exit;
     /// _Exit(2).
-    _Exit = c"_Exit";
+    _Exit;
     /// quick_exit(3).
-    quick_exit = c"quick_exit";
+    quick_exit;
 }
 
 /// What code calls whose stack canary has changed.
@@ -69,12 +67,11 @@ exits! {
 /// None: it is the compiler's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn __stack_chk_fail() -> ! {
-    static NEXT: Next = Next::new(c"__stack_chk_fail");
     if tls::is_in_domain() {
         report::end_call(Report::StackSmashed);
     }
     // SAFETY: it is the C library's function of this name.
-    let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(NEXT.get()) };
+    let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(Next::__stack_chk_fail.get()) };
     // SAFETY: the same contract.
     unsafe { next() }
 }
@@ -92,12 +89,11 @@ pub(crate) unsafe extern "C" fn __assert_fail(
     function: *const c_char,
 ) -> ! {
     type Function = unsafe extern "C" fn(*const c_char, *const c_char, libc::c_uint, *const c_char) -> !;
-    static NEXT: Next = Next::new(c"__assert_fail");
     if tls::is_in_domain() {
         report::end_call(Report::Assertion { text: assertion.addr() });
     }
     // SAFETY: it is the C library's function of this name.
-    let next = unsafe { mem::transmute::<usize, Function>(NEXT.get()) };
+    let next = unsafe { mem::transmute::<usize, Function>(Next::__assert_fail.get()) };
     // SAFETY: the same contract.
     unsafe { next(assertion, file, line, function) }
 }
@@ -109,11 +105,10 @@ pub(crate) unsafe extern "C" fn __assert_fail(
 /// None: it is C++'s.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
-    static NEXT: Next = Next::new(c"_ZSt9terminatev");
     if tls::is_in_domain() {
         report::end_call(Report::Exception);
     }
-    match NEXT.find() {
+    match Next::terminate.find() {
         Some(next) => {
             // SAFETY: it is the C++ library's function of this name.
             let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(next) };
@@ -133,11 +128,10 @@ pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
 /// As for the C++ library.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _ZN10__cxxabiv111__terminateEPFvvE(handler: *mut c_void) -> ! {
-    static NEXT: Next = Next::new(c"_ZN10__cxxabiv111__terminateEPFvvE");
     if tls::is_in_domain() {
         report::end_call(Report::Exception);
     }
-    match NEXT.find() {
+    match Next::terminate_with.find() {
         Some(next) => {
             // SAFETY: it is the C++ library's function of this name.
             let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> !>(next) };
@@ -168,17 +162,10 @@ unsafe fn stack_of(buffer: *const c_void) -> usize {
 }
 
 macro_rules! jumps {
-    ($($(#[$doc:meta])* $name:ident = $next:literal;)*) => {
-        /// The C library's functions.
-        #[allow(non_upper_case_globals, reason = "they are named after the functions")]
-        mod next {
-            use super::Next;
-            $(pub(super) static $name: Next = Next::new($next);)*
-        }
-
+    ($($(#[$doc:meta])* $name:ident;)*) => {
         /// Finds the functions that code in a domain forwards to, for it could not note where they are.
         pub(crate) fn prepare() {
-            $(let _ = next::$name.find();)*
+            $(let _ = Next::$name.find();)*
         }
 
         $(
@@ -199,7 +186,7 @@ macro_rules! jumps {
                     thread.jumping(target);
                 }
                 // SAFETY: it is the C library's function of this name.
-                let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*mut c_void, c_int) -> !>(next::$name.get()) };
+                let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*mut c_void, c_int) -> !>(Next::$name.get()) };
                 // SAFETY: the same contract.
                 unsafe { next(buffer, value) }
             }
@@ -209,11 +196,11 @@ macro_rules! jumps {
 
 jumps! {
     /// longjmp(3).
-    longjmp = c"longjmp";
+    longjmp;
     /// longjmp(3), by another name.
-    _longjmp = c"_longjmp";
+    _longjmp;
     /// siglongjmp(3).
-    siglongjmp = c"siglongjmp";
+    siglongjmp;
     /// longjmp(3), with a check, for code that was compiled with `_FORTIFY_SOURCE`.
-    __longjmp_chk = c"__longjmp_chk";
+    __longjmp_chk;
 }

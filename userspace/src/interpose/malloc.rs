@@ -236,14 +236,11 @@ pub(crate) unsafe extern "C" fn malloc_usable_size(block: *mut c_void) -> usize 
 }
 
 unsafe extern "C" fn usable_size(block: *mut c_void, caller: u64) -> usize {
-    /// It has no other name in the C library.
-    static NEXT: Next = Next::new(c"malloc_usable_size");
-
     let Some(block) = NonNull::new(block) else { return 0 };
     if let Some(heap) = domain_heap() {
         return checked(heap.usable_size(block.cast()), caller);
     }
-    let Some(next) = NEXT.find() else { return 0 };
+    let Some(next) = Next::malloc_usable_size.find() else { return 0 };
     // SAFETY: it is the C library's function of this name.
     let function = unsafe { std::mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> usize>(next) };
     // SAFETY: the same contract.

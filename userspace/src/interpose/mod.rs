@@ -18,26 +18,53 @@ pub(crate) mod thread_exit;
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::monitor::monitored;
 use crate::sys;
 
-/// A function of the C library that one of this crate's hides; found at its first call.
-pub(crate) struct Next {
-    name: &'static CStr,
-    /// 0: not yet looked for.
-    address: AtomicUsize,
+macro_rules! next {
+    ($($function:ident = $name:literal,)*) => {
+        /// A function of the C library, or of C++'s, that one of this crate's hides; found at its first call.
+        #[allow(non_camel_case_types, reason = "they are named after the functions")]
+        #[derive(Debug, Clone, Copy)]
+        pub(crate) enum Next {
+            $($function,)*
+        }
+
+        const NAMES: &[&CStr] = &[$($name,)*];
+    };
+}
+
+next! {
+    abort = c"abort",
+    exit = c"exit",
+    _exit = c"_exit",
+    _Exit = c"_Exit",
+    quick_exit = c"quick_exit",
+    __stack_chk_fail = c"__stack_chk_fail",
+    __assert_fail = c"__assert_fail",
+    terminate = c"_ZSt9terminatev",
+    terminate_with = c"_ZN10__cxxabiv111__terminateEPFvvE",
+    longjmp = c"longjmp",
+    _longjmp = c"_longjmp",
+    siglongjmp = c"siglongjmp",
+    __longjmp_chk = c"__longjmp_chk",
+    malloc_usable_size = c"malloc_usable_size",
+    __cxa_thread_atexit_impl = c"__cxa_thread_atexit_impl",
+}
+
+monitored! {
+    /// Their addresses, 0 where one was not yet looked for.
+    static ADDRESSES: [AtomicUsize; NAMES.len()] = [const { AtomicUsize::new(0) }; NAMES.len()];
 }
 
 impl Next {
-    pub(crate) const fn new(name: &'static CStr) -> Self {
-        Self { name, address: AtomicUsize::new(0) }
-    }
-
     /// Returns its address, if there is such a function.
-    pub(crate) fn find(&self) -> Option<usize> {
-        match self.address.load(Ordering::Relaxed) {
+    pub(crate) fn find(self) -> Option<usize> {
+        let place = &ADDRESSES[self as usize];
+        match place.load(Ordering::Relaxed) {
             0 => {
-                let found = sys::lookup_next(self.name)?.as_ptr() as usize;
-                self.address.store(found, Ordering::Relaxed);
+                let found = sys::lookup_next(NAMES[self as usize])?.as_ptr() as usize;
+                place.store(found, Ordering::Relaxed);
                 Some(found)
             }
             found => Some(found),
@@ -49,7 +76,7 @@ impl Next {
     /// # Panics
     ///
     /// If the C library has no such function, whose work would be lost in silence otherwise.
-    pub(crate) fn get(&self) -> usize {
-        self.find().unwrap_or_else(|| panic!("the C library has no {}", self.name.to_string_lossy()))
+    pub(crate) fn get(self) -> usize {
+        self.find().unwrap_or_else(|| panic!("the C library has no {}", NAMES[self as usize].to_string_lossy()))
     }
 }

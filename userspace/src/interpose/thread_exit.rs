@@ -12,8 +12,6 @@ use crate::tls;
 type Destructor = unsafe extern "C" fn(*mut c_void);
 type Register = unsafe extern "C" fn(Destructor, *mut c_void, *mut c_void) -> c_int;
 
-static NEXT: Next = Next::new(c"__cxa_thread_atexit_impl");
-
 /// Registers a destructor of the calling thread, for Rust's std and for C++'s `thread_local`.
 ///
 /// # Safety
@@ -33,7 +31,7 @@ pub(crate) unsafe extern "C" fn __cxa_thread_atexit_impl(
         return 0;
     }
     // SAFETY: it is the C library's function of this name.
-    let register = unsafe { std::mem::transmute::<usize, Register>(NEXT.get()) };
+    let register = unsafe { std::mem::transmute::<usize, Register>(Next::__cxa_thread_atexit_impl.get()) };
     // SAFETY: the same contract.
     unsafe { register(destructor, object, library) }
 }

@@ -8,6 +8,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
 use super::{FAULTS, entry};
+use crate::monitor::monitored;
 use crate::sys::{self, Action};
 
 const SIGNALS: usize = 65;
@@ -21,14 +22,13 @@ struct Cell {
     mask: AtomicU64,
 }
 
-/// On pages of its own, so that the rest of the program's statics can be opened to domains without it.
-#[repr(align(4096))]
 struct Table {
     cells: [Cell; SIGNALS],
     writing: AtomicBool,
     is_in_force: AtomicBool,
 }
 
+monitored! {
 static TABLE: Table = Table {
     cells: [const {
         Cell {
@@ -41,6 +41,7 @@ static TABLE: Table = Table {
     writing: AtomicBool::new(false),
     is_in_force: AtomicBool::new(false),
 };
+}
 
 /// Runs with the table to itself, and every signal blocked, for a handler on this thread would wait for it in vain.
 fn alone<R>(function: impl FnOnce() -> R) -> R {

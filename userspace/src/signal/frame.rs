@@ -7,11 +7,14 @@
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pkru::KeyRights;
+use crate::monitor::monitored;
 use pkru::gate::Rewind;
+use pkru::{AccessRights, KeyRights, ProtectionKey};
 
-/// Where PKRU stands in the XSAVE area of a signal frame, in bytes.
-static PKRU_OFFSET: AtomicUsize = AtomicUsize::new(0);
+monitored! {
+    /// Where PKRU stands in the XSAVE area of a signal frame, in bytes.
+    static PKRU_OFFSET: AtomicUsize = AtomicUsize::new(0);
+}
 
 /// Says where PKRU stands in the XSAVE area of a signal frame, in bytes.
 pub(super) fn set_pkru_offset(offset: usize) {
@@ -42,6 +45,14 @@ pub(super) fn write(context: &mut libc::ucontext_t, rewind: Rewind) -> bool {
 /// Returns a register as the signal found it.
 pub(super) fn register(context: &libc::ucontext_t, index: i32) -> u64 {
     context.uc_mcontext.gregs[index as usize] as u64
+}
+
+/// Gives what was interrupted all rights to a key.
+pub(super) fn grant(context: &libc::ucontext_t, key: ProtectionKey) {
+    // SAFETY: the frame is the kernel's.
+    if let Some(state) = unsafe { SavedPkru::of(context) } {
+        state.write(state.read().with(key, AccessRights::READ_WRITE));
+    }
 }
 
 /// Returns the rights that were in force.

@@ -27,7 +27,7 @@ use pkru::instructions::{rdfsbase, wrfsbase};
 use pkru::{KeyRights, ProtectionKey};
 
 use crate::report::Report;
-use crate::{Error, keys, process, sys};
+use crate::{Error, globals, keys, process, sys};
 use deliver::Interrupted;
 
 /// A call that runs in a domain, as the handler sees it. Domains can read it and not write it.
@@ -107,9 +107,27 @@ unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t, frame: *mu
 unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
     // SAFETY: the kernel passes a valid frame, and nobody else uses it while the handler runs.
     let context = unsafe { &mut *frame.cast::<libc::ucontext_t>() };
-    let Some(running) = keys::running_on(frame as usize) else {
+    let running = keys::running_on(frame as usize);
+    // SAFETY: the kernel passes a valid description of the signal.
+    if let Some(key) = globals::key().filter(|_| is_invitation(signal, unsafe { &*info })) {
+        match running {
+            // SAFETY: the call is running, so its context is alive.
+            Some(running) => unsafe { running.as_ref() }.grant_to_caller(key),
+            None => frame::grant(context, key),
+        }
+        globals::follow();
+        return;
+    }
+    let Some(running) = running else {
         // SAFETY: the kernel passes a valid description of the signal.
         if is_late_deadline(signal, unsafe { &*info }) {
+            return;
+        }
+        // SAFETY: as above.
+        let denied = unsafe { denying_key(signal, info) };
+        if let Some(key) = globals::key().filter(|key| denied == Some(*key)) {
+            // A thread that has not heard of the statics' key.
+            frame::grant(context, key);
             return;
         }
         let from = deliver::outside(context);
@@ -186,6 +204,33 @@ fn is_deadline(signal: c_int, info: &libc::siginfo_t) -> bool {
         && unsafe { info.si_value() }.sival_ptr.addr() == deadline_value()
 }
 
+/// Whether a signal tells this thread of the key that the program's statics have.
+fn is_invitation(signal: c_int, info: &libc::siginfo_t) -> bool {
+    // SAFETY: a signal that was queued has a value; in others the code differs.
+    signal == globals::INVITATION
+        && info.si_code == libc::SI_QUEUE
+        && unsafe { info.si_value() }.sival_ptr.addr() == globals::invitation_value()
+}
+
+/// Returns the key that denied an access, if that is what the signal is about.
+///
+/// # Safety
+///
+/// The pointer is the one that the kernel passed.
+unsafe fn denying_key(signal: c_int, info: *const libc::siginfo_t) -> Option<ProtectionKey> {
+    /// The offset of `si_pkey` in `siginfo_t`, and the code that says that it is there
+    /// (Linux 6.12, `include/uapi/asm-generic/siginfo.h`).
+    const SI_PKEY: usize = 0x20;
+    const SEGV_PKUERR: c_int = 4;
+    // SAFETY: the caller answers for the pointer.
+    if signal != libc::SIGSEGV || unsafe { &*info }.si_code != SEGV_PKUERR {
+        return None;
+    }
+    // SAFETY: with this code the field is there.
+    let key = unsafe { info.wrapping_byte_add(SI_PKEY).cast::<u32>().read() };
+    ProtectionKey::new(key as u8)
+}
+
 /// Whether a signal outside any domain is a deadline of a call that has just ended, or is waiting for a callback.
 fn is_late_deadline(signal: c_int, info: &libc::siginfo_t) -> bool {
     is_deadline(signal, info)
@@ -197,21 +242,12 @@ fn is_late_deadline(signal: c_int, info: &libc::siginfo_t) -> bool {
 ///
 /// The pointer is the one that the kernel passed.
 unsafe fn trap(signal: c_int, info: *const libc::siginfo_t, context: &libc::ucontext_t) -> Trap {
-    /// The offset of `si_pkey` in `siginfo_t`, and the code that says that it is there
-    /// (Linux 6.12, `include/uapi/asm-generic/siginfo.h`).
-    const SI_PKEY: usize = 0x20;
-    const SEGV_PKUERR: c_int = 4;
-
     let register = |index| frame::register(context, index);
     // SAFETY: the caller answers for the pointer.
     let description = unsafe { &*info };
     let code = description.si_code;
     // SAFETY: a signal of these that the CPU raised has an address; in others the field is some other number.
     let address = unsafe { description.si_addr() } as u64;
-    let key = (signal == libc::SIGSEGV && code == SEGV_PKUERR).then(|| {
-        // SAFETY: with this code the field is there.
-        unsafe { info.wrapping_byte_add(SI_PKEY).cast::<u32>().read() }
-    });
     let instruction = register(libc::REG_RIP);
     let report = if signal == libc::SIGILL {
         Report::decode(instruction, [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX].map(register))
@@ -225,7 +261,8 @@ unsafe fn trap(signal: c_int, info: *const libc::siginfo_t, context: &libc::ucon
         instruction,
         stack: register(libc::REG_RSP),
         error_code: register(libc::REG_ERR) as u32,
-        key: key.and_then(|key| ProtectionKey::new(key as u8)),
+        // SAFETY: the caller answers for the pointer.
+        key: unsafe { denying_key(signal, info) },
         rights: frame::rights(context),
         report,
         in_panic: false,

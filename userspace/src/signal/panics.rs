@@ -5,20 +5,41 @@
 //! fault handler does as if they were made: it sets the registers as the instruction would, and leaves memory alone. Then the
 //! hook runs in the domain, which is this crate's, and reports the message.
 //!
-//! Which instructions these are is learned from a panic in the first domain.
+//! Which instructions these are is learned from a panic in the first domain. One that may write statics does make those writes; there
+//! the hook takes them back.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use pkru::ProtectionKey;
 use pkru::fault::ErrorCode;
+use pkru::registers::Pkru;
 use pkru::rights::Access;
 
 use super::Trap;
+use crate::monitor::monitored;
 use crate::report::{self, Report};
-use crate::tls;
+use crate::{globals, tls};
 
-/// The addresses of the instructions, 0 where there is none.
-static LEARNED: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
+/// One of those instructions, and what it does to what.
+struct Write {
+    /// The address of the instruction; 0: there is none.
+    instruction: AtomicU64,
+    static_at: AtomicU64,
+    /// What it adds.
+    difference: AtomicU64,
+    /// The size of the static in bytes.
+    size: AtomicU64,
+}
+
+monitored! {
+    static LEARNED: [Write; 4] = [const {
+        Write {
+            instruction: AtomicU64::new(0),
+            static_at: AtomicU64::new(0),
+            difference: AtomicU64::new(0),
+            size: AtomicU64::new(0),
+        }
+    }; 4];
+}
 
 /// Has panics in domains reported, and others go where they went.
 pub(crate) fn install_hook() {
@@ -29,6 +50,7 @@ pub(crate) fn install_hook() {
     let previous = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         if tls::is_in_domain() {
+            take_back();
             let message = panic.to_string();
             // A Rust panic does not get as far as a frame that cannot unwind, for it ends here.
             if message.ends_with("panic in a function that cannot unwind") {
@@ -42,21 +64,40 @@ pub(crate) fn install_hook() {
 
 /// Forgets what a trial has taught, because it did not end as it should.
 pub(crate) fn forget() {
-    LEARNED.iter().for_each(|place| place.store(0, Ordering::Relaxed));
+    LEARNED.iter().for_each(|write| write.instruction.store(0, Ordering::Relaxed));
 }
 
 /// Whether a fault is one of those writes; if `learning`, it is learned as one.
 pub(super) fn is_bookkeeping(trap: &Trap, learning: bool) -> bool {
     let is_write = ErrorCode::from_bits_retain(trap.error_code).access() == Access::Write;
-    if trap.key != Some(ProtectionKey::DEFAULT) || !is_write {
+    if !trap.key.is_some_and(globals::is_of_the_program) || !is_write {
         return false;
     }
-    let known = LEARNED.iter().any(|place| place.load(Ordering::Relaxed) == trap.instruction);
-    known
-        || learning
-            && LEARNED
-                .iter()
-                .any(|place| place.compare_exchange(0, trap.instruction, Ordering::Relaxed, Ordering::Relaxed).is_ok())
+    let place_of = |address| LEARNED.iter().find(|write| write.instruction.load(Ordering::Relaxed) == address);
+    if let Some(free) = place_of(0).filter(|_| learning && place_of(trap.instruction).is_none()) {
+        free.static_at.store(trap.address, Ordering::Relaxed);
+        free.instruction.store(trap.instruction, Ordering::Relaxed);
+    }
+    place_of(trap.instruction).is_some()
+}
+
+/// In a domain that may write statics: takes the writes back that std has made about a panic which ends here.
+fn take_back() {
+    let Some(key) = globals::key() else { return };
+    // SAFETY: there are domains, so there is PKU.
+    if !unsafe { Pkru::assume() }.read().get(key).is_empty() {
+        return;
+    }
+    for write in LEARNED.iter().filter(|write| write.instruction.load(Ordering::Relaxed) != 0) {
+        let (address, difference) = (write.static_at.load(Ordering::Relaxed), write.difference.load(Ordering::Relaxed));
+        if write.size.load(Ordering::Relaxed) == 8 {
+            // SAFETY: it is a static of std's, an atomic of that size, which this panic has changed by as much.
+            unsafe { &*(address as *const AtomicU64) }.fetch_sub(difference, Ordering::Release);
+        } else {
+            // SAFETY: as above.
+            unsafe { &*(address as *const AtomicU32) }.fetch_sub(difference as u32, Ordering::Release);
+        }
+    }
 }
 
 /// Does as if the instruction at which a domain has faulted had been executed, but for its write; `false` if it is none that this
@@ -79,8 +120,19 @@ pub(super) unsafe fn pass_over(context: &mut libc::ucontext_t, address: u64) -> 
         u64::from(unsafe { (address as *const u32).read_unaligned() })
     };
     let mask = if found.is_wide { u64::MAX } else { u64::from(u32::MAX) };
-    let flags = &mut registers[libc::REG_EFL as usize];
-    *flags &= !ZERO;
+    registers[libc::REG_EFL as usize] &= !ZERO;
+    let operand = registers[found.register] as u64;
+    let difference = match found.operation {
+        Operation::Add => 1,
+        Operation::ExchangeAdd => operand,
+        Operation::CompareExchange => operand.wrapping_sub(value),
+    };
+    if let Some(write) =
+        LEARNED.iter().find(|write| write.instruction.load(Ordering::Relaxed) == instruction.addr() as u64)
+    {
+        write.difference.store(difference & mask, Ordering::Relaxed);
+        write.size.store(if found.is_wide { 8 } else { 4 }, Ordering::Relaxed);
+    }
     match found.operation {
         Operation::Add => {}
         Operation::ExchangeAdd => registers[found.register] = value as i64,

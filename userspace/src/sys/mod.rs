@@ -2,6 +2,7 @@
 
 mod loader;
 mod memory;
+mod probe;
 mod process;
 
 pub(crate) use loader::{
@@ -11,8 +12,13 @@ pub(crate) use loader::{
 pub(crate) use memory::{
     DontNeed, discard, map_again, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
 };
+pub(crate) use probe::{
+    Outcome, RSEQ_GIVEN_UP, RSEQ_NONE, answer_yes, fork_probe, free_all_keys, fsgsbase, kernel_release, keys_in_all,
+    keys_left, memfd_secret, mseal, pkru_in_signal_frame, rseq, syscall_user_dispatch,
+};
 pub(crate) use process::{
     Action, AlternateStack, SS_AUTODISARM, Timer, action, alternate_stack, around_forks, auxiliary, change_mask,
-    create_timer, delete_timer, exit_now, fork_probe, process_id, resend, restore_alternate_stack, rseq_area,
-    set_action, set_alternate_stack, set_for_thread, set_mask, set_timer, thread_key, unblock, unregister_rseq,
+    create_timer, delete_timer, exit_now, process_id, resend, restore_alternate_stack, rseq_area, send_value,
+    set_action, set_alternate_stack, set_for_thread, set_mask, set_timer, thread_exists, thread_id, thread_key,
+    threads, unblock, unregister_rseq,
 };

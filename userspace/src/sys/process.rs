@@ -1,4 +1,4 @@
-//! Threads, signals, and a forked child for experiments.
+//! Threads and signals.
 
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -94,6 +94,53 @@ pub(crate) fn resend(signal: c_int) {
     let thread = unsafe { libc::syscall(libc::SYS_gettid) };
     // SAFETY: as above.
     unsafe { libc::syscall(libc::SYS_tgkill, process_id(), thread, signal) };
+}
+
+/// Returns the number of the calling thread.
+pub(crate) fn thread_id() -> c_int {
+    // SAFETY: the call touches no memory.
+    unsafe { libc::syscall(libc::SYS_gettid) as c_int }
+}
+
+/// Returns the numbers of the process's threads.
+pub(crate) fn threads() -> io::Result<Vec<c_int>> {
+    let entries = std::fs::read_dir("/proc/self/task")?;
+    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// Returns whether a thread of this process has not ended.
+pub(crate) fn thread_exists(thread: c_int) -> bool {
+    // SAFETY: signal 0 is not sent.
+    unsafe { libc::syscall(libc::SYS_tgkill, process_id(), thread, 0) == 0 }
+}
+
+/// Sends a thread of this process a signal with a value; `false` if there is no such thread.
+pub(crate) fn send_value(thread: c_int, signal: c_int, value: usize) -> bool {
+    /// `siginfo_t` as the kernel takes it for this (Linux 6.12, `include/uapi/asm-generic/siginfo.h`).
+    #[repr(C)]
+    struct Queued {
+        signal: c_int,
+        errno: c_int,
+        code: c_int,
+        padding: c_int,
+        process: u32,
+        user: u32,
+        value: usize,
+        rest: [usize; 12],
+    }
+    const { assert!(size_of::<Queued>() == size_of::<libc::siginfo_t>()) };
+    let info = Queued {
+        signal,
+        errno: 0,
+        code: libc::SI_QUEUE,
+        padding: 0,
+        process: process_id(),
+        user: 0,
+        value,
+        rest: [0; 12],
+    };
+    // SAFETY: the struct lives across the call.
+    unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, process_id(), thread, signal, &raw const info) == 0 }
 }
 
 /// A thread's alternate signal stack, as the kernel has it.
@@ -238,7 +285,7 @@ pub(crate) fn exit_now() -> ! {
 }
 
 /// exit_group(2). The C library's function of that purpose is replaced by this crate's.
-fn exit_with(status: c_int) -> ! {
+pub(super) fn exit_with(status: c_int) -> ! {
     loop {
         // SAFETY: the call leaves without running anything of the process's.
         unsafe { libc::syscall(libc::SYS_exit_group, status) };
@@ -281,48 +328,27 @@ pub(crate) fn rseq_area() -> Option<usize> {
 pub(crate) fn unregister_rseq(area: usize) -> io::Result<()> {
     const UNREGISTER: c_int = 1;
     const SIGNATURE: u32 = 0x5305_3053;
+    /// The size that every glibc so far has registered, if the kernel does not ask for more.
     const LENGTH: u32 = 32;
-    // SAFETY: the arguments are those with which glibc registered the area; without it nothing is written there any more.
-    let result = unsafe { libc::syscall(libc::SYS_rseq, area, LENGTH, UNREGISTER, SIGNATURE) };
-    match result {
-        0 => Ok(()),
-        // EINVAL: it is not registered, because the thread did it itself or the kernel has no such call.
-        _ => match io::Error::last_os_error() {
-            error if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)) => Ok(()),
-            error => Err(error),
+    const AT_RSEQ_FEATURE_SIZE: libc::c_ulong = 27;
+    let wanted = (auxiliary(AT_RSEQ_FEATURE_SIZE) as u32).next_multiple_of(LENGTH);
+    let mut refused = io::Error::from_raw_os_error(libc::EINVAL);
+    for length in [LENGTH, wanted] {
+        // SAFETY: the arguments are those with which glibc registered the area; without it nothing is written there any more.
+        if unsafe { libc::syscall(libc::SYS_rseq, area, length, UNREGISTER, SIGNATURE) } == 0 {
+            return Ok(());
+        }
+        refused = io::Error::last_os_error();
+    }
+    match refused.raw_os_error() {
+        // The kernel has no such call.
+        Some(libc::ENOSYS) => Ok(()),
+        // Nothing is registered, because the thread has undone it itself; or something is, in a way that is not known here. An area
+        // of another address is refused with EINVAL in the first case too, if its length is wrong.
+        _ => match super::probe::register_rseq() {
+            Ok(()) => super::probe::unregister_own_rseq(),
+            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+            Err(_) => Err(refused),
         },
-    }
-}
-
-/// Runs a function in a forked child without ties to this process's handlers, and returns whether it exited with 0.
-///
-/// The child sends no SIGCHLD and runs no atfork handlers.
-///
-/// # Safety
-///
-/// The function makes only async-signal-safe calls, and does not return to code that relies on this process's state.
-pub(crate) unsafe fn fork_probe(function: impl FnOnce() -> bool) -> io::Result<bool> {
-    // SAFETY: a clone without flags is a fork; the child runs `function` and exits.
-    let child = unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) };
-    if child < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    if child == 0 {
-        // SAFETY: prctl with these arguments touches no memory: no core file of an experiment that is killed.
-        unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
-        let status = c_int::from(!function());
-        exit_with(status)
-    }
-    let mut status = 0;
-    loop {
-        // SAFETY: `status` is writable.
-        let waited = unsafe { libc::waitpid(child as libc::pid_t, &raw mut status, libc::__WALL) };
-        if waited == child as libc::pid_t {
-            return Ok(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
     }
 }

@@ -1,0 +1,251 @@
+//! Domains that may write the program's statics, and everybody else beside them.
+
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
+#[path = "../../userspace/tests/common/mod.rs"]
+#[macro_use]
+mod common;
+
+use std::cell::UnsafeCell;
+use std::hint::black_box;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
+
+use common::{build, contain, domain, key_fault, mistake, works};
+use pkru_userspace::{Access, Domain, Globals, Vault, ViolationKind};
+
+unsafe extern "C" {
+    fn helper_count() -> u64;
+    fn helper_table(index: u8) -> u32;
+}
+
+struct Buffer(UnsafeCell<[u8; 64]>);
+
+// SAFETY: the tests use it from one thread at a time.
+unsafe impl Sync for Buffer {}
+
+static DATA: AtomicU64 = AtomicU64::new(7);
+static BUFFER: Buffer = Buffer(UnsafeCell::new([0; 64]));
+
+fn open(name: &str) -> Option<Domain> {
+    build(Domain::builder(name).globals(Globals::Writable))
+}
+
+#[test]
+fn code_with_state_in_statics_works() {
+    let mut closed = need!(domain("closed"));
+    // SAFETY: it has no preconditions.
+    let count = || unsafe { helper_count() };
+    closed.call(count).expect_err("control");
+
+    let mut open = need!(open("open"));
+    let before = count();
+    assert_eq!(open.call(count).unwrap(), before + 1);
+    assert_eq!(open.call(count).unwrap(), before + 2);
+    assert_eq!(count(), before + 3, "the program sees what the domain has done");
+    // SAFETY: as above.
+    assert_eq!(open.call(|| unsafe { helper_table(2) }).unwrap(), 2u32.wrapping_mul(2_654_435_761));
+    // A violation does not undo it.
+    contain(&mut open, mistake);
+    assert_eq!(open.call(count).unwrap(), before + 4);
+}
+
+#[test]
+fn the_c_librarys_own_state_works() {
+    let mut open = need!(open("libc"));
+    let numbers = open.call(|| {
+        // SAFETY: the seed and the numbers are the C library's.
+        unsafe {
+            libc::srand(5);
+            [libc::rand(), libc::rand()]
+        }
+    });
+    // SAFETY: as above.
+    let expected = unsafe {
+        libc::srand(5);
+        [libc::rand(), libc::rand()]
+    };
+    assert_eq!(numbers.unwrap(), expected);
+    let year = open.call(|| {
+        // SAFETY: the struct is writable, and the time is readable.
+        unsafe {
+            let mut time: libc::tm = std::mem::zeroed();
+            libc::localtime_r(&86_400_000, &raw mut time);
+            time.tm_year
+        }
+    });
+    assert_eq!(year.unwrap(), 72);
+    open.call(|| println!("printed in a domain")).unwrap();
+    let variable = open.call(|| std::env::var("PATH").map(|path| path.len() as u32).unwrap_or(0));
+    assert!(variable.unwrap() > 0);
+}
+
+#[test]
+fn other_domains_read_statics_and_do_not_write_them() {
+    let mut before = need!(domain("before"));
+    let mut open = need!(open("open"));
+    let mut after = Domain::builder("after").build().unwrap();
+    for closed in [&mut before, &mut after] {
+        assert_eq!(closed.call(|| DATA.load(Ordering::Relaxed)).unwrap(), 7);
+        let violation = contain(closed, || DATA.store(9, Ordering::Relaxed));
+        let fault = key_fault(&violation);
+        assert_eq!((fault.address, fault.access), (DATA.as_ptr() as u64, Access::Write));
+        assert!(violation.to_string().contains("Globals::Writable"), "{violation}");
+    }
+    assert_eq!(DATA.load(Ordering::Relaxed), 7);
+    open.call(|| DATA.store(8, Ordering::Relaxed)).unwrap();
+    assert_eq!(DATA.load(Ordering::Relaxed), 8);
+}
+
+#[test]
+fn everything_else_stays_closed() {
+    thread_local! { static LOCAL: std::cell::Cell<u64> = const { std::cell::Cell::new(1) } }
+    let mut open = need!(open("open"));
+    let mut other = need!(domain("other"));
+    let mut heap = Box::new(1u64);
+    let mut stack = 1u64;
+    let vault = Vault::new(1u64).unwrap();
+    let in_other = other.call(|| Box::leak(Box::new(1u64)) as *mut u64 as u64).unwrap();
+    let local = LOCAL.with(std::cell::Cell::as_ptr);
+    for (what, target) in [
+        ("heap", &raw mut *heap),
+        ("stack", &raw mut stack),
+        ("thread-local", local),
+        ("vault", vault.as_ptr().cast_mut()),
+        ("another domain", in_other as *mut u64),
+    ] {
+        // SAFETY: none: this is the mistake.
+        let violation = contain(&mut open, || unsafe { target.write_volatile(2) });
+        assert_eq!(key_fault(&violation).address, target as u64, "{what}");
+    }
+    // What this crate relies on.
+    let mut pages = 0;
+    for target in pkru_userspace::monitor_pages().into_iter().flat_map(|range| range.step_by(4096)) {
+        pages += 1;
+        // SAFETY: none: this is the mistake.
+        let violation = contain(&mut open, || unsafe { (target as *mut u8).write_volatile(0) });
+        assert_eq!(key_fault(&violation).address, target as u64);
+    }
+    println!("figure: {pages} pages of the monitor's own stay closed");
+    assert!(pages >= 5);
+}
+
+#[test]
+fn threads_that_were_there_before_go_on() {
+    drop(need!(domain("first")));
+    static STOP: AtomicBool = AtomicBool::new(false);
+    static ROUNDS: AtomicU64 = AtomicU64::new(0);
+    let ready = Arc::new(Barrier::new(4));
+    let threads: Vec<_> = (0..3)
+        .map(|number| {
+            let ready = Arc::clone(&ready);
+            std::thread::spawn(move || {
+                // One of them enters domains, the others never do.
+                let mut own = (number == 0).then(|| Domain::builder("own").build().unwrap());
+                ready.wait();
+                while !STOP.load(Ordering::Relaxed) {
+                    ROUNDS.fetch_add(1, Ordering::Relaxed);
+                    if let Some(own) = &mut own {
+                        works(own);
+                        contain(own, mistake);
+                    }
+                    std::thread::yield_now();
+                }
+            })
+        })
+        .collect();
+    ready.wait();
+    let mut open = open("open").unwrap();
+    let before = ROUNDS.load(Ordering::Relaxed);
+    for _ in 0..50 {
+        open.call(|| DATA.fetch_add(1, Ordering::Relaxed)).unwrap();
+        std::thread::yield_now();
+    }
+    while ROUNDS.load(Ordering::Relaxed) < before + 50 {
+        std::thread::yield_now();
+    }
+    STOP.store(true, Ordering::Relaxed);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    std::thread::spawn(|| DATA.store(1, Ordering::Relaxed)).join().unwrap();
+}
+
+#[test]
+fn system_calls_with_statics_as_buffers() {
+    let waiting = Arc::new(Barrier::new(2));
+    drop(need!(domain("first")));
+    let read = || {
+        let zero = std::fs::File::open("/dev/zero").unwrap();
+        // SAFETY: one thread uses the buffer at a time.
+        unsafe { libc::read(zero.as_raw_fd(), BUFFER.0.get().cast(), 64) }
+    };
+    let other = Arc::clone(&waiting);
+    let thread = std::thread::spawn(move || {
+        other.wait();
+        other.wait();
+        read()
+    });
+    waiting.wait();
+    let mut open = open("open").unwrap();
+    assert_eq!(read(), 64);
+    waiting.wait();
+    assert_eq!(thread.join().unwrap(), 64, "a thread from before");
+    assert_eq!(open.call(|| read() as i64).unwrap(), 64);
+    let mut closed = Domain::builder("closed").build().unwrap();
+    let zero = std::fs::File::open("/dev/zero").unwrap().as_raw_fd();
+    // SAFETY: the kernel refuses.
+    let refused = closed.call(|| unsafe { libc::read(zero, BUFFER.0.get().cast(), 64) as i64 });
+    assert_eq!(refused.unwrap(), -1);
+}
+
+#[test]
+fn violations_are_what_they_were() {
+    let mut open = need!(open("open"));
+    let violation = contain(&mut open, || panic!("in an open domain"));
+    assert!(violation.to_string().contains("in an open domain"), "{violation}");
+    let mut closed = Domain::builder("closed").build().unwrap();
+    let violation = contain(&mut closed, || panic!("in a closed one"));
+    assert!(violation.to_string().contains("in a closed one"), "{violation}");
+    let violation = contain(&mut closed, || {
+        black_box(vec![1u8; 1 << 40]);
+    });
+    assert!(matches!(violation.kind(), ViolationKind::OutOfMemory { .. }), "{violation}");
+    for _ in 0..20 {
+        contain(&mut open, mistake);
+        contain(&mut closed, mistake);
+    }
+    let mut text = String::new();
+    std::fs::File::open("/proc/self/comm").unwrap().read_to_string(&mut text).unwrap();
+    assert!(!text.is_empty());
+}
+
+#[test]
+fn signals_and_children_afterwards() {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    extern "C" fn count(_: i32) {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+    let mut open = need!(open("open"));
+    // SAFETY: the handler only counts.
+    unsafe { libc::signal(libc::SIGUSR1, count as *const () as usize) };
+    // SAFETY: sends this thread a signal.
+    open.call(|| unsafe { libc::raise(libc::SIGUSR1) }).unwrap();
+    // SAFETY: as above.
+    unsafe { libc::raise(libc::SIGUSR1) };
+    assert_eq!(COUNT.load(Ordering::Relaxed), 2);
+    let output = std::process::Command::new("/proc/self/exe").args(["--list"]).output().unwrap();
+    assert!(output.status.success());
+    // SAFETY: the child calls domains and exits.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        works(&mut open);
+        contain(&mut open, mistake);
+        // SAFETY: leaves without running anything of the parent's.
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 1;
+    // SAFETY: the status is writable.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert_eq!(status, 0);
+}

@@ -1,0 +1,109 @@
+//! A million calls and a hundred thousand rewinds over eight threads leave nothing behind.
+
+#[path = "../../userspace/tests/common/mod.rs"]
+#[macro_use]
+mod common;
+
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use common::{domain, mistake};
+use pkru_userspace::Domain;
+
+const THREADS: u64 = 8;
+const CALLS: u64 = 1_000_000;
+/// One call in so many goes wrong.
+const FAULTY: u64 = 10;
+
+/// What could leak: bytes in memory, mappings, protection keys.
+#[derive(Debug, Clone, Copy)]
+struct Footprint {
+    resident: usize,
+    mappings: usize,
+    keys: usize,
+}
+
+impl Footprint {
+    fn now() -> Self {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let resident = statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096;
+        let mappings = std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+        Self { resident, mappings, keys: keys_in_use() }
+    }
+}
+
+/// How many protection keys this process has taken: what a copy of it can still take is missing from fifteen.
+fn keys_in_use() -> usize {
+    // SAFETY: the child makes system calls only.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let mut free = 0;
+        // SAFETY: the calls touch no memory.
+        while unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) } > 0 {
+            free += 1;
+        }
+        // SAFETY: leaves without running anything of the parent's.
+        unsafe { libc::_exit(15 - free) };
+    }
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert!(libc::WIFEXITED(status));
+    libc::WEXITSTATUS(status) as usize
+}
+
+/// Makes calls; returns how many of them were rewound.
+fn work(domain: &mut Domain, calls: u64) -> u64 {
+    let mut rewinds = 0;
+    for number in 0..calls {
+        if number % FAULTY == 0 {
+            domain.call(mistake).unwrap_err();
+            rewinds += 1;
+        } else {
+            let text = domain.call(|| format!("call {number}")).unwrap();
+            assert!(text.ends_with(char::is_numeric));
+        }
+    }
+    rewinds
+}
+
+#[test]
+fn a_million_calls_and_a_hundred_thousand_rewinds() {
+    let mut domains = vec![need!(domain("soak"))];
+    domains.extend((1..THREADS).map(|_| Domain::builder("soak").build().unwrap()));
+    let rewinds = AtomicU64::new(0);
+    let barrier = Barrier::new(THREADS as usize + 1);
+    let (before, after, time) = std::thread::scope(|scope| {
+        for domain in &mut domains {
+            let (rewinds, barrier) = (&rewinds, &barrier);
+            scope.spawn(move || {
+                work(domain, 1000 / THREADS);
+                barrier.wait();
+                barrier.wait();
+                rewinds.fetch_add(work(domain, CALLS / THREADS), Ordering::Relaxed);
+                // Every domain's last call is a good one: all hold as much.
+                domain.call(|| ()).unwrap();
+                barrier.wait();
+                barrier.wait();
+            });
+        }
+        // The threads are there at both times.
+        barrier.wait();
+        let before = Footprint::now();
+        let start = Instant::now();
+        barrier.wait();
+        barrier.wait();
+        let (after, time) = (Footprint::now(), start.elapsed());
+        barrier.wait();
+        (before, after, time)
+    });
+    let rewinds = rewinds.into_inner();
+    println!("figure: {CALLS} calls, {rewinds} of them rewound, on {THREADS} threads, in {} s", time.as_secs());
+    println!("figure: after the first 1,000: {before:?}");
+    println!("figure: at the end:            {after:?}");
+    assert_eq!(rewinds, CALLS / FAULTY);
+    assert_eq!((after.mappings, after.keys), (before.mappings, before.keys));
+    // Pages of the program's file come and go as the kernel sees fit.
+    assert!(after.resident <= before.resident + 128 * 1024, "{before:?}, then {after:?}");
+}
