@@ -6,7 +6,7 @@
 
 use core::alloc::Layout;
 use core::fmt;
-use core::mem::size_of;
+use core::mem::{offset_of, size_of};
 use core::ptr::{self, NonNull};
 
 use linked_list_allocator::Heap;
@@ -164,6 +164,21 @@ impl DomainHeap {
             self.give(start, header.chunk);
         }
         Ok(())
+    }
+
+    /// Returns whether a block looks like one of some domain's heap, free or not. Code outside any domain asks this about what it is
+    /// about to free, for another allocator would take a domain's bytes for its own.
+    ///
+    /// # Safety
+    ///
+    /// The 16 bytes before the block can be read, as those of every block of a malloc can.
+    #[must_use]
+    #[inline]
+    pub unsafe fn marks(block: NonNull<u8>) -> bool {
+        let state = block.as_ptr().wrapping_sub(HEADER).wrapping_add(offset_of!(Header, state)).cast::<u32>();
+        // SAFETY: the caller answers for the bytes. Where the block is not aligned it is none.
+        let state = unsafe { state.read_unaligned() };
+        state == LIVE || state == FREE
     }
 
     /// Changes the size of a block, moving it if it must; `None`, with the block untouched, if the memory cannot be had.
@@ -385,6 +400,9 @@ mod tests {
         let mut heap = heap();
         let block = heap.allocate(64, 16).unwrap();
         let address = block.as_ptr() as usize;
+        let other = Box::new([0u64; 8]);
+        // SAFETY: the bytes before both can be read.
+        assert!(unsafe { DomainHeap::marks(block) } && !unsafe { DomainHeap::marks(NonNull::from(&other[4]).cast()) });
         free(&mut heap, block).unwrap();
         assert_eq!(free(&mut heap, block), Err(HeapError::DoubleFree { address }));
         // SAFETY: the address is inside the chunk.

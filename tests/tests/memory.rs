@@ -317,6 +317,36 @@ fn callocs_and_reallocarrays_products() {
 }
 
 #[test]
+fn a_domains_block_is_not_freed_outside() {
+    let mut domain = need!(domain("owner"));
+    // SAFETY: the block is never used.
+    let block = domain.call(|| unsafe { libc::malloc(100) } as u64).unwrap() as *mut c_void;
+    for resize in [false, true] {
+        // SAFETY: the child frees what it should not, and ends.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: none: this is the mistake.
+            unsafe {
+                if resize {
+                    libc::realloc(block, 200) as usize
+                } else {
+                    libc::free(block);
+                    0
+                }
+            };
+            // SAFETY: leaves without running anything of the parent's.
+            unsafe { libc::_exit(0) };
+        }
+        let mut status = 0;
+        // SAFETY: the status is writable.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
+    }
+    // SAFETY: the domain's own.
+    domain.call(|| unsafe { libc::free(block) }).expect("control");
+}
+
+#[test]
 fn a_violation_says_so_when_the_domain_cannot_be_made_ready() {
     let mut domain = need!(domain("outer"));
     // In a domain there are no others.

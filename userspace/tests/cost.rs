@@ -161,6 +161,39 @@ fn a_call_costs_the_same_with_a_thousand_domains() {
 }
 
 #[test]
+fn a_discard_costs_what_was_touched() {
+    if !is_counting() {
+        return;
+    }
+    let cost = |heap: usize, pages: usize| {
+        let mut domain = Domain::builder("discard").heap_size(heap).build().unwrap();
+        let once = || {
+            let touch = || {
+                let block = black_box(Vec::leak(vec![black_box(1u8); pages * 4096]));
+                block.len() as u64
+            };
+            domain.call(touch).unwrap();
+            // SAFETY: every x86-64 CPU has the instruction.
+            let before = unsafe { _rdtsc() };
+            domain.discard();
+            // SAFETY: as above.
+            unsafe { _rdtsc() - before }
+        };
+        std::iter::repeat_with(once).take(20).min().unwrap_or(0)
+    };
+    drop(need!(domain("first")));
+    let (small, large) = (cost(1 << 20, 1), cost(512 << 20, 1));
+    let (some, many) = (cost(64 << 20, 100), cost(64 << 20, 1000));
+    println!(
+        "figure: a discard after one page was touched: {small} instructions with a heap of 1 MiB, {large} with 512 MiB"
+    );
+    println!("figure: a discard after 100 pages were touched: {some} instructions; after 1,000: {many}");
+    // The kernel looks at one entry for every 2 MiB of addresses, some 25 instructions a MiB.
+    assert!(large < small + 512 * 50, "the size of the heap hardly counts");
+    assert!(many > some && many < some * 20, "what was touched does");
+}
+
+#[test]
 fn an_empty_call_by_single_steps() {
     /// WRPKRU.
     const WRPKRU: u64 = 0x00ef_010f;

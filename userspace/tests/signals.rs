@@ -269,7 +269,8 @@ fn a_jump_out_of_a_handler() {
     }
     for round in 1..=30 {
         attempt(&mut domain);
-        assert_eq!(COUNT.load(Ordering::Relaxed), round);
+        // The next signal may come before the timer is stopped, and leads to the same place.
+        assert!(COUNT.load(Ordering::Relaxed) >= round);
         works(&mut domain);
         contain(&mut domain, mistake);
     }

@@ -99,8 +99,13 @@ unsafe extern "C" fn reallocate(block: *mut c_void, size: usize, caller: u64) ->
         (Some(heap), None) => pointer(heap.allocate(size, ALIGNMENT)),
         // SAFETY: the caller gives the block up.
         (Some(heap), Some(block)) => pointer(checked(unsafe { heap.reallocate(block, size) }, caller)),
-        // SAFETY: the C library's own function with the same contract.
-        (None, _) => unsafe { __libc_realloc(block, size) },
+        (None, old) => {
+            if let Some(old) = old {
+                refuse_of_domain(old);
+            }
+            // SAFETY: the C library's own function with the same contract.
+            unsafe { __libc_realloc(block, size) }
+        }
     }
 }
 
@@ -142,9 +147,31 @@ unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
                 checked(unsafe { heap.free(block) }, caller);
             }
         }
-        // SAFETY: the C library's own function with the same contract.
-        None => unsafe { __libc_free(block) },
+        None => {
+            let Some(given) = NonNull::new(block.cast()) else { return };
+            refuse_of_domain(given);
+            // SAFETY: the C library's own function with the same contract.
+            unsafe { __libc_free(block) };
+        }
     }
+}
+
+/// Outside domains: ends the program if a block is a domain's. The C library would act on whatever the domain has left there.
+#[inline]
+fn refuse_of_domain(block: NonNull<u8>) {
+    // SAFETY: the C library keeps 16 bytes of its own before each block.
+    if unsafe { DomainHeap::marks(block) } {
+        refuse();
+    }
+}
+
+#[cold]
+fn refuse() -> ! {
+    const MESSAGE: &[u8] = b"pkru-userspace: a domain's block was freed or resized outside the domain\n";
+    // SAFETY: the message is readable. There is nothing to be done if it cannot be written.
+    unsafe { libc::write(libc::STDERR_FILENO, MESSAGE.as_ptr().cast(), MESSAGE.len()) };
+    // SAFETY: abort can be called at any time.
+    unsafe { libc::abort() }
 }
 
 /// memalign(3).

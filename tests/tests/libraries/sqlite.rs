@@ -1,0 +1,247 @@
+//! SQLite in memory, given its data, with functions of the program's.
+
+use super::*;
+
+type Function = unsafe extern "C" fn(*mut c_void, c_int, *mut *mut c_void);
+
+const OK: c_int = 0;
+const MISUSE: c_int = 21;
+const ROW: c_int = 100;
+const DONE: c_int = 101;
+const UTF8: c_int = 1;
+/// `SQLITE_TRANSIENT`: it copies the text.
+const TRANSIENT: *const c_void = usize::MAX as *const c_void;
+
+#[link(name = "libsqlite3.so.0", kind = "dylib", modifiers = "+verbatim")]
+unsafe extern "C" {
+    fn sqlite3_open(name: *const c_char, database: *mut *mut c_void) -> c_int;
+    fn sqlite3_close(database: *mut c_void) -> c_int;
+    fn sqlite3_exec(
+        database: *mut c_void,
+        sql: *const c_char,
+        row: *const c_void,
+        argument: *mut c_void,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    fn sqlite3_prepare_v2(
+        database: *mut c_void,
+        sql: *const c_char,
+        length: c_int,
+        statement: *mut *mut c_void,
+        rest: *mut *const c_char,
+    ) -> c_int;
+    fn sqlite3_bind_int64(statement: *mut c_void, index: c_int, value: i64) -> c_int;
+    fn sqlite3_bind_text(
+        statement: *mut c_void,
+        index: c_int,
+        text: *const u8,
+        length: c_int,
+        destructor: *const c_void,
+    ) -> c_int;
+    fn sqlite3_step(statement: *mut c_void) -> c_int;
+    fn sqlite3_reset(statement: *mut c_void) -> c_int;
+    fn sqlite3_column_text(statement: *mut c_void, column: c_int) -> *const c_char;
+    fn sqlite3_column_int64(statement: *mut c_void, column: c_int) -> i64;
+    fn sqlite3_finalize(statement: *mut c_void) -> c_int;
+    fn sqlite3_create_function(
+        database: *mut c_void,
+        name: *const c_char,
+        arguments: c_int,
+        encoding: c_int,
+        data: *mut c_void,
+        function: Option<Function>,
+        step: Option<Function>,
+        last: Option<unsafe extern "C" fn(*mut c_void)>,
+    ) -> c_int;
+    fn sqlite3_user_data(context: *mut c_void) -> *mut c_void;
+    fn sqlite3_value_int64(value: *mut c_void) -> i64;
+    fn sqlite3_result_int64(context: *mut c_void, value: i64);
+}
+
+/// A database in memory.
+struct Database(*mut c_void);
+
+impl Database {
+    fn open() -> Self {
+        let mut database = null_mut();
+        // SAFETY: the name is a C string, and the place is writable.
+        assert_eq!(unsafe { sqlite3_open(c":memory:".as_ptr(), &raw mut database) }, OK);
+        Self(database)
+    }
+
+    /// A database with a table of a thousand rows.
+    fn filled() -> Self {
+        let database = Self::open();
+        database.run(c"create table word (id integer primary key, text text, weight integer)");
+        database.run(c"begin");
+        let insert = database.prepare(c"insert into word (text, weight) values (?1, ?2)");
+        for (number, noise) in numbers().take(1000).enumerate() {
+            let text = format!("word {:04} of {number}", noise % 5000);
+            // SAFETY: the statement is prepared, and the text is as long as it is told.
+            unsafe {
+                let (start, length) = (text.as_ptr(), text.len() as c_int);
+                sqlite3_bind_text(insert, 1, start, length, TRANSIENT);
+                sqlite3_bind_int64(insert, 2, i64::from(noise >> 16));
+                assert_eq!(sqlite3_step(insert), DONE);
+                sqlite3_reset(insert);
+            }
+        }
+        // SAFETY: the statement is not used again.
+        unsafe { sqlite3_finalize(insert) };
+        database.run(c"commit; create index by_text on word (text)");
+        database
+    }
+
+    fn run(&self, sql: &CStr) {
+        assert_eq!(self.run_and_tell(sql, null_mut()), OK);
+    }
+
+    /// Runs statements; at the end SQLite writes at `message` what was wrong with them, or null, unless that is null itself.
+    fn run_and_tell(&self, sql: &CStr, message: *mut u8) -> c_int {
+        // SAFETY: the database is open, or SQLite finds that it is not. The target is where it must not write.
+        unsafe { sqlite3_exec(self.0, sql.as_ptr(), null(), null_mut(), message.cast()) }
+    }
+
+    fn prepare(&self, sql: &CStr) -> *mut c_void {
+        let mut statement = null_mut();
+        // SAFETY: the database is open, and the place is writable.
+        let result = unsafe { sqlite3_prepare_v2(self.0, sql.as_ptr(), -1, &raw mut statement, null_mut()) };
+        assert_eq!(result, OK);
+        statement
+    }
+
+    /// Returns the rows of a query for a text and a number.
+    fn rows(&self, sql: &CStr) -> Vec<(String, i64)> {
+        let query = self.prepare(sql);
+        let mut rows = Vec::new();
+        // SAFETY: the statement is prepared, and has a row; its text is a C string until the next step.
+        unsafe {
+            while sqlite3_step(query) == ROW {
+                let text = CStr::from_ptr(sqlite3_column_text(query, 0));
+                rows.push((text.to_str().unwrap().to_owned(), sqlite3_column_int64(query, 1)));
+            }
+            sqlite3_finalize(query);
+        }
+        rows
+    }
+
+    /// Defines a function in SQL which returns its argument, and makes the mistake, if there is one, in the middle of the table.
+    fn define_identity(&self, mistake: *mut u8) {
+        unsafe extern "C" fn identity(context: *mut c_void, _: c_int, arguments: *mut *mut c_void) {
+            // SAFETY: it has one argument, and the data is the pointer that was given.
+            unsafe {
+                let (value, place) = (sqlite3_value_int64(*arguments), sqlite3_user_data(context));
+                if value == 500 && !place.is_null() {
+                    scribble(place.cast());
+                }
+                sqlite3_result_int64(context, value);
+            }
+        }
+        let name = c"identity".as_ptr();
+        // SAFETY: the database is open, and the function is of the type that SQLite expects.
+        let result = unsafe {
+            let identity: Function = identity;
+            sqlite3_create_function(self.0, name, 1, UTF8, mistake.cast(), Some(identity), None, None)
+        };
+        assert_eq!(result, OK);
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        // SAFETY: the database is open, and all its statements are finalized.
+        assert_eq!(unsafe { sqlite3_close(self.0) }, OK);
+    }
+}
+
+/// Fills a table and queries it, with a function of ours in the query.
+fn query_words() -> Vec<(String, i64)> {
+    let database = Database::filled();
+    database.define_identity(null_mut());
+    let mut rows = database.rows(c"select text, identity(id) from word where weight % 97 = 0 order by text desc");
+    rows.extend(database.rows(c"select group_concat(distinct substr(text, 6, 2)), sum(weight) from word"));
+    rows
+}
+
+/// The mistake of a function that SQLite calls for each row of a query.
+fn query_with_mistake(place: *mut u8) {
+    let database = Database::filled();
+    database.define_identity(place);
+    assert_eq!(database.rows(c"select 'sum', sum(identity(id)) from word")[0].1, 500_500);
+}
+
+/// SQLite's own write: of whether there was a mistake in the statements, while it holds the database's lock.
+fn insert_with_mistake(place: *mut u8) {
+    let database = Database::filled();
+    let sql = c"begin; insert into word (text, weight) select text, weight + 1 from word; commit";
+    assert_eq!(database.run_and_tell(sql, place), OK);
+}
+
+/// Makes a domain that has SQLite's data, after the controls; returns also the result of the work outside.
+///
+/// So SQLite has already set itself up outside, as in a program that has used it.
+fn domain_with_sqlite() -> Option<(Domain, Vec<(String, i64)>)> {
+    drop(domain("first")?);
+    let expected = query_words();
+    lands(query_with_mistake);
+    lands(insert_with_mistake);
+    // SAFETY: from here on this process uses the library in that domain only.
+    Some((build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") })?, expected))
+}
+
+#[test]
+fn fills_and_queries_a_table() {
+    let (mut domain, expected) = need!(domain_with_sqlite());
+    let sum = expected.last().unwrap().1;
+    println!("figure: {} rows of 1000 in the answer, and a sum of {sum}", expected.len() - 1);
+    works_as_outside(&mut domain, &expected, query_words);
+    let target = Target::new();
+    assert_in_scribble(&is_stopped(&mut domain, &target, query_with_mistake));
+    works_as_outside(&mut domain, &expected, query_words);
+    assert_in_library(&is_stopped(&mut domain, &target, insert_with_mistake), "libsqlite3.so");
+    works_as_outside(&mut domain, &expected, query_words);
+}
+
+#[test]
+fn a_database_lasts_from_call_to_call_until_a_violation() {
+    let (mut domain, _) = need!(domain_with_sqlite());
+    let open = || {
+        let database = Database::filled();
+        let handle = database.0 as usize;
+        std::mem::forget(database);
+        handle
+    };
+    let handle = domain.call(open).unwrap();
+    let kept = || ManuallyDrop::new(Database(handle as *mut c_void));
+    let delete_some = || {
+        kept().run(c"delete from word where id in (select id from word limit 10)");
+        kept().rows(c"select 'rows', count(*) from word")[0].1
+    };
+    assert_eq!([domain.call(delete_some).unwrap(), domain.call(delete_some).unwrap()], [990, 980]);
+    is_stopped(&mut domain, &Target::new(), query_with_mistake);
+    let result = domain.call(|| kept().run_and_tell(c"select 1", null_mut()));
+    assert_eq!(result.unwrap(), MISUSE, "nothing is left of the database");
+}
+
+/// The bytes that this process has in memory.
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/statm").unwrap();
+    status.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[test]
+fn fifty_mistakes_leave_nothing_behind() {
+    let (mut domain, expected) = need!(domain_with_sqlite());
+    let target = Target::new();
+    let mut round = |number| {
+        let mistake = if number % 2 == 0 { query_with_mistake } else { insert_with_mistake };
+        domain.call(|| mistake(target.0)).expect_err("it must be stopped");
+        works_as_outside(&mut domain, &expected, query_words);
+        resident()
+    };
+    let first = [round(0), round(1)];
+    let last = (2..50).map(round).last().unwrap();
+    println!("figure: resident after 2 mistakes: {} KiB, after 50: {} KiB", first[1] / 1024, last / 1024);
+    assert!(last < first[1] + (256 << 10));
+    assert!(target.is_untouched());
+}
