@@ -224,6 +224,8 @@ struct Keys {
     owners: [Option<Arc<Tagged>>; ProtectionKey::COUNT],
     /// How many keys are about to come back, of memory that is being unmapped.
     leaving: usize,
+    /// No domain is given a key at the moment.
+    is_withholding: bool,
 }
 
 monitored! {
@@ -234,6 +236,7 @@ static KEYS: Mutex<Keys> = Mutex::new(Keys {
     closed: None,
     owners: [const { None }; ProtectionKey::COUNT],
     leaving: 0,
+        is_withholding: false,
 });
 }
 
@@ -244,6 +247,9 @@ impl Keys {
 
     /// Gives memory that has none a key; `false` if calls pin all of them.
     fn give(&mut self, memory: &Arc<Tagged>, want: Option<ProtectionKey>) -> Result<bool, Error> {
+        if self.is_withholding {
+            return Ok(false);
+        }
         let Some(key) = self.obtain(want)? else { return Ok(false) };
         // If this fails some pages may carry the key; then it is lost, for only their unmapping would free it.
         memory.tag(key).map_err(Error::system("give a domain's memory a protection key"))?;
@@ -349,6 +355,20 @@ impl Keys {
         Ok(true)
     }
 
+    /// Takes the keys of all domains away; `false` if calls pin some.
+    fn take_all_away(&mut self, thread: &Thread) -> Result<bool, Error> {
+        let owned: Vec<_> = ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).collect();
+        for key in &owned {
+            let slot = Slot::of(*key);
+            let is_pinned = slot.owner.load(Ordering::Relaxed) & 1 == 1;
+            if is_pinned && slot.signal_stack.load(Ordering::Relaxed) == thread.signal_stack() {
+                return Err(Error::InDomain);
+            }
+            self.take_away(*key)?;
+        }
+        Ok(owned.is_empty())
+    }
+
     fn lose(&mut self, key: ProtectionKey, owner: &Tagged) {
         owner.set_slot(Slot::NONE);
         self.owners[key.index()] = None;
@@ -367,22 +387,20 @@ const fn bit(key: ProtectionKey) -> u16 {
 ///
 /// The function's, and [`Error::InDomain`] if the calling thread is itself in the middle of a call.
 pub(crate) fn while_none_has_a_key(thread: &Thread, function: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
-    let mut keys = Keys::lock();
-    loop {
-        let owned: Vec<_> = ProtectionKey::all().filter(|key| keys.owners[key.index()].is_some()).collect();
-        if owned.is_empty() {
-            return function();
+    Keys::lock().is_withholding = true;
+    let result = loop {
+        let mut keys = Keys::lock();
+        match keys.take_all_away(thread) {
+            Ok(true) => break function(),
+            Ok(false) => {}
+            Err(error) => break Err(error),
         }
-        for key in owned {
-            let slot = Slot::of(key);
-            let is_pinned = slot.owner.load(Ordering::Relaxed) & 1 == 1;
-            if is_pinned && slot.signal_stack.load(Ordering::Relaxed) == thread.signal_stack() {
-                return Err(Error::InDomain);
-            }
-            keys.take_away(key)?;
-        }
+        // Calls that are to end may need the lock for that.
+        drop(keys);
         std::thread::yield_now();
-    }
+    };
+    Keys::lock().is_withholding = false;
+    result
 }
 
 /// Takes a key for memory that keeps it for good, or until [`give_back`].

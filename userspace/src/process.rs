@@ -1,6 +1,6 @@
 //! What a process needs once before its first domain.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use pkru::ProtectionKey;
@@ -11,24 +11,30 @@ use crate::monitor::monitored;
 use crate::{Error, keys, signal, sys, tls};
 
 monitored! {
-    /// The number of this process: set at the first domain, and in a child that the program forks.
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
     static PROCESS: OnceLock<Process> = OnceLock::new();
     static MAKING: Mutex<()> = Mutex::new(());
+    /// A page that is wiped in every copy of the process.
+    static MARK: AtomicPtr<AtomicU8> = AtomicPtr::new(std::ptr::null_mut());
 }
 
-fn note_process() {
-    NUMBER.store(sys::process_id(), Ordering::Relaxed);
+/// Marks this process as the program's.
+fn mark() {
+    // SAFETY: the pointer is null, or leads to the page.
+    if let Some(mark) = unsafe { MARK.load(Ordering::Relaxed).as_ref() } {
+        mark.store(1, Ordering::Relaxed);
+    }
 }
 
 extern "C" fn after_fork_in_child() {
-    note_process();
+    mark();
     keys::after_fork_in_child();
 }
 
-/// Whether this process is the program's, and not a copy that code in a domain has made by a system call.
+/// Whether this process is the program's, or a child that the C library has forked for it, and not a copy that code in a domain has made
+/// by a system call.
 pub(crate) fn is_original() -> bool {
-    NUMBER.load(Ordering::Relaxed) == sys::process_id()
+    // SAFETY: as in `mark`.
+    unsafe { MARK.load(Ordering::Relaxed).as_ref() }.is_some_and(|mark| mark.load(Ordering::Relaxed) == 1)
 }
 
 /// The process, ready for domains.
@@ -73,7 +79,12 @@ impl Process {
         };
         endings::prepare();
         sys::prepare_unwinding();
-        note_process();
+        if MARK.load(Ordering::Relaxed).is_null() {
+            let page =
+                sys::map_wiped_in_copies().map_err(Error::system("map a page that copies of the process do not get"));
+            MARK.store(page.map_err(undo)?.as_ptr().cast(), Ordering::Relaxed);
+        }
+        mark();
         sys::around_forks(keys::before_fork, keys::after_fork, after_fork_in_child)
             .map_err(Error::system("be told of forks"))
             .map_err(undo)?;

@@ -118,7 +118,8 @@ impl Domain {
     /// A mistake shows when memory outside is touched, not when it is made: what code does to its own domain's heap may end a
     /// later call.
     ///
-    /// If calls of other threads have all protection keys at that moment, this waits for one of them to end.
+    /// If calls of other threads have all protection keys at that moment, this waits for one of them to end. A signal handler may call a
+    /// domain as far as it may allocate memory: what it interrupts must not be in the middle of that, or of making a domain ready.
     ///
     /// # Examples
     ///

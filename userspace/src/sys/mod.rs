@@ -10,7 +10,8 @@ pub(crate) use loader::{
     touch_module,
 };
 pub(crate) use memory::{
-    DontNeed, discard, map_again, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
+    DontNeed, discard, map_again, map_reserved, map_wiped_in_copies, page_size, physical_memory, pkey_alloc, protect,
+    unmap, use_small_pages,
 };
 pub(crate) use probe::{
     Outcome, RSEQ_GIVEN_UP, RSEQ_NONE, answer_yes, fork_probe, free_all_keys, fsgsbase, kernel_release, keys_in_all,
