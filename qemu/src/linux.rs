@@ -40,7 +40,10 @@ pub const KERNELS: [&str; 2] = ["6.1", "6.12"];
 /// [`Error::KernelMissing`] if there is no such file.
 pub fn kernel(name: &str) -> Result<PathBuf, Error> {
     let path = if KERNELS.contains(&name) {
-        target_directory().join("guest").join(name).join("vmlinuz")
+        let image = |folder: PathBuf| folder.join("guest").join(name).join("vmlinuz");
+        let path = image(target_directory());
+        // The build folder of another project may be set, whose program is to run here.
+        if path.exists() { path } else { image(workspace().join("target")) }
     } else if name.contains('/') || Path::new(name).exists() {
         PathBuf::from(name)
     } else {
@@ -53,8 +56,11 @@ pub fn kernel(name: &str) -> Result<PathBuf, Error> {
 /// The workspace's build folder, where setup unpacks the guest kernels.
 #[must_use]
 pub fn target_directory() -> PathBuf {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
-    workspace.join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+    workspace().join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
 /// What came of a program in a guest.

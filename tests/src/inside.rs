@@ -28,13 +28,19 @@ pub(crate) fn run(binaries: &[&str]) -> ExitCode {
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Asks a test binary for the names of its tests.
+/// Asks a test binary for the names of its tests, but for those that other tests run.
 fn tests(binary: &str) -> Result<Vec<String>, String> {
-    let output =
-        Command::new(binary).args(["--list", "--format", "terse"]).output().map_err(|error| error.to_string())?;
-    let listing = String::from_utf8_lossy(&output.stdout);
-    let names: Vec<_> = listing.lines().filter_map(|line| line.strip_suffix(": test")).map(String::from).collect();
-    if names.is_empty() { Err(format!("it lists no tests: {}", output.status)) } else { Ok(names) }
+    let list = |more: &[&str]| {
+        let arguments = ["--list", "--format", "terse"];
+        let output = Command::new(binary).args(arguments).args(more).output().map_err(|error| error.to_string())?;
+        let listing = String::from_utf8_lossy(&output.stdout).into_owned();
+        let names = listing.lines().filter_map(|line| line.strip_suffix(": test")).map(String::from);
+        Ok::<_, String>((names.collect::<Vec<_>>(), output.status))
+    };
+    let (ignored, _) = list(&["--ignored"])?;
+    let (mut names, status) = list(&[])?;
+    names.retain(|name| !ignored.contains(name));
+    if names.is_empty() { Err(format!("it lists no tests: {status}")) } else { Ok(names) }
 }
 
 /// Runs one test; returns whether it did not fail.

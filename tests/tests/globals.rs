@@ -249,3 +249,25 @@ fn signals_and_children_afterwards() {
     unsafe { libc::waitpid(child, &raw mut status, 0) };
     assert_eq!(status, 0);
 }
+
+#[test]
+fn standard_output_outlives_the_domain_that_used_it_first() {
+    // Not by the test harness, which captures what is printed.
+    let child = std::process::Command::new("/proc/self/exe")
+        .args(["--exact", "prints_in_a_domain_and_after_it", "--ignored", "--nocapture"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&child.stdout);
+    if pkru_userspace::capability::detect().is_ok() {
+        assert!(child.status.success() && text.contains("in the domain") && text.contains("after it"), "{child:?}");
+    }
+}
+
+#[test]
+#[ignore = "run by the test above, in a process of its own"]
+fn prints_in_a_domain_and_after_it() {
+    let mut open = need!(open("open"));
+    open.call(|| println!("in the domain")).unwrap();
+    drop(open);
+    println!("after it");
+}

@@ -117,9 +117,10 @@ fn a_table_that_is_filled_at_first_use() {
     let violation = cold.call(look).unwrap_err();
     assert_eq!(key_fault(&violation).access, Access::Write);
     let text = violation.to_string();
-    for part in ["table of", "Builder::warm_up", "Builder::library", "Globals::Writable"] {
+    for part in ["table of", "Builder::warm_up", "Globals::Writable"] {
         assert!(text.contains(part), "{text}");
     }
+    assert!(!text.contains("Builder::library"), "it is the program's own: {text}");
     // SAFETY: as above.
     let mut warm = need!(build(Domain::builder("warm").warm_up(|| unsafe { helper_table(0) })));
     assert_eq!(warm.call(look).unwrap(), 3u32.wrapping_mul(2_654_435_761));
@@ -148,6 +149,7 @@ fn a_librarys_data_can_be_given_to_a_domain() {
     let violation = without.call(open_and_close).unwrap_err();
     let target = violation.target().expect("it is a static");
     assert!(target.library().to_string_lossy().contains("libsqlite3"), "{violation}");
+    assert!(violation.to_string().contains("give the domain libsqlite3.so.0's data (Builder::library)"), "{violation}");
 
     // SAFETY: this process uses the library in that domain only.
     let mut domain = need!(build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") }));
@@ -185,15 +187,12 @@ fn libraries_that_cannot_be_given() {
     for (name, expected) in [
         ("libc.so.6", "cannot be given away"),
         ("ld-linux-x86-64.so.2", "cannot be given away"),
-        ("libnothing.so", "is not loaded"),
-        ("libsqlite", "is not loaded"),
+        ("libnothing.so", "no library with the file name `libnothing.so`"),
+        ("libsqlite", "no library with the file name `libsqlite`"),
     ] {
         // SAFETY: it is refused.
         let error = unsafe { Domain::builder("greedy").library(name) }.build().unwrap_err();
-        let text = error
-            .to_string()
-            .replace("no library libnothing.so is", "is not")
-            .replace("no library libsqlite is", "is not");
+        let text = error.to_string();
         assert!(text.contains(expected), "{text}");
     }
 }
@@ -289,7 +288,7 @@ fn a_region_outlives_its_handle_and_gives_its_key_back() {
         assert!(regions.len() < 16);
     };
     assert!(matches!(error, Error::KeysExhausted { .. }), "{error}");
-    assert!(regions.len() >= 11, "{}", regions.len());
+    assert!(regions.len() >= 10, "{}", regions.len());
     regions.clear();
     works(&mut Domain::builder("again").build().unwrap());
 }
@@ -353,4 +352,68 @@ fn a_violation_says_so_when_the_domain_cannot_be_made_ready() {
     let text = domain.call(|| Domain::builder("inner").build().map(drop).unwrap_err().to_string()).unwrap();
     assert!(text.contains("code in a domain cannot make"), "{text}");
     assert!(!matches!(contain(&mut domain, mistake).kind(), ViolationKind::NotReady(_)));
+}
+
+#[test]
+fn safe_functions_open_nothing_in_a_domain() {
+    let mut domain = need!(domain("insider"));
+    let vault = Vault::new(std::cell::Cell::new(7u64)).unwrap();
+    let violation = domain.call(|| vault.with(std::cell::Cell::get)).unwrap_err();
+    assert_eq!(key_fault(&violation).address, vault.as_ptr() as u64);
+    contain(&mut domain, || vault.with(|value| value.set(666)));
+    assert_eq!(vault.with(std::cell::Cell::get), 7, "control");
+
+    let region = Region::new(4096).unwrap();
+    let violation = contain(&mut domain, || region.write(0, b"written"));
+    assert_eq!(key_fault(&violation).address, region.as_ptr() as u64);
+    let mut bytes = [1; 7];
+    region.read(0, &mut bytes);
+    assert_eq!(bytes, [0; 7]);
+    region.write(0, b"written");
+    region.read(0, &mut bytes);
+    assert_eq!(&bytes, b"written", "control");
+}
+
+#[test]
+fn regions_leave_keys_for_domains() {
+    let mut domain = need!(domain("owner"));
+    let mut regions = Vec::new();
+    let result = domain.call_with(
+        &mut [&mut |_| {
+            while let Ok(region) = Region::new(4096) {
+                regions.push(region);
+            }
+            1
+        }],
+        |callbacks| {
+            // SAFETY: a callback takes up to six words and returns one.
+            let ask: extern "C" fn() -> u64 = unsafe { std::mem::transmute(callbacks[0].pointer()) };
+            ask()
+        },
+    );
+    // The call goes on, unless its own key went to a region; then it says so.
+    match result {
+        Ok(answer) => assert_eq!(answer, 1),
+        Err(violation) => assert!(matches!(violation.kind(), ViolationKind::NotReady(_)), "{violation}"),
+    }
+    assert!(regions.len() >= 10, "{}", regions.len());
+    works(&mut domain);
+    works(&mut Domain::builder("another").build().unwrap());
+    works(&mut domain);
+    for size in [usize::MAX, usize::MAX - 8192, 1 << 60] {
+        assert!(matches!(Region::new(size), Err(Error::Size { .. })));
+    }
+}
+
+#[test]
+fn a_builder_that_fails_leaves_its_libraries_alone() {
+    drop(need!(domain("first")));
+    for _ in 0..2 {
+        // SAFETY: nothing is built.
+        let builder = unsafe { Domain::builder("failing").library("libsqlite3.so").library("libnothing.so") };
+        assert!(matches!(builder.build(), Err(Error::NoLibrary { .. })));
+    }
+    // SAFETY: this process uses the library in that domain only.
+    let mut domain = unsafe { Domain::builder("sqlite").library("libsqlite3.so") }.build().unwrap();
+    assert_eq!(domain.call(open_and_close).unwrap(), 0);
 }

@@ -352,3 +352,17 @@ fn a_domain_that_waits_for_a_key() {
     assert_eq!(running.join().unwrap(), ViolationKind::Deadline);
     works(&mut second);
 }
+
+#[test]
+fn a_pool_replaces_what_is_retired() {
+    drop(need!(domain("first")));
+    let pool = Pool::new(small("pooled").retire_after(1), 2);
+    for _ in 0..5 {
+        let mut domain = pool.get().unwrap();
+        domain.call(mistake).unwrap_err();
+        assert!(domain.is_retired());
+    }
+    let (mut one, mut two) = (pool.get().unwrap(), pool.get().unwrap());
+    works(&mut one);
+    works(&mut two);
+}

@@ -105,14 +105,13 @@ fn of_callers(memory: &Memory, trap: &Trap) -> Option<ViolationKind> {
     })
 }
 
-/// Copies a text that ends with a zero from the data of a loaded object; `None` if there is none at the address.
+/// Copies a text that ends with a zero from the constants of a loaded object; `None` if there is none at the address.
 pub(crate) fn text(address: usize) -> Option<String> {
     const MOST: usize = 1024;
     let libraries = sys::libraries();
-    let segment = libraries.iter().find_map(|library| library.segment_at(address))?;
+    let segment = libraries.iter().find_map(|library| library.constants_at(address))?;
     let length = (segment.end - address).min(MOST);
-    // SAFETY: the object's segments are mapped and readable while `libraries` holds it. What others write there meanwhile only
-    // changes the text.
+    // SAFETY: the object's constants are mapped, readable and never written while `libraries` holds it.
     let bytes = unsafe { std::slice::from_raw_parts(address as *const u8, length) };
     let text = CStr::from_bytes_until_nul(bytes).ok()?;
     Some(text.to_string_lossy().into_owned())

@@ -39,7 +39,7 @@ pub enum Error {
     },
     /// A size is below the least that works, or beyond what the machine has.
     Size {
-        /// The part of a domain that it was asked for: `stack` or `heap`.
+        /// What it was asked for: a domain's `stack` or `heap`, or a `region`.
         part: &'static str,
         /// The bytes asked for.
         requested: usize,
@@ -94,14 +94,20 @@ impl fmt::Display for Error {
             Self::KeysExhausted { limit } => {
                 write!(
                     f,
-                    "no protection key is left: {limit} are there for domains and regions, and all are in use for good. Two make \
-                     for any number of domains; a region takes one more"
+                    "no protection key is left: this process has {limit}, as many as the kernel or `set_key_limit` lets it. Two make for \
+                     any number of domains; a region takes one more, and so do `Globals::Writable` and the signals of Linux before 6.12"
                 )
             }
-            Self::NoLibrary { name } => write!(f, "no library {name} is loaded: load it before the domain is built"),
-            Self::LibraryInUse { name } => {
-                write!(f, "the data of {name} cannot be given away: another domain has it, or the whole program uses it")
-            }
+            Self::NoLibrary { name } => write!(
+                f,
+                "no library with the file name `{}` is loaded: load it before the domain is built, and name it as `libfoo.so`",
+                name.escape_debug()
+            ),
+            Self::LibraryInUse { name } => write!(
+                f,
+                "the data of `{}` cannot be given away: a domain has it, or is about to, or the whole program uses it",
+                name.escape_debug()
+            ),
             Self::Size { part, requested, minimum, limit } => {
                 write!(f, "a {part} of {requested} bytes: it must be {minimum} to {limit} (this machine's memory and swap)")
             }

@@ -27,7 +27,11 @@ pub enum Globals {
     ///
     /// For C code that keeps state in statics all over the program, such as the C library's `rand` and `localtime_r`. This is the level of
     /// protection of SDRaD: a mistake in the domain can corrupt the statics of every library, the C library included, and is not undone
-    /// when the domain is discarded. The program's heap, stacks and thread-locals stay closed, and so do libraries that are loaded later,
+    /// when the domain is discarded. Worse, what the C library allocates in the domain and keeps in a static (a `FILE`, its buffer, `environ`
+    /// after `setenv`, the time zone's data) lies on the domain's heap: once that is discarded or dropped the program must not use it any
+    /// more, so keep the domain, or have the program use such things first; and what the program has allocated there the domain cannot
+    /// free. A lock that code in the domain holds when its call ends in a violation stays
+    /// locked for the program. The program's heap, stacks and thread-locals stay closed, and so do libraries that are loaded later,
     /// and what this crate relies on. The first such domain gives the statics a protection key of their own, for good.
     Writable,
 }
@@ -82,10 +86,12 @@ pub(crate) fn open(thread: &Thread) -> Result<(), Error> {
     // After a failure the key stays for another try; threads have rights to it already.
     let key = match key() {
         Some(key) => key,
-        None => keys::take()?,
+        None => keys::take_for_good()?,
     };
     KEY.store(key.number(), Ordering::Relaxed);
     thread::open(key);
+    // The buffers that they allocate at first use shall not lie on a domain's heap.
+    drop((std::io::stdout().lock(), std::io::stderr().lock()));
     invite_all()?;
     // Domains learn of the key when they are next given one.
     keys::while_none_has_a_key(thread, || {

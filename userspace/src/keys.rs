@@ -14,9 +14,9 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -24,6 +24,7 @@ use pkru::ProtectionKey;
 use pkru::gate::{Context, Gate};
 
 use crate::monitor::monitored;
+use crate::signal::actions;
 use crate::thread::Thread;
 use crate::{Error, sys};
 
@@ -137,6 +138,10 @@ impl Tagged {
                 self.slot().owner.store(self.number << 1, Ordering::Relaxed);
                 return self.pin(thread).ok_or(Error::KeysExhausted { limit: 0 });
             }
+            if keys.only_pinned_by(thread) {
+                // By calls that this thread's signal handler has interrupted, which cannot end before this one.
+                return Err(keys.exhausted());
+            }
             drop(keys);
             tries += 1;
             if tries < 100 { std::thread::yield_now() } else { std::thread::sleep(Duration::from_micros(100)) }
@@ -202,12 +207,20 @@ impl Drop for Pin {
     }
 }
 
+/// Lets a key be taken away that a call has pinned which will never end: a signal handler has left it by a jump.
+pub(crate) fn abandon(key: ProtectionKey) {
+    Slot::of(key).owner.fetch_and(!1, Ordering::Release);
+}
+
 /// Finds the call that runs on the thread whose signal stack a frame lies on: the context, if it is in the domain just now.
 pub(crate) fn running_on(frame: usize) -> Option<NonNull<Context>> {
     ProtectionKey::all().find_map(|key| {
+        // The context first: a slot keeps the stack of the thread that pinned it last, and another may be pinning it just now. If there
+        // is a context, the stack is that of its thread, or by now of a later one, which is not this.
+        let context = Gate::Pkru.running_with(key)?;
+        fence(Ordering::Acquire);
         let stack = Slot::of(key).signal_stack.load(Ordering::Relaxed);
-        // A slot that is not in use may have the stack of a thread that is gone, but then no context.
-        if Thread::signal_stack_at(stack).contains(&frame) { Gate::Pkru.running_with(key) } else { None }
+        Thread::signal_stack_at(stack).contains(&frame).then_some(context)
     })
 }
 
@@ -240,9 +253,40 @@ static KEYS: Mutex<Keys> = Mutex::new(Keys {
 });
 }
 
+/// The lock on [`KEYS`].
+struct Locked {
+    /// Invariant: it is there until this is dropped.
+    keys: Option<MutexGuard<'static, Keys>>,
+    /// The signals that were blocked before.
+    mask: u64,
+}
+
+impl Deref for Locked {
+    type Target = Keys;
+
+    fn deref(&self) -> &Keys {
+        self.keys.as_ref().expect("it is there until this is dropped")
+    }
+}
+
+impl DerefMut for Locked {
+    fn deref_mut(&mut self) -> &mut Keys {
+        self.keys.as_mut().expect("it is there until this is dropped")
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        self.keys = None;
+        sys::set_mask(self.mask);
+    }
+}
+
 impl Keys {
-    fn lock() -> MutexGuard<'static, Self> {
-        KEYS.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Takes the lock, with every signal blocked: a handler on this thread that calls a domain would wait for it in vain.
+    fn lock() -> Locked {
+        let mask = sys::set_mask(u64::MAX);
+        Locked { keys: Some(KEYS.lock().unwrap_or_else(PoisonError::into_inner)), mask }
     }
 
     /// Gives memory that has none a key; `false` if calls pin all of them.
@@ -265,8 +309,14 @@ impl Keys {
             if self.closed == Some(want) {
                 return Err(self.exhausted());
             }
-            if self.free & bit(want) == 0 && !self.take_away(want)? {
-                return Ok(None);
+            if self.free & bit(want) == 0 {
+                if self.owners[want.index()].is_none() && self.leaving == 0 {
+                    // Something has it for good.
+                    return Err(self.exhausted());
+                }
+                if !self.take_away(want)? {
+                    return Ok(None);
+                }
             }
             self.free &= !bit(want);
             return Ok(Some(want));
@@ -279,10 +329,7 @@ impl Keys {
             }
         }
         if self.free == 0 {
-            if self.closed.is_none() && (self.ours.count_ones() as usize) < self.limit && self.take_from_kernel()? {
-                self.closed = ProtectionKey::new(self.free.trailing_zeros() as u8);
-                self.free = 0;
-            }
+            self.provide_closed()?;
             let mut idle: Vec<_> = ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).collect();
             // Without a key for what is closed, one of those in use becomes it.
             if idle.len() < 2 && self.closed.is_none() {
@@ -312,6 +359,32 @@ impl Keys {
 
     const fn exhausted(&self) -> Error {
         Error::KeysExhausted { limit: self.ours.count_ones() as usize }
+    }
+
+    /// Makes sure that there is a closed key, if one can be had that no domain has.
+    fn provide_closed(&mut self) -> Result<(), Error> {
+        if self.closed.is_none() && self.free == 0 && (self.ours.count_ones() as usize) < self.limit {
+            self.take_from_kernel()?;
+        }
+        if self.closed.is_none() {
+            self.closed = ProtectionKey::new(self.free.trailing_zeros() as u8);
+            self.free &= self.free.wrapping_sub(1);
+        }
+        Ok(())
+    }
+
+    /// Whether domains can still take turns: with one key for what is closed, and another.
+    fn suffice(&mut self) -> Result<bool, Error> {
+        let left = |keys: &Self| {
+            let owned = keys.owners.iter().flatten().count();
+            owned + keys.free.count_ones() as usize + usize::from(keys.closed.is_some()) + keys.leaving
+        };
+        while left(self) < 2 && (self.ours.count_ones() as usize) < self.limit {
+            if !self.take_from_kernel()? {
+                break;
+            }
+        }
+        Ok(left(self) >= 2)
     }
 
     /// Takes a key from the kernel, if it has one left.
@@ -355,8 +428,20 @@ impl Keys {
         Ok(true)
     }
 
+    /// Whether every key that a domain has is pinned by a call of this thread.
+    fn only_pinned_by(&self, thread: &Thread) -> bool {
+        let mut slots = ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).map(Slot::of);
+        self.leaving == 0
+            && !self.is_withholding
+            && slots.all(|slot| {
+                slot.owner.load(Ordering::Relaxed) & 1 == 1
+                    && slot.signal_stack.load(Ordering::Relaxed) == thread.signal_stack()
+            })
+    }
+
     /// Takes the keys of all domains away; `false` if calls pin some.
     fn take_all_away(&mut self, thread: &Thread) -> Result<bool, Error> {
+        self.provide_closed()?;
         let owned: Vec<_> = ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).collect();
         for key in &owned {
             let slot = Slot::of(*key);
@@ -416,6 +501,17 @@ pub(crate) fn take() -> Result<ProtectionKey, Error> {
     }
 }
 
+/// Takes a key as [`take`] does, unless too few would be left for domains.
+pub(crate) fn take_for_good() -> Result<ProtectionKey, Error> {
+    let key = take()?;
+    let mut keys = Keys::lock();
+    if keys.suffice()? {
+        return Ok(key);
+    }
+    keys.put_back(key);
+    Err(keys.exhausted())
+}
+
 /// Gives a key back that [`take`] gave, and that tags nothing any more.
 pub(crate) fn give_back(key: ProtectionKey) {
     Keys::lock().put_back(key);
@@ -465,23 +561,29 @@ pub unsafe fn hand_in_key(key: ProtectionKey) {
 
 thread_local! {
     /// The lock while this thread forks.
-    static HELD: RefCell<Option<MutexGuard<'static, Keys>>> = const { RefCell::new(None) };
+    static HELD: RefCell<Option<Locked>> = const { RefCell::new(None) };
 }
 
 /// Before a fork: no other thread shall be changing anything at that moment, for in the child it would never finish.
 pub(crate) extern "C" fn before_fork() {
     let keys = Keys::lock();
+    actions::before_fork();
     let _ = HELD.try_with(|held| held.replace(Some(keys)));
 }
 
 /// After a fork, in the parent.
 pub(crate) extern "C" fn after_fork() {
+    actions::after_fork();
     let _ = HELD.try_with(RefCell::take);
 }
 
 /// After a fork, in the child: calls of threads that are not in it any more pin nothing.
 pub(crate) extern "C" fn after_fork_in_child() {
     let here = crate::thread::current().map(Thread::signal_stack);
+    if let Some(thread) = crate::thread::current() {
+        // The kernel does not copy timers.
+        thread.timer().set(None);
+    }
     for key in ProtectionKey::all() {
         let slot = Slot::of(key);
         let owner = slot.owner.load(Ordering::Relaxed);
@@ -489,5 +591,6 @@ pub(crate) extern "C" fn after_fork_in_child() {
             slot.owner.store(owner & !1, Ordering::Relaxed);
         }
     }
+    actions::after_fork();
     let _ = HELD.try_with(RefCell::take);
 }

@@ -1,5 +1,6 @@
 //! Giving a domain the data of a shared library.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -15,6 +16,8 @@ pub(crate) struct Given {
     /// Keeps it loaded.
     _library: Library,
     parts: Vec<Part>,
+    /// A page could not be untagged, so that nobody can have the data any more.
+    is_lost: Cell<bool>,
 }
 
 #[derive(Debug)]
@@ -37,7 +40,7 @@ impl Given {
     pub(crate) fn new(name: &str) -> Result<Self, Error> {
         let library = sys::libraries().into_iter().find(|library| is_called(library, name));
         let library = library.ok_or_else(|| Error::NoLibrary { name: name.into() })?;
-        if INDISPENSABLE.iter().any(|name| is_called(&library, name)) {
+        if !can_be_given(&library) {
             return Err(Error::LibraryInUse { name: name.into() });
         }
         let ranges = library.writable_pages();
@@ -52,7 +55,7 @@ impl Given {
             unsafe { std::slice::from_raw_parts(range.start as *const u8, range.len()) }.to_vec()
         };
         let parts = ranges.into_iter().map(|range| Part { contents: contents(&range), addresses: range }).collect();
-        Ok(Self { _library: library, parts })
+        Ok(Self { _library: library, parts, is_lost: Cell::new(false) })
     }
 
     /// Returns the pages of its writable data.
@@ -79,13 +82,21 @@ impl Given {
         for part in &self.parts {
             // SAFETY: the pages are the library's data.
             if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_err() {
+                self.is_lost.set(true);
                 return false;
             }
         }
         self.restore();
-        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.retain(|range| !self.parts.iter().any(|part| part.addresses == *range));
         true
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        if !self.is_lost.get() {
+            let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+            taken.retain(|range| !self.parts.iter().any(|part| part.addresses == *range));
+        }
     }
 }
 
@@ -96,6 +107,11 @@ pub(crate) fn taken() -> Vec<Range<usize>> {
 
 /// Libraries that the program uses at every step, and the object that is the program.
 const INDISPENSABLE: [&str; 5] = ["libc.so", "libpthread.so", "ld-linux-x86-64.so", "libgcc_s.so", "linux-vdso.so"];
+
+/// Whether a library's data can be given to a domain.
+pub(crate) fn can_be_given(library: &Library) -> bool {
+    !library.name.is_empty() && !INDISPENSABLE.iter().any(|name| is_called(library, name))
+}
 
 /// Whether a library's file has this name, or this name and a version.
 fn is_called(library: &Library, name: &str) -> bool {

@@ -158,7 +158,7 @@ impl Memory {
 
     /// Copies words from the domain's stack, upwards from an address; the calling thread can read the memory.
     pub(crate) fn stack_words(&self, from: u64, most: usize) -> Vec<u64> {
-        let from = (from as usize).next_multiple_of(size_of::<u64>());
+        let Some(from) = (from as usize).checked_next_multiple_of(size_of::<u64>()) else { return Vec::new() };
         let (stack, end) = (self.stack(), self.mailbox().start);
         if !stack.contains(&from) || from >= end {
             return Vec::new();

@@ -53,10 +53,10 @@ impl Pool {
         Self { builder, most, state: Mutex::default(), returned: Condvar::new() }
     }
 
-    /// Takes a domain, which goes back when it is dropped. It waits while all of them are in use.
+    /// Takes a domain, which goes back when it is dropped. It waits while all of them are in use, also if that is by the calling thread.
     ///
     /// A domain keeps what calls leave in it, also from one thread to the next, unless the builder makes it
-    /// [transient](Builder::transient).
+    /// [transient](Builder::transient). One that is [retired](Builder::retire_after) is replaced by a new one.
     ///
     /// # Errors
     ///
@@ -113,7 +113,14 @@ impl DerefMut for Pooled<'_> {
 
 impl Drop for Pooled<'_> {
     fn drop(&mut self) {
-        self.pool.lock().idle.extend(self.domain.take());
+        // One that is retired makes room for a new one.
+        let domain = self.domain.take().filter(|domain| !domain.is_retired());
+        let mut state = self.pool.lock();
+        match domain {
+            Some(domain) => state.idle.push(domain),
+            None => state.count -= 1,
+        }
+        drop(state);
         self.pool.returned.notify_one();
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use pkru::ProtectionKey;
 
 use crate::capability::{self, Capability, SignalFrame};
-use crate::interpose::{endings, malloc};
+use crate::interpose::{self, malloc};
 use crate::monitor::monitored;
 use crate::{Error, keys, signal, sys, tls};
 
@@ -77,7 +77,7 @@ impl Process {
             signal_stack_key.into_iter().for_each(keys::give_back);
             error
         };
-        endings::prepare();
+        interpose::find_all();
         sys::prepare_unwinding();
         if MARK.load(Ordering::Relaxed).is_null() {
             let page =

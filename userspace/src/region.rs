@@ -8,7 +8,7 @@ use pkru::{AccessRights, ProtectionKey};
 
 use crate::mapping::Mapping;
 use crate::process::Process;
-use crate::{Error, keys, thread, tls};
+use crate::{Error, keys, sys, thread, tls};
 
 /// Memory with a protection key of its own, for domains that are named: each may read it, or read and write it.
 ///
@@ -71,9 +71,14 @@ impl Region {
         if tls::is_in_domain() {
             return Err(Error::InDomain);
         }
+        let limit = sys::physical_memory();
+        if size > limit {
+            return Err(Error::Size { part: "region", requested: size, minimum: 0, limit });
+        }
         Process::get()?;
         let mapping = Mapping::new([size.max(1)])?;
-        let key = keys::take()?;
+        let key = keys::take_for_good()?;
+        // If this fails some pages may carry the key, which is lost then.
         mapping.open(key)?;
         Ok(Self(Arc::new(Shared { mapping: Some(mapping), key })))
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use object::read::elf::ElfFile64;
 use object::{Endianness, Object, ObjectSymbol};
 
-use crate::sys;
+use crate::{library, sys};
 
 /// A function or variable of a loaded object.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +14,10 @@ pub struct Symbol {
     name: Option<String>,
     offset: u64,
     library: PathBuf,
+    /// It is in a segment that the program can write.
+    pub(crate) is_variable: bool,
+    /// It is in a library whose data can be given to a domain.
+    pub(crate) can_be_given: bool,
 }
 
 impl Symbol {
@@ -52,9 +56,11 @@ impl fmt::Display for Symbol {
 pub(crate) fn find(address: u64) -> Option<Symbol> {
     let libraries = sys::libraries();
     let library = libraries.iter().find(|library| library.contains(address as usize))?;
+    let is_variable = library.constants_at(address as usize).is_none();
+    let can_be_given = library::can_be_given(library);
     let (library, in_file) = (library.path(), address - library.base as u64);
     let (name, offset) = name(&library, in_file).map_or((None, in_file), |(name, offset)| (Some(name), offset));
-    Some(Symbol { name, offset, library })
+    Some(Symbol { name, offset, library, is_variable, can_be_given })
 }
 
 fn name(path: &Path, address: u64) -> Option<(String, u64)> {

@@ -15,7 +15,7 @@ use crate::mapping::Mapping;
 use crate::monitor::monitored;
 use crate::process::Process;
 use crate::sys::{self, AlternateStack};
-use crate::{Error, signal, tls};
+use crate::{Error, keys, signal, tls};
 
 thread_local! {
     /// This thread's record; null until it is ready. A domain's own copy is null.
@@ -31,10 +31,21 @@ pub(crate) struct Thread {
     programs_stack: Cell<AlternateStack>,
     /// The timer that ends calls which take too long, once there was one.
     timer: Cell<Option<sys::Timer>>,
-    /// How many of the program's signal handlers are running, one within the other.
-    handlers: Cell<u32>,
-    /// The stack pointer that the outermost of them has interrupted.
-    interrupted: Cell<usize>,
+    /// The program's signal handlers that are running, one within the other, the outermost first.
+    handlers: [Cell<Handler>; Self::MOST_HANDLERS],
+    /// How many of them there are; those beyond the array are only counted.
+    depth: Cell<usize>,
+}
+
+/// One of the program's signal handlers that is running.
+#[derive(Debug, Clone, Copy, Default)]
+struct Handler {
+    /// The program's stack pointer that it has interrupted.
+    interrupted: usize,
+    /// Where the code that has called it stands on the signal stack.
+    here: usize,
+    /// The key that the call has pinned which it has interrupted.
+    key: Option<ProtectionKey>,
 }
 
 /// Returns the calling thread's record, if it is ready to enter domains.
@@ -73,8 +84,8 @@ pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
         stack,
         programs_stack: Cell::new(programs_stack),
         timer: Cell::new(None),
-        handlers: Cell::new(0),
-        interrupted: Cell::new(0),
+        handlers: [const { Cell::new(Handler { interrupted: 0, here: 0, key: None }) }; Thread::MOST_HANDLERS],
+        depth: Cell::new(0),
     });
     thread.install(thread.stack.part(0)).map_err(Error::system("set the thread's alternate signal stack"))?;
     let thread = Box::into_raw(thread);
@@ -102,9 +113,17 @@ pub(crate) fn has_rights(key: ProtectionKey) -> bool {
     unsafe { Pkru::assume() }.read().get(key).is_empty()
 }
 
-/// Gives the calling thread all rights to a key of ours.
+/// Returns whether the rights in force are those of a domain, to which key 0 is read-only.
+pub(crate) fn is_a_domains() -> bool {
+    !has_rights(ProtectionKey::DEFAULT)
+}
+
+/// Gives the calling thread all rights to a key of ours; in a domain, nothing.
 #[cold]
 pub(crate) fn open(key: ProtectionKey) {
+    if is_a_domains() {
+        return;
+    }
     // SAFETY: the process's capability check has found PKU.
     let register = unsafe { Pkru::assume() };
     // SAFETY: more rights than before forbid nothing, and the key's pages are this crate's, which expects them open here.
@@ -152,17 +171,27 @@ impl Thread {
         Ok(())
     }
 
+    /// The most handlers within each other that are told apart.
+    const MOST_HANDLERS: usize = 16;
+
     /// Before one of the program's handlers runs, with `here` the stack in use: lets further signals be taken below. The kernel
-    /// has switched the signal stack off until this one is over. `interrupted` is the program's stack pointer.
-    pub(crate) fn begin_handler(&self, interrupted: usize, here: usize) {
+    /// has switched the signal stack off until this one is over. `interrupted` is the program's stack pointer, and `key` what the call
+    /// of a domain has pinned that is interrupted.
+    pub(crate) fn begin_handler(&self, interrupted: usize, here: usize, key: Option<ProtectionKey>) {
+        let depth = self.depth.get();
+        if let Some(handler) = self.handlers.get(depth) {
+            handler.set(Handler { interrupted, here, key });
+        }
+        self.depth.set(depth + 1);
+        self.arm_below(here);
+    }
+
+    /// Lets signals be taken below an address, if it is on the signal stack and there is room.
+    fn arm_below(&self, here: usize) {
         /// What the code that calls the handler may still use.
         const MARGIN: usize = 8 * 1024;
         /// Less than this is no use.
         const LEAST: usize = 32 * 1024;
-        if self.handlers.get() == 0 {
-            self.interrupted.set(interrupted);
-        }
-        self.handlers.set(self.handlers.get() + 1);
         let stack = self.stack.part(0);
         if stack.contains(&here) && here - MARGIN > stack.start + LEAST {
             // If it fails, signals are taken on the stack in use, as they would be without this.
@@ -172,16 +201,36 @@ impl Thread {
 
     /// After it.
     pub(crate) fn end_handler(&self) {
-        self.handlers.set(self.handlers.get().saturating_sub(1));
+        self.depth.set(self.depth.get().saturating_sub(1));
     }
 
-    /// Before a jump to another frame of the program: one that leaves all handlers must set the signal stack up again.
+    /// Before a jump to another frame of the program: it may leave handlers, and the calls that they have interrupted.
     pub(crate) fn jumping(&self, target: usize) {
-        if self.handlers.get() != 0 && target >= self.interrupted.get() {
-            self.handlers.set(0);
-            // It fails only on the signal stack itself, which the kernel has switched off.
-            let _ = self.install(self.stack.part(0));
+        let before = self.depth.get();
+        while let Some(last) = self.depth.get().checked_sub(1) {
+            let Some(handler) = self.handlers.get(last).map(Cell::get) else { break };
+            if handler.interrupted > target {
+                break;
+            }
+            if let Some(key) = handler.key {
+                keys::abandon(key);
+            }
+            self.depth.set(last);
         }
+        if self.depth.get() == before {
+            return;
+        }
+        match self.depth.get().checked_sub(1).and_then(|last| self.handlers.get(last)) {
+            Some(handler) => self.arm_below(handler.get().here),
+            // It fails only on the signal stack itself, which the kernel has switched off.
+            None => drop(self.install(self.stack.part(0))),
+        }
+    }
+
+    /// The signal stack as the kernel has it where no handler runs.
+    pub(crate) fn kernels_stack(&self) -> libc::stack_t {
+        let stack = self.stack.part(0);
+        AlternateStack { start: stack.start, size: stack.len(), flags: sys::SS_AUTODISARM }.for_kernel()
     }
 
     fn install(&self, stack: Range<usize>) -> io::Result<()> {

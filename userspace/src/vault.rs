@@ -7,12 +7,13 @@ use pkru::{AccessRights, ProtectionKey};
 
 use crate::mapping::Mapping;
 use crate::process::Process;
-use crate::{Error, keys, tls};
+use crate::{Error, keys, thread, tls};
 
 /// A value that no domain can read, such as a private key.
 ///
-/// It lies in memory with a protection key to which domains have no rights, and neither has the program, except within
-/// [`with`](Self::with) and [`with_mut`](Self::with_mut). All vaults of a process share one key. What the value refers to is not in
+/// It lies in memory with a protection key to which domains have no rights. The program's threads give themselves rights within
+/// [`with`](Self::with) and [`with_mut`](Self::with_mut); a thread that is started there has them for good. All vaults of a process share
+/// one key. What the value refers to is not in
 /// the vault: keep a secret in an array, not in a `Vec`.
 ///
 /// # Examples
@@ -112,6 +113,10 @@ fn open<R>(key: ProtectionKey, function: impl FnOnce() -> R) -> R {
         // SAFETY: nothing but vaults has the key, and they are used only where they are open.
         unsafe { register.write(before.with(key, rights)) };
         before.get(key)
+    }
+    // In a domain the access is to be stopped, and not to be made possible.
+    if thread::is_a_domains() {
+        return function();
     }
     let _close = Close(set(key, AccessRights::READ_WRITE), key);
     function()

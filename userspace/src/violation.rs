@@ -17,8 +17,9 @@ use crate::{Error, ending, globals};
 
 /// The outcome of a call whose code misbehaved.
 ///
-/// Everything outside the domain is as it was, and the next call finds the domain empty and works. What code in a domain had done
-/// with the outside world by system calls is not undone. `Debug` writes the same message as `Display`, which `unwrap` shows.
+/// Everything outside the domain is as it was, but for [regions](crate::Region) and what [`Globals::Writable`](crate::Globals::Writable)
+/// opens, and the next call finds the domain empty and works. What code in a domain had done with the outside world by system calls is not
+/// undone. `Debug` writes the same message as `Display`, which `unwrap` shows.
 #[derive(Clone)]
 pub struct Violation(
     // Boxed, so that a result which may be one is small.
@@ -91,7 +92,8 @@ pub enum ViolationKind {
     },
     /// Rust code panicked.
     Panic {
-        /// The message with its place in the source, if it could be had.
+        /// The message with its place in the source, if it could be had: a hook that the program sets after its first domain sees the panic
+        /// instead, in the domain.
         message: Option<String>,
     },
     /// A C++ exception was about to leave the domain, or C++ code terminated.
@@ -103,7 +105,7 @@ pub enum ViolationKind {
     },
     /// It took longer than the domain's [deadline](crate::Builder::deadline).
     Deadline,
-    /// It was sent a signal, by itself, that otherwise means a fault.
+    /// It was sent a signal, by its own process, that otherwise means a fault. (That may have been another thread of the program.)
     Raised {
         /// The signal's number.
         signal: i32,
@@ -273,7 +275,7 @@ fn is_overflow(memory: &Memory, address: u64, pointer: u64) -> bool {
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "domain `{}`: {}", self.0.domain, self.0.kind)?;
+        write!(f, "domain `{}`: {}", Escaped(&self.0.domain), self.0.kind)?;
         let target = self.target();
         if let Some(target) = &target {
             write!(f, " ({target})")?;
@@ -285,17 +287,32 @@ impl fmt::Display for Violation {
         }
         match (&self.0.kind, target) {
             (ViolationKind::Key(KeyFault { access: Access::Write, key, .. }), Some(target))
-                if globals::is_of_the_program(*key) =>
+                if target.is_variable && globals::is_of_the_program(*key) =>
             {
-                let library = target.library().file_name().unwrap_or_default().display();
-                write!(
-                    f,
-                    "; if code has to write that static and nothing is wrong: fill it outside before (Builder::warm_up), give \
-                     the domain {library}'s data (Builder::library), or all statics (Globals::Writable)"
-                )
+                f.write_str("; if code has to write that static and nothing is wrong: fill it outside before (Builder::warm_up)")?;
+                if target.can_be_given {
+                    let library = target.library().file_name().unwrap_or_default().display();
+                    write!(f, ", give the domain {library}'s data (Builder::library)")?;
+                }
+                f.write_str(", or open all statics to it (Globals::Writable)")
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Writes a text that may come out of a domain on one line, without control characters.
+struct Escaped<'a>(&'a str);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().try_for_each(|character| {
+            if character.is_control() {
+                character.escape_default().fmt(f)
+            } else {
+                fmt::Write::write_char(f, character)
+            }
+        })
     }
 }
 
@@ -320,22 +337,24 @@ impl fmt::Display for ViolationKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Key(fault) => fault.fmt(f),
-            Self::Null { address, access } => write!(f, "{access} of {address:#x}: a null pointer"),
+            Self::Null { address, access } => write!(f, "{access} of {address:#x}: a null pointer, or near one"),
             Self::Unmapped { address, access } => write!(f, "{access} of {address:#x}, which is not mapped for that"),
             Self::StackOverflow { address } => write!(f, "stack overflow at {address:#x}"),
             Self::StackSmashed => f.write_str("a stack frame was overwritten (stack smashing detected)"),
-            Self::GeneralProtection => f.write_str("no valid address, or a privileged instruction"),
+            Self::GeneralProtection => {
+                f.write_str("general protection fault: no valid address, or a privileged instruction")
+            }
             Self::Bus { address } => write!(f, "bus error at {address:#x}"),
             Self::IllegalInstruction => f.write_str("illegal instruction"),
             Self::Arithmetic => f.write_str("division by zero or overflow in a division"),
             Self::Breakpoint => f.write_str("breakpoint"),
             Self::Abort => f.write_str("abort"),
             Self::OutOfMemory { size } => write!(f, "out of memory: it aborted after {size} bytes could not be had"),
-            Self::Assertion { text: Some(text) } => write!(f, "assertion `{text}` failed"),
+            Self::Assertion { text: Some(text) } => write!(f, "assertion `{}` failed", Escaped(text)),
             Self::Assertion { text: None } => f.write_str("an assertion failed"),
             Self::Exit { status: Some(status) } => write!(f, "exit with status {status}"),
             Self::Exit { status: None } => f.write_str("exit"),
-            Self::Panic { message: Some(message) } => write!(f, "panic: {message}"),
+            Self::Panic { message: Some(message) } => write!(f, "panic: {}", Escaped(message)),
             Self::Panic { message: None } => f.write_str("panic"),
             Self::Exception => f.write_str("an uncaught C++ exception, or std::terminate"),
             Self::Jump { target } => write!(f, "longjmp out of the domain, to a stack at {target:#x}"),
@@ -345,7 +364,7 @@ impl fmt::Display for ViolationKind {
             Self::Raised { signal } => write!(f, "signal {signal} was sent"),
             Self::InvalidFree(error) => write!(f, "invalid free: {error}"),
             Self::InvalidResult(error) => write!(f, "invalid result: {error}"),
-            Self::NotReady(error) => write!(f, "nothing ran: {error}"),
+            Self::NotReady(error) => write!(f, "nothing ran, or it did not go on: {error}"),
         }
     }
 }

@@ -459,3 +459,162 @@ fn many_threads_with_timers() {
     assert!(rounds.iter().all(|rounds| *rounds > 10), "{rounds:?}");
     assert!(COUNT.load(Ordering::Relaxed) > 1000);
 }
+
+#[test]
+fn code_in_a_domain_cannot_block_the_signals_of_faults() {
+    let mut domain = need!(domain("masker"));
+    // SAFETY: the set is filled before it is used.
+    let block = || unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut())
+    };
+    contain(&mut domain, || {
+        block();
+        mistake();
+    });
+    assert_eq!(domain.call(block).unwrap(), 0);
+    contain(&mut domain, mistake);
+}
+
+static CALLED: std::sync::Mutex<Option<Domain>> = std::sync::Mutex::new(None);
+
+/// A handler that calls a domain.
+extern "C" fn call_a_domain(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let sum = || (0..black_box(3_000_000u64)).map(black_box).sum::<u64>();
+    let result = CALLED.lock().unwrap().as_mut().unwrap().call(sum);
+    WRONG.fetch_add(u64::from(result.is_err()), Ordering::Relaxed);
+    COUNT.fetch_add(1, Ordering::Relaxed);
+}
+
+#[test]
+fn the_first_call_of_a_thread_in_a_handler() {
+    let mut other = need!(domain("other"));
+    *CALLED.lock().unwrap() = Some(need!(domain("called")));
+    install(libc::SIGUSR1, call_a_domain, 0);
+    std::thread::spawn(move || {
+        // SAFETY: sends this thread a signal.
+        unsafe { libc::raise(libc::SIGUSR1) };
+        contain(&mut other, mistake);
+        works(&mut other);
+    })
+    .join()
+    .unwrap();
+    assert_eq!((COUNT.load(Ordering::Relaxed), WRONG.load(Ordering::Relaxed)), (1, 0));
+}
+
+/// Sends this thread SIGUSR1 a while later.
+fn signal_soon() {
+    // SAFETY: the call touches no memory.
+    let thread = unsafe { libc::pthread_self() };
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        // SAFETY: the thread waits in a domain.
+        unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
+    });
+}
+
+#[test]
+fn a_deadline_survives_a_handler_that_calls_domains() {
+    for inner in [None, Some(Duration::from_secs(20))] {
+        let builder = Domain::builder("called");
+        let builder = inner.map_or(builder.clone(), |time| builder.deadline(time));
+        *CALLED.lock().unwrap() = Some(need!(common::build(builder)));
+        let mut outer = need!(common::build(Domain::builder("outer").deadline(Duration::from_millis(400))));
+        install(libc::SIGUSR1, call_a_domain, 0);
+        signal_soon();
+        let violation = outer.call(|| while black_box(true) {}).unwrap_err();
+        assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
+        assert_eq!(WRONG.load(Ordering::Relaxed), 0, "the handler's call has no such deadline");
+    }
+    assert_eq!(COUNT.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn a_handler_that_needs_the_key_of_the_call_it_has_interrupted() {
+    use pkru_userspace::capability::{SignalFrame, detect};
+    // One key for what is closed, and one for domains.
+    let extra = usize::from(detect().is_ok_and(|found| found.signal_frame == SignalFrame::OnWritableStack));
+    pkru_userspace::set_key_limit(2 + extra);
+    *CALLED.lock().unwrap() = Some(need!(domain("called")));
+    let mut outer = need!(common::build(Domain::builder("outer").deadline(Duration::from_millis(400))));
+    install(libc::SIGUSR1, call_a_domain, 0);
+    signal_soon();
+    let violation = outer.call(|| while black_box(true) {}).unwrap_err();
+    assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
+    assert_eq!(WRONG.load(Ordering::Relaxed), 1, "the handler's call is refused, and does not wait for ever");
+    works(&mut outer);
+    works(CALLED.lock().unwrap().as_mut().unwrap());
+}
+
+#[test]
+fn a_jump_out_of_a_call_gives_its_key_back() {
+    unsafe extern "C" {
+        fn siglongjmp(buffer: *mut libc::c_void, value: i32) -> !;
+        fn __sigsetjmp(buffer: *mut libc::c_void, save: i32) -> i32;
+    }
+    static BUFFER: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
+    extern "C" fn jump(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        // SAFETY: the buffer was set by a frame that is still there.
+        unsafe { siglongjmp(BUFFER.as_ptr() as *mut _, 1) }
+    }
+    #[inline(never)]
+    fn attempt(domain: &mut Domain) {
+        // SAFETY: the buffer is large enough.
+        if unsafe { __sigsetjmp(BUFFER.as_ptr() as *mut _, 1) } == 0 {
+            // SAFETY: sends this thread a signal.
+            let _ = domain.call(|| unsafe { libc::raise(libc::SIGUSR1) });
+        }
+    }
+    let mut domain = need!(domain("left"));
+    install(libc::SIGUSR1, jump, 0);
+    attempt(&mut domain);
+    // This waits until no call pins a key.
+    let mut open = Domain::builder("open").globals(pkru_userspace::Globals::Writable).build().unwrap();
+    works(&mut open);
+    works(&mut domain);
+}
+
+#[test]
+fn children_of_a_program_that_sets_handlers_all_the_time() {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    let mut domain = need!(common::build(Domain::builder("timed").deadline(Duration::from_millis(200))));
+    works(&mut domain);
+    let setter = std::thread::spawn(|| {
+        while !STOP.load(Ordering::Relaxed) {
+            install(libc::SIGUSR2, look, 0);
+        }
+    });
+    for _ in 0..20 {
+        let status = in_child(|| {
+            // SAFETY: the child ends if it waits for ever.
+            unsafe { libc::alarm(20) };
+            install(libc::SIGUSR1, look, 0);
+            // The kernel does not copy timers.
+            let violation = domain.call(|| while black_box(true) {}).unwrap_err();
+            assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
+        });
+        assert_eq!(status, 0);
+    }
+    STOP.store(true, Ordering::Relaxed);
+    setter.join().unwrap();
+}
+
+#[test]
+fn other_threads_system_calls_are_not_interrupted_when_statics_are_opened() {
+    let mut pipe = [0; 2];
+    // SAFETY: the array has room for two descriptors.
+    assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+    drop(need!(domain("first")));
+    let reader = std::thread::spawn(move || {
+        let mut byte = 0u8;
+        // SAFETY: the byte is writable.
+        unsafe { libc::read(pipe[0], (&raw mut byte).cast(), 1) }
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    let mut open = Domain::builder("open").globals(pkru_userspace::Globals::Writable).build().unwrap();
+    works(&mut open);
+    // SAFETY: the byte is readable.
+    assert_eq!(unsafe { libc::write(pipe[1], b"x".as_ptr().cast(), 1) }, 1);
+    assert_eq!(reader.join().unwrap(), 1);
+}

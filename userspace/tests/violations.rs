@@ -527,3 +527,23 @@ fn a_fault_outside_any_domain_kills_the_process_as_before() {
     unsafe { libc::waitpid(child, &raw mut status, 0) };
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
 }
+
+#[test]
+fn deadlines_that_have_passed_at_once() {
+    for time in [Duration::ZERO, Duration::from_nanos(1), Duration::from_micros(1), Duration::from_micros(50)] {
+        let mut domain = need!(common::build(Domain::builder("late").deadline(time)));
+        assert_eq!(*domain.call(loop_forever).unwrap_err().kind(), ViolationKind::Deadline, "{time:?}");
+    }
+}
+
+#[test]
+fn a_stack_pointer_near_the_end_of_addresses() {
+    static WORD: AtomicBool = AtomicBool::new(false);
+    let mut domain = need!(domain("end"));
+    let place = WORD.as_ptr();
+    // SAFETY: none: this is the mistake.
+    let violation = contain(&mut domain, || unsafe {
+        asm!("mov rsp, -3", "mov byte ptr [{}], 1", in(reg) place, options(noreturn))
+    });
+    assert_eq!(violation.address(), Some(place as u64));
+}

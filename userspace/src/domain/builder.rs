@@ -81,7 +81,12 @@ impl Builder {
 
     /// Retires the domain after so many violations with no good call between them: further calls run nothing and are
     /// [`ViolationKind::Retired`], until [`Domain::reinstate`].
+    ///
+    /// # Panics
+    ///
+    /// If `violations` is 0.
     pub const fn retire_after(mut self, violations: u32) -> Self {
+        assert!(violations > 0, "a domain is retired by one violation at the least");
         self.limits.retire_after = Some(violations);
         self
     }
@@ -92,7 +97,7 @@ impl Builder {
         self
     }
 
-    /// Runs a function now, outside any domain: one that has code fill the tables that it keeps in statics, which it could not
+    /// Runs a function now, and not at each build, outside any domain: one that has code fill the tables that it keeps in statics, which it could not
     /// in a domain.
     ///
     /// # Examples

@@ -115,6 +115,8 @@ impl Domain {
     /// or of std (`println!`, `std::env`). Its result is [`Transfer`]red: the caller copies and checks it. What the result is made of
     /// besides vectors and strings can have at most 4096 bytes.
     ///
+    /// A panic ends the call, also within `catch_unwind`; code in a domain cannot start threads.
+    ///
     /// A mistake shows when memory outside is touched, not when it is made: what code does to its own domain's heap may end a
     /// later call.
     ///
@@ -208,7 +210,7 @@ impl Domain {
     ) -> Result<R, Violation> {
         const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result this large goes in a Vec") };
         const { assert!(align_of::<R::Wire>() <= MAILBOX) };
-        if self.limits.retire_after.is_some_and(|limit| self.violations >= limit) {
+        if self.is_retired() {
             return Err(self.report(Violation::new(self.name.clone(), ViolationKind::Retired)));
         }
         let thread = match thread::make_ready() {
@@ -233,7 +235,7 @@ impl Domain {
     ) -> Result<R, Violation> {
         let not_ready = |error, domain: &Self| domain.violation(ViolationKind::NotReady(error));
         let mut pin = self.core.memory_mut().pin(thread).map_err(|error| not_ready(error, self))?;
-        let deadline = Deadline::start(self.limits.deadline, thread).map_err(|error| not_ready(error, self))?;
+        let deadline = Deadline::start(self.limits.deadline, thread).map_err(|kind| self.violation(kind))?;
         let mailbox = self.core.memory().mailbox().start;
         let pointers = callback::pointers(callbacks.len());
         let function = || function(&pointers);
@@ -284,6 +286,12 @@ impl Domain {
     /// After a violation the next call does so in any case; this does it at once.
     pub fn discard(&mut self) {
         self.core.discard();
+    }
+
+    /// Returns whether the domain is [retired](Builder::retire_after).
+    #[must_use]
+    pub fn is_retired(&self) -> bool {
+        self.limits.retire_after.is_some_and(|limit| self.violations >= limit)
     }
 
     /// Lets a domain be called again that was [retired](Builder::retire_after).
@@ -420,18 +428,18 @@ fn entry_for<F: Fn() -> R, R: Transfer>(_: &F) -> Entry {
 struct Deadline(Option<(Instant, sys::Timer)>);
 
 impl Deadline {
-    fn start(limit: Option<Duration>, thread: &Thread) -> Result<Self, Error> {
+    fn start(limit: Option<Duration>, thread: &Thread) -> Result<Self, ViolationKind> {
         let Some(limit) = limit else { return Ok(Self(None)) };
         let timer = match thread.timer().get() {
             Some(timer) => timer,
             None => sys::create_timer(signal::DEADLINE, signal::deadline_value())
-                .map_err(Error::system("make a timer for deadlines"))?,
+                .map_err(Error::system("make a timer for deadlines"))
+                .map_err(ViolationKind::NotReady)?,
         };
         thread.timer().set(Some(timer));
-        let end = Instant::now().checked_add(limit);
-        let deadline = Self(end.map(|end| (end, timer)));
-        deadline.go_on();
-        Ok(deadline)
+        let deadline = Self(Instant::now().checked_add(limit).map(|end| (end, timer)));
+        // It can have passed already.
+        if deadline.go_on() { Ok(deadline) } else { Err(ViolationKind::Deadline) }
     }
 
     /// Starts the timer for the time that is left; `false` if none is.

@@ -138,8 +138,16 @@ pub(crate) unsafe extern "C" fn _ZN10__cxxabiv111__terminateEPFvvE(handler: *mut
             // SAFETY: the same contract.
             unsafe { next(handler) }
         }
-        // SAFETY: as above.
-        None => unsafe { abort() },
+        None => {
+            // SAFETY: the C++ library's own handler, to be called for this.
+            let handler = unsafe { mem::transmute::<*mut c_void, Option<unsafe extern "C" fn()>>(handler) };
+            if let Some(handler) = handler {
+                // SAFETY: as above.
+                unsafe { handler() };
+            }
+            // SAFETY: abort can be called at any time.
+            unsafe { abort() }
+        }
     }
 }
 
@@ -163,11 +171,6 @@ unsafe fn stack_of(buffer: *const c_void) -> usize {
 
 macro_rules! jumps {
     ($($(#[$doc:meta])* $name:ident;)*) => {
-        /// Finds the functions that code in a domain forwards to, for it could not note where they are.
-        pub(crate) fn prepare() {
-            $(let _ = Next::$name.find();)*
-        }
-
         $(
             $(#[$doc])*
             ///

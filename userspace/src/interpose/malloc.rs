@@ -167,7 +167,7 @@ fn refuse_of_domain(block: NonNull<u8>) {
 
 #[cold]
 fn refuse() -> ! {
-    const MESSAGE: &[u8] = b"pkru-userspace: a domain's block was freed or resized outside the domain\n";
+    const MESSAGE: &[u8] = b"pkru-userspace: a domain's block was freed, resized or measured outside the domain\n";
     // SAFETY: the message is readable. There is nothing to be done if it cannot be written.
     unsafe { libc::write(libc::STDERR_FILENO, MESSAGE.as_ptr().cast(), MESSAGE.len()) };
     // SAFETY: abort can be called at any time.
@@ -267,6 +267,7 @@ unsafe extern "C" fn usable_size(block: *mut c_void, caller: u64) -> usize {
     if let Some(heap) = domain_heap() {
         return checked(heap.usable_size(block.cast()), caller);
     }
+    refuse_of_domain(block.cast());
     let Some(next) = Next::malloc_usable_size.find() else { return 0 };
     // SAFETY: it is the C library's function of this name.
     let function = unsafe { std::mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> usize>(next) };

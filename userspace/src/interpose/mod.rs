@@ -30,6 +30,10 @@ macro_rules! next {
             $($function,)*
         }
 
+        impl Next {
+            const ALL: &[Self] = &[$(Self::$function,)*];
+        }
+
         const NAMES: &[&CStr] = &[$($name,)*];
     };
 }
@@ -55,6 +59,13 @@ next! {
 monitored! {
     /// Their addresses, 0 where one was not yet looked for.
     static ADDRESSES: [AtomicUsize; NAMES.len()] = [const { AtomicUsize::new(0) }; NAMES.len()];
+}
+
+/// Finds all of them: code in a domain could not note where they are, and the child of a fork could wait for the loader in vain.
+pub(crate) fn find_all() {
+    for next in Next::ALL {
+        let _ = next.find();
+    }
 }
 
 impl Next {

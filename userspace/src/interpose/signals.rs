@@ -35,7 +35,7 @@ fn set(signal: c_int, new: Option<Action>) -> std::io::Result<Action> {
     if tls::is_in_domain() {
         return Err(std::io::Error::from_raw_os_error(libc::EPERM));
     }
-    if actions::is_in_force() {
+    if actions::is_in_force() && actions::is_kept(signal) {
         return actions::replace(signal, new);
     }
     let old = sys::action(signal)?;
@@ -168,7 +168,7 @@ pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut
     checked(result)
 }
 
-/// pthread_sigmask(3). In a thread that enters domains the signals that faults raise stay unblocked.
+/// pthread_sigmask(3). In a thread that enters domains, and in domains, the signals that faults raise stay unblocked.
 ///
 /// # Safety
 ///
@@ -184,7 +184,7 @@ pub(crate) unsafe extern "C" fn pthread_sigmask(
     if let Some(mask) = &mut mask {
         // Those two are the C library's own.
         let mut never = 1u64 << 31 | 1 << 32;
-        if !tls::is_in_domain() && thread::current().is_some() {
+        if tls::is_in_domain() || thread::current().is_some() {
             never |= FAULTS.iter().fold(0, |all, signal| all | 1 << (signal - 1));
         }
         if how != libc::SIG_UNBLOCK {

@@ -25,6 +25,8 @@ struct Cell {
 struct Table {
     cells: [Cell; SIGNALS],
     writing: AtomicBool,
+    /// While a thread forks: the signals that it had blocked before.
+    mask: AtomicU64,
     is_in_force: AtomicBool,
 }
 
@@ -39,6 +41,7 @@ static TABLE: Table = Table {
         }
     }; SIGNALS],
     writing: AtomicBool::new(false),
+        mask: AtomicU64::new(0),
     is_in_force: AtomicBool::new(false),
 };
 }
@@ -53,6 +56,22 @@ fn alone<R>(function: impl FnOnce() -> R) -> R {
     TABLE.writing.store(false, Ordering::Release);
     sys::set_mask(mask);
     result
+}
+
+/// Before a fork: in the child nobody shall be writing the table who is not there.
+pub(crate) fn before_fork() {
+    let mask = sys::set_mask(u64::MAX);
+    while TABLE.writing.swap(true, Ordering::Acquire) {
+        std::hint::spin_loop();
+    }
+    TABLE.mask.store(mask, Ordering::Relaxed);
+}
+
+/// After it, in the parent and in the child.
+pub(crate) fn after_fork() {
+    let mask = TABLE.mask.load(Ordering::Relaxed);
+    TABLE.writing.store(false, Ordering::Release);
+    sys::set_mask(mask);
 }
 
 fn write(signal: c_int, action: Action) {
@@ -84,7 +103,7 @@ pub(super) fn get(signal: c_int) -> Action {
 }
 
 /// Returns whether a signal is one whose action this crate keeps: a real one, that can have a handler.
-const fn is_kept(signal: c_int) -> bool {
+pub(crate) const fn is_kept(signal: c_int) -> bool {
     signal > 0 && (signal as usize) < SIGNALS && !matches!(signal, libc::SIGKILL | libc::SIGSTOP)
 }
 
@@ -136,7 +155,9 @@ pub(super) fn reset(signal: c_int) {
 fn put_in_force(signal: c_int, action: &Action) -> io::Result<()> {
     const KEPT: c_int = libc::SA_RESTART | libc::SA_NOCLDSTOP | libc::SA_NOCLDWAIT;
     let kernels = if action.is_function() || FAULTS.contains(&signal) {
-        let flags = action.flags & KEPT as u64 | (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64;
+        // Where the program has no handler of its own, it does not expect to have its system calls interrupted.
+        let restart = if action.is_function() { 0 } else { libc::SA_RESTART as u64 };
+        let flags = action.flags & KEPT as u64 | restart | (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64;
         Action::new(entry as *const () as usize, flags, u64::MAX)
     } else {
         *action

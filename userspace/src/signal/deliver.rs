@@ -12,6 +12,7 @@ use pkru::registers::Pkru;
 use pkru::{AccessRights, KeyRights, ProtectionKey};
 
 use super::{FAULTS, actions, frame};
+use crate::process::Process;
 use crate::sys::{self, Action};
 use crate::thread::{self, Thread};
 
@@ -23,6 +24,8 @@ pub(super) struct Interrupted {
     /// The program's stack pointer; below it and the red zone its stack is free.
     pub(super) stack: usize,
     pub(super) rights: KeyRights,
+    /// The key that the interrupted call of a domain has pinned.
+    pub(super) key: Option<ProtectionKey>,
 }
 
 /// Does what the program wants on a signal.
@@ -37,6 +40,8 @@ pub(super) unsafe fn deliver(signal: c_int, info: *mut libc::siginfo_t, context:
         default(signal, &action, unsafe { (*info).si_code } <= 0);
         return;
     }
+    // Calls that the handler makes have deadlines of their own.
+    let deadline = thread::current().and_then(|thread| thread.timer().get()).and_then(sys::pause_timer);
     if action.flags & libc::SA_RESETHAND as u64 != 0 {
         actions::reset(signal);
     }
@@ -44,7 +49,7 @@ pub(super) unsafe fn deliver(signal: c_int, info: *mut libc::siginfo_t, context:
     let thread = thread::current();
     let stack = stack_for(&action, thread, from, context.addr());
     if let Some(thread) = thread {
-        thread.begin_handler(from.stack, here);
+        thread.begin_handler(from.stack, here, from.key);
     }
     // SAFETY: the kernel passes a valid frame, and its set is 64 bits.
     let interrupted_mask = unsafe { context.wrapping_byte_add(MASK).cast::<u64>().read() };
@@ -60,8 +65,22 @@ pub(super) unsafe fn deliver(signal: c_int, info: *mut libc::siginfo_t, context:
     // SAFETY: the handler gets what the kernel passed, on a stack that the program has given for that.
     unsafe { call(action.handler, signal, info, context, stack) };
     sys::set_mask(u64::MAX);
-    if let Some(thread) = thread {
-        thread.end_handler();
+    match (thread, thread::current()) {
+        (Some(thread), _) => thread.end_handler(),
+        // The handler has made its thread ready to enter domains; what the kernel is about to restore is from before.
+        (None, Some(thread)) => {
+            // SAFETY: the kernel passes a valid frame.
+            let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
+            context.uc_stack = thread.kernels_stack();
+            if let Some(key) = Process::get().ok().and_then(Process::signal_stack_key) {
+                frame::grant(context, key);
+            }
+        }
+        (None, None) => {}
+    }
+    if let (Some(left), Some(timer)) = (deadline, thread::current().and_then(|thread| thread.timer().get())) {
+        // It cannot fail for a timer that exists.
+        let _ = sys::set_timer(timer, Some(left));
     }
 }
 
@@ -69,9 +88,17 @@ const fn bit(signal: c_int) -> u64 {
     1 << (signal - 1)
 }
 
-/// Does what the kernel would do where there is no handler. That concerns only the signals that faults raise.
+/// Does what the kernel would do where there is no handler.
 fn default(signal: c_int, action: &Action, sent: bool) {
-    if sent && action.handler == libc::SIG_IGN {
+    let is_ignored = action.handler == libc::SIG_IGN;
+    if !FAULTS.contains(&signal) {
+        // The program has taken its handler away since the signal was taken, and the kernel knows.
+        if !is_ignored {
+            sys::resend(signal);
+        }
+        return;
+    }
+    if sent && is_ignored {
         return;
     }
     // On return the instruction faults again, or the signal sent again is delivered, and the kernel acts on it. After a
@@ -130,5 +157,5 @@ unsafe extern "C" fn call(
 
 /// Returns what a signal outside any domain has interrupted.
 pub(super) fn outside(context: &libc::ucontext_t) -> Interrupted {
-    Interrupted { stack: frame::register(context, libc::REG_RSP) as usize, rights: frame::rights(context) }
+    Interrupted { stack: frame::register(context, libc::REG_RSP) as usize, rights: frame::rights(context), key: None }
 }

@@ -24,6 +24,7 @@ use std::ops::Range;
 
 use pkru::gate::{Context, Gate};
 use pkru::instructions::{rdfsbase, wrfsbase};
+use pkru::rights::Access;
 use pkru::{KeyRights, ProtectionKey};
 
 use crate::report::Report;
@@ -131,8 +132,14 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
             return;
         }
         let from = deliver::outside(context);
-        // SAFETY: these are the kernel's own arguments; FS base and rights are the program's.
-        unsafe { deliver::deliver(signal, info, frame, &from) };
+        if from.rights.get(ProtectionKey::DEFAULT).allow(Access::Write) || !FAULTS.contains(&signal) {
+            // SAFETY: these are the kernel's own arguments; FS base and rights are the program's.
+            unsafe { deliver::deliver(signal, info, frame, &from) };
+        } else {
+            // A domain's rights, but no call of this thread's: the program's handler could not run with what is in force.
+            // SAFETY: the default action calls nothing. The fault happens again, and ends the process.
+            let _ = unsafe { sys::set_action(signal, sys::Action::DEFAULT) };
+        }
         return;
     };
     // SAFETY: every context that is entered by this crate is the head of a `Running`, alive while its call runs.
@@ -169,7 +176,11 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
     // What goes wrong in the program's handler is not the domain's doing.
     // SAFETY: the signal struck this context's call on this thread.
     unsafe { Gate::Pkru.hide(running) };
-    let from = Interrupted { stack: call.context.caller_stack() as usize, rights: call.context.caller_rights() };
+    let from = Interrupted {
+        stack: call.context.caller_stack() as usize,
+        rights: call.context.caller_rights(),
+        key: Some(call.context.key()),
+    };
     // SAFETY: these are the kernel's own arguments; FS base and rights are the caller's.
     unsafe { deliver::deliver(signal, info, frame, &from) };
     // SAFETY: it goes on when this returns.

@@ -78,7 +78,8 @@ pub(super) fn is_bookkeeping(trap: &Trap, learning: bool) -> bool {
         free.static_at.store(trap.address, Ordering::Relaxed);
         free.instruction.store(trap.instruction, Ordering::Relaxed);
     }
-    place_of(trap.instruction).is_some()
+    // The same instruction on something else is a mistake like any other.
+    place_of(trap.instruction).is_some_and(|write| write.static_at.load(Ordering::Relaxed) == trap.address)
 }
 
 /// In a domain that may write statics: takes the writes back that std has made about a panic which ends here.

@@ -76,6 +76,12 @@ impl Library {
         self.segments.iter().any(|segment| segment.addresses.contains(&address))
     }
 
+    /// Returns the addresses of the read-only segment that an address lies in.
+    pub(crate) fn constants_at(&self, address: usize) -> Option<Range<usize>> {
+        let mut segments = self.segments.iter().filter(|segment| !segment.writable).map(|segment| &segment.addresses);
+        segments.find(|segment| segment.contains(&address)).cloned()
+    }
+
     /// Returns the addresses of the segment that an address lies in.
     pub(crate) fn segment_at(&self, address: usize) -> Option<Range<usize>> {
         let mut segments = self.segments.iter().map(|segment| &segment.addresses);

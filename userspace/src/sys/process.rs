@@ -81,11 +81,16 @@ pub(crate) fn set_mask(mask: u64) -> u64 {
 /// sigprocmask(2) with the kernel's sets; returns an error number.
 pub(crate) fn change_mask(how: c_int, mask: Option<u64>, old: *mut u64) -> c_int {
     let new = mask.as_ref().map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: errno is a thread-local of the calling code.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above; nothing else refers to it.
+    let errno = unsafe { &mut *errno };
+    // pthread_sigmask leaves it alone.
+    let before = *errno;
     // SAFETY: the kernel writes 8 bytes to `old`, if it is not null, or refuses.
-    match unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, new, old, SET) } {
-        0 => 0,
-        _ => io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL),
-    }
+    let result = unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, new, old, SET) };
+    let error = mem::replace(errno, before);
+    if result == 0 { 0 } else { error }
 }
 
 /// Sends the calling thread a signal; async-signal-safe.
@@ -164,7 +169,7 @@ impl AlternateStack {
         (self.flags & libc::SS_DISABLE == 0).then(|| self.start..self.start + self.size)
     }
 
-    const fn for_kernel(self) -> libc::stack_t {
+    pub(crate) const fn for_kernel(self) -> libc::stack_t {
         libc::stack_t { ss_sp: ptr::without_provenance_mut(self.start), ss_flags: self.flags, ss_size: self.size }
     }
 }
@@ -229,6 +234,20 @@ pub(crate) fn set_timer(timer: Timer, after: Option<Duration>) -> io::Result<()>
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Disarms a timer; returns the time that was left, if it was armed. Async-signal-safe.
+pub(crate) fn pause_timer(timer: Timer) -> Option<Duration> {
+    // SAFETY: itimerspec is a C struct of integers, for which zero is a value.
+    let mut old: libc::itimerspec = unsafe { mem::zeroed() };
+    // SAFETY: as above.
+    let new: libc::itimerspec = unsafe { mem::zeroed() };
+    // SAFETY: both structs live across the call.
+    if unsafe { libc::syscall(libc::SYS_timer_settime, timer.0, 0, &raw const new, &raw mut old) } != 0 {
+        return None;
+    }
+    let left = Duration::new(old.it_value.tv_sec as u64, old.it_value.tv_nsec as u32);
+    (!left.is_zero()).then_some(left)
 }
 
 /// Deletes a timer.
