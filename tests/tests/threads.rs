@@ -208,7 +208,8 @@ fn a_pool_hands_domains_to_threads() {
         }
     });
     assert_eq!(made.load(Ordering::Relaxed), 240);
-    let out: Vec<_> = (0..3).map(|_| pool.get().unwrap()).collect();
+    let out: Vec<_> = (0..3).map(|_| pool.try_get().unwrap().unwrap()).collect();
+    assert!(pool.try_get().unwrap().is_none());
     let waiting = AtomicBool::new(true);
     std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -36,17 +36,17 @@ impl Place {
 }
 
 monitored! {
-/// glibc's abort(3), which takes a lock (2.36, `stdlib/abort.c`).
-static ABORT: Place = Place::new();
-/// Where glibc keeps the message of a check that failed, for a debugger (2.36, `sysdeps/posix/libc_fatal.c`).
-static ABORT_MESSAGE: Place = Place::new();
-/// What libstdc++ does about an exception that nobody catches; it notes that, so as not to do it twice.
-static TERMINATE: Place = Place::new();
-/// The functions through which a check of glibc's fails. What they call puts the message into memory of its own first.
-static FAILED_CHECKS: [Place; 3] = [const { Place::new() }; 3];
-/// The code of the C library, and the statics of the program: what endings that are worth a closer look have to do with.
-static LIBRARY_CODE: Place = Place::new();
-static PROGRAM_DATA: Place = Place::new();
+    /// glibc's abort(3), which takes a lock (2.36, `stdlib/abort.c`).
+    static ABORT: Place = Place::new();
+    /// Where glibc keeps the message of a check that failed, for a debugger (2.36, `sysdeps/posix/libc_fatal.c`).
+    static ABORT_MESSAGE: Place = Place::new();
+    /// What libstdc++ does about an exception that nobody catches; it notes that, so as not to do it twice.
+    static TERMINATE: Place = Place::new();
+    /// The functions through which a check of glibc's fails. What they call puts the message into memory of its own first.
+    static FAILED_CHECKS: [Place; 3] = [const { Place::new() }; 3];
+    /// The code of the C library, and the statics of the program: what endings that are worth a closer look have to do with.
+    static LIBRARY_CODE: Place = Place::new();
+    static PROGRAM_DATA: Place = Place::new();
 }
 
 /// Finds these places among the libraries that are loaded now.

@@ -64,25 +64,43 @@ impl Pool {
     pub fn get(&self) -> Result<Pooled<'_>, Error> {
         let mut state = self.lock();
         loop {
-            // The one that was used last is the likeliest to have a key.
-            if let Some(domain) = state.idle.pop() {
-                return Ok(Pooled { pool: self, domain: Some(domain) });
-            }
-            if state.count < self.most {
-                state.count += 1;
-                break;
+            if let Some(taken) = self.take(&mut state) {
+                drop(state);
+                return self.make(taken);
             }
             state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        drop(state);
-        match self.builder.clone().build() {
-            Ok(domain) => Ok(Pooled { pool: self, domain: Some(domain) }),
-            Err(error) => {
-                self.lock().count -= 1;
-                self.returned.notify_one();
-                Err(error)
-            }
+    }
+
+    /// Takes a domain as [`get`](Self::get) does, or returns `None` where that would wait.
+    ///
+    /// # Errors
+    ///
+    /// Why a domain could not be made.
+    pub fn try_get(&self) -> Result<Option<Pooled<'_>>, Error> {
+        let taken = self.take(&mut self.lock());
+        taken.map(|taken| self.make(taken)).transpose()
+    }
+
+    /// Takes an idle domain, or the right to make one.
+    fn take(&self, state: &mut State) -> Option<Option<Domain>> {
+        // The one that was used last is the likeliest to have a key.
+        if let Some(domain) = state.idle.pop() {
+            return Some(Some(domain));
         }
+        (state.count < self.most).then(|| {
+            state.count += 1;
+            None
+        })
+    }
+
+    fn make(&self, taken: Option<Domain>) -> Result<Pooled<'_>, Error> {
+        // It goes back when it is dropped, also if there is no domain in it.
+        let mut pooled = Pooled { pool: self, domain: taken };
+        if pooled.domain.is_none() {
+            pooled.domain = Some(self.builder.clone().build()?);
+        }
+        Ok(pooled)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -93,7 +111,7 @@ impl Pool {
 /// A domain of a [`Pool`].
 pub struct Pooled<'a> {
     pool: &'a Pool,
-    /// Invariant: it is there until this is dropped.
+    /// Invariant: it is there once the user has this, until it is dropped.
     domain: Option<Domain>,
 }
 

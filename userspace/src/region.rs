@@ -170,6 +170,7 @@ impl Drop for Shared {
 
 impl fmt::Debug for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Region").field("key", &self.0.key).field("addresses", &self.addresses()).finish()
+        let addresses = self.addresses();
+        f.debug_struct("Region").field("key", &self.0.key).field("addresses", &format_args!("{addresses:#x?}")).finish()
     }
 }

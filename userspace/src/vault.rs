@@ -48,12 +48,8 @@ impl<T> Vault<T> {
     /// # Errors
     ///
     /// What is missing on this machine, or that no key or memory is left.
-    ///
-    /// # Panics
-    ///
-    /// If the type is aligned to more than a page.
     pub fn new(value: T) -> Result<Self, Error> {
-        assert!(align_of::<T>() <= crate::sys::page_size(), "a vault is aligned to a page");
+        const { assert!(align_of::<T>() <= 4096, "a value in a vault can be aligned to a page at most") };
         if tls::is_in_domain() {
             return Err(Error::InDomain);
         }
@@ -79,7 +75,7 @@ impl<T> Vault<T> {
         open(self.key, || function(unsafe { &mut *self.value }))
     }
 
-    /// Returns the address of the value.
+    /// Returns the address of the value, which can be used within [`with`](Self::with) only.
     #[must_use]
     pub const fn as_ptr(&self) -> *const T {
         self.value
@@ -124,6 +120,7 @@ fn open<R>(key: ProtectionKey, function: impl FnOnce() -> R) -> R {
 
 impl<T> fmt::Debug for Vault<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Vault").field("addresses", &self.mapping.part(0)).finish_non_exhaustive()
+        let addresses = self.mapping.part(0);
+        f.debug_struct("Vault").field("addresses", &format_args!("{addresses:#x?}")).finish_non_exhaustive()
     }
 }

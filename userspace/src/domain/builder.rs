@@ -91,7 +91,7 @@ impl Builder {
         self
     }
 
-    /// Has a function called with each violation, before the caller gets it.
+    /// Has a function called with each violation, before the caller gets it; not with [`ViolationKind::Retired`].
     pub fn on_violation(mut self, hook: impl Fn(&crate::Violation) + Send + Sync + 'static) -> Self {
         self.hook = Some(Arc::new(hook));
         self

@@ -211,7 +211,7 @@ impl Domain {
         const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result this large goes in a Vec") };
         const { assert!(align_of::<R::Wire>() <= MAILBOX) };
         if self.is_retired() {
-            return Err(self.report(Violation::new(self.name.clone(), ViolationKind::Retired)));
+            return Err(self.violation(ViolationKind::Retired));
         }
         let thread = match thread::make_ready() {
             Ok(thread) => thread,

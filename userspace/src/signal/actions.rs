@@ -31,19 +31,19 @@ struct Table {
 }
 
 monitored! {
-static TABLE: Table = Table {
-    cells: [const {
-        Cell {
-            version: AtomicUsize::new(0),
-            handler: AtomicUsize::new(libc::SIG_DFL),
-            flags: AtomicU64::new(0),
-            mask: AtomicU64::new(0),
-        }
-    }; SIGNALS],
-    writing: AtomicBool::new(false),
+    static TABLE: Table = Table {
+        cells: [const {
+            Cell {
+                version: AtomicUsize::new(0),
+                handler: AtomicUsize::new(libc::SIG_DFL),
+                flags: AtomicU64::new(0),
+                mask: AtomicU64::new(0),
+            }
+        }; SIGNALS],
+        writing: AtomicBool::new(false),
         mask: AtomicU64::new(0),
-    is_in_force: AtomicBool::new(false),
-};
+        is_in_force: AtomicBool::new(false),
+    };
 }
 
 /// Runs with the table to itself, and every signal blocked, for a handler on this thread would wait for it in vain.

@@ -12,78 +12,30 @@
 //!
 //! pkeys(7); pkey_alloc(2).
 
+mod slots;
+
 use std::cell::RefCell;
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
-use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pkru::ProtectionKey;
-use pkru::gate::{Context, Gate};
 
 use crate::monitor::monitored;
 use crate::signal::actions;
 use crate::thread::Thread;
 use crate::{Error, sys};
+use slots::{Number, Slot};
 
-/// What one key is doing. Domains must not be able to write it.
-#[repr(align(64))]
-struct Slot {
-    /// The number of the domain that has the key, shifted left by one, and bit 0 if a call pins it. 0: no domain has it.
-    owner: AtomicU64,
-    /// The value of [`Slots::epoch`] when it was last pinned.
-    used: AtomicU64,
-    /// Where the signal stack of the thread begins whose call pinned it last.
-    signal_stack: AtomicUsize,
-}
-
-/// No domain has this number: the slot is changing hands.
-const CLAIMED: u64 = u64::MAX - 1;
-
-/// The slots, and what goes with them.
-struct Slots {
-    slots: [Slot; ProtectionKey::COUNT],
-    /// How often a key has changed hands. A slot that was used since the last time has the newest value.
-    epoch: AtomicU64,
-    /// The number of the next domain.
-    next: AtomicU64,
-}
-
-monitored! {
-    static SLOTS: Slots = Slots {
-        slots: [const { Slot { owner: AtomicU64::new(0), used: AtomicU64::new(0), signal_stack: AtomicUsize::new(0) } };
-            ProtectionKey::COUNT],
-        epoch: AtomicU64::new(1),
-        next: AtomicU64::new(1),
-    };
-}
-
-impl Slot {
-    fn of(key: ProtectionKey) -> &'static Self {
-        &SLOTS.0.slots[key.index()]
-    }
-
-    /// The slot of key 0, which no domain has.
-    const NONE: &'static Self = &SLOTS.0.slots[0];
-
-    /// Returns the slot's key; `None` for [`NONE`](Self::NONE).
-    fn key(&'static self) -> Option<ProtectionKey> {
-        let distance = ptr::from_ref(self).addr() - SLOTS.slots.as_ptr().addr();
-        ProtectionKey::new((distance / size_of::<Self>()) as u8).filter(|key| *key != ProtectionKey::DEFAULT)
-    }
-
-    #[inline]
-    fn swap(&self, from: u64, to: u64) -> bool {
-        self.owner.compare_exchange(from, to, Ordering::Acquire, Ordering::Relaxed).is_ok()
-    }
-}
+pub(crate) use slots::{Pin, abandon, running_on};
 
 /// The memory of one domain, as something that carries a key.
 #[derive(Debug)]
 pub(crate) struct Tagged {
-    number: u64,
+    number: Number,
     /// Whole pages, private and writable, which nothing else tags.
     ranges: Box<[Range<usize>]>,
     /// The slot of the key it has. Changed under the lock of [`KEYS`].
@@ -93,7 +45,7 @@ pub(crate) struct Tagged {
 impl Tagged {
     /// Describes memory that has no key yet.
     pub(crate) fn new(ranges: Box<[Range<usize>]>) -> Arc<Self> {
-        let number = SLOTS.next.fetch_add(1, Ordering::Relaxed);
+        let number = Number::next();
         let slot = AtomicPtr::new(ptr::from_ref(Slot::NONE).cast_mut());
         Arc::new(Self { number, ranges, slot })
     }
@@ -116,14 +68,7 @@ impl Tagged {
     /// Pins its key for a call on this thread, if the memory still has one.
     #[inline]
     pub(crate) fn pin(&self, thread: &Thread) -> Option<Pin> {
-        let slot = self.slot();
-        let owner = self.number << 1;
-        if !slot.swap(owner, owner | 1) {
-            return None;
-        }
-        slot.used.store(SLOTS.epoch.load(Ordering::Relaxed), Ordering::Relaxed);
-        slot.signal_stack.store(thread.signal_stack(), Ordering::Relaxed);
-        Some(Pin { slot, owner })
+        self.slot().pin(self.number, thread)
     }
 
     /// Pins a key for a call on this thread, which it has to be given first: this one if `want` says so. Waits while calls of other
@@ -135,7 +80,7 @@ impl Tagged {
             let mut keys = Keys::lock();
             // It can be pinned already: by a call that a signal handler has left by a jump.
             if self.key().is_some() || keys.give(self, want)? {
-                self.slot().owner.store(self.number << 1, Ordering::Relaxed);
+                self.slot().give(self.number);
                 return self.pin(thread).ok_or(Error::KeysExhausted { limit: 0 });
             }
             if keys.only_pinned_by(thread) {
@@ -155,7 +100,7 @@ impl Tagged {
             let mut keys = Keys::lock();
             let key = self.key();
             if let Some(key) = key {
-                Slot::of(key).owner.store(CLAIMED, Ordering::Relaxed);
+                Slot::of(key).claim();
                 self.set_slot(Slot::NONE);
                 keys.owners[key.index()] = None;
                 keys.leaving += 1;
@@ -193,37 +138,6 @@ impl Tagged {
     }
 }
 
-/// A pinned key, which can be taken away again when this is dropped.
-#[must_use]
-pub(crate) struct Pin {
-    slot: &'static Slot,
-    owner: u64,
-}
-
-impl Drop for Pin {
-    #[inline]
-    fn drop(&mut self) {
-        self.slot.owner.store(self.owner, Ordering::Release);
-    }
-}
-
-/// Lets a key be taken away that a call has pinned which will never end: a signal handler has left it by a jump.
-pub(crate) fn abandon(key: ProtectionKey) {
-    Slot::of(key).owner.fetch_and(!1, Ordering::Release);
-}
-
-/// Finds the call that runs on the thread whose signal stack a frame lies on: the context, if it is in the domain just now.
-pub(crate) fn running_on(frame: usize) -> Option<NonNull<Context>> {
-    ProtectionKey::all().find_map(|key| {
-        // The context first: a slot keeps the stack of the thread that pinned it last, and another may be pinning it just now. If there
-        // is a context, the stack is that of its thread, or by now of a later one, which is not this.
-        let context = Gate::Pkru.running_with(key)?;
-        fence(Ordering::Acquire);
-        let stack = Slot::of(key).signal_stack.load(Ordering::Relaxed);
-        Thread::signal_stack_at(stack).contains(&frame).then_some(context)
-    })
-}
-
 /// Who has what, under one lock.
 struct Keys {
     /// The most keys to take from the kernel.
@@ -242,15 +156,15 @@ struct Keys {
 }
 
 monitored! {
-static KEYS: Mutex<Keys> = Mutex::new(Keys {
-    limit: ProtectionKey::COUNT - 1,
-    ours: 0,
-    free: 0,
-    closed: None,
-    owners: [const { None }; ProtectionKey::COUNT],
-    leaving: 0,
+    static KEYS: Mutex<Keys> = Mutex::new(Keys {
+        limit: ProtectionKey::COUNT - 1,
+        ours: 0,
+        free: 0,
+        closed: None,
+        owners: [const { None }; ProtectionKey::COUNT],
+        leaving: 0,
         is_withholding: false,
-});
+    });
 }
 
 /// The lock on [`KEYS`].
@@ -299,7 +213,7 @@ impl Keys {
         memory.tag(key).map_err(Error::system("give a domain's memory a protection key"))?;
         memory.set_slot(Slot::of(key));
         self.owners[key.index()] = Some(memory.clone());
-        SLOTS.epoch.fetch_add(1, Ordering::Relaxed);
+        slots::note_change();
         Ok(true)
     }
 
@@ -335,7 +249,7 @@ impl Keys {
             if idle.len() < 2 && self.closed.is_none() {
                 return if self.leaving == 0 { Err(self.exhausted()) } else { Ok(None) };
             }
-            idle.sort_by_key(|key| Slot::of(*key).used.load(Ordering::Relaxed));
+            idle.sort_by_key(|key| Slot::of(*key).last_used());
             for key in idle {
                 if self.take_away(key)? {
                     break;
@@ -353,7 +267,7 @@ impl Keys {
 
     /// Notes that a key tags nothing any more.
     fn put_back(&mut self, key: ProtectionKey) {
-        Slot::of(key).owner.store(0, Ordering::Release);
+        Slot::of(key).free();
         self.free |= bit(key);
     }
 
@@ -404,7 +318,7 @@ impl Keys {
     fn take_away(&mut self, key: ProtectionKey) -> Result<bool, Error> {
         let Some(owner) = self.owners[key.index()].clone() else { return Ok(false) };
         let slot = Slot::of(key);
-        if !slot.swap(owner.number << 1, CLAIMED) {
+        if !slot.claim_from(owner.number) {
             return Ok(false);
         }
         let closed = match self.closed {
@@ -419,7 +333,7 @@ impl Keys {
         if let Err(error) = owner.tag(closed) {
             // Back to where it was, or the key stays with what it tags, for ever.
             if owner.tag(key).is_ok() {
-                slot.owner.store(owner.number << 1, Ordering::Release);
+                slot.give(owner.number);
             }
             return Err(Error::system("take a domain's protection key away")(error));
         }
@@ -431,12 +345,7 @@ impl Keys {
     /// Whether every key that a domain has is pinned by a call of this thread.
     fn only_pinned_by(&self, thread: &Thread) -> bool {
         let mut slots = ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).map(Slot::of);
-        self.leaving == 0
-            && !self.is_withholding
-            && slots.all(|slot| {
-                slot.owner.load(Ordering::Relaxed) & 1 == 1
-                    && slot.signal_stack.load(Ordering::Relaxed) == thread.signal_stack()
-            })
+        self.leaving == 0 && !self.is_withholding && slots.all(|slot| slot.is_pinned_by(thread))
     }
 
     /// Takes the keys of all domains away; `false` if calls pin some.
@@ -444,9 +353,7 @@ impl Keys {
         self.provide_closed()?;
         let owned: Vec<_> = ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).collect();
         for key in &owned {
-            let slot = Slot::of(*key);
-            let is_pinned = slot.owner.load(Ordering::Relaxed) & 1 == 1;
-            if is_pinned && slot.signal_stack.load(Ordering::Relaxed) == thread.signal_stack() {
+            if Slot::of(*key).is_pinned_by(thread) {
                 return Err(Error::InDomain);
             }
             self.take_away(*key)?;
@@ -457,7 +364,7 @@ impl Keys {
     fn lose(&mut self, key: ProtectionKey, owner: &Tagged) {
         owner.set_slot(Slot::NONE);
         self.owners[key.index()] = None;
-        SLOTS.epoch.fetch_add(1, Ordering::Relaxed);
+        slots::note_change();
     }
 }
 
@@ -493,7 +400,7 @@ pub(crate) fn take() -> Result<ProtectionKey, Error> {
     loop {
         let mut keys = Keys::lock();
         if let Some(key) = keys.obtain(None)? {
-            Slot::of(key).owner.store(CLAIMED, Ordering::Relaxed);
+            Slot::of(key).claim();
             return Ok(key);
         }
         drop(keys);
@@ -579,16 +486,14 @@ pub(crate) extern "C" fn after_fork() {
 
 /// After a fork, in the child: calls of threads that are not in it any more pin nothing.
 pub(crate) extern "C" fn after_fork_in_child() {
-    let here = crate::thread::current().map(Thread::signal_stack);
-    if let Some(thread) = crate::thread::current() {
+    let here = crate::thread::current();
+    if let Some(thread) = here {
         // The kernel does not copy timers.
         thread.timer().set(None);
     }
-    for key in ProtectionKey::all() {
-        let slot = Slot::of(key);
-        let owner = slot.owner.load(Ordering::Relaxed);
-        if owner != CLAIMED && owner & 1 == 1 && Some(slot.signal_stack.load(Ordering::Relaxed)) != here {
-            slot.owner.store(owner & !1, Ordering::Relaxed);
+    for slot in ProtectionKey::all().map(Slot::of) {
+        if slot.is_pinned() && !here.is_some_and(|thread| slot.is_pinned_by(thread)) {
+            slot.unpin();
         }
     }
     actions::after_fork();
