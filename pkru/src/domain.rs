@@ -343,6 +343,37 @@ mod tests {
     }
 
     #[test]
+    fn a_suspended_call_goes_on_or_is_discarded() {
+        let mut domain = Domain::new(Host::default(), SIZES).unwrap();
+        assert_eq!(enter(&mut domain, 7), Ok(7));
+        domain.suspended();
+        // SAFETY: `same` does nothing unsafe.
+        assert_eq!(unsafe { domain.resume(same, 8) }, Ok(8));
+        assert_eq!((domain.state(), domain.memory().prepared), (State::Ready, 1));
+        domain.suspended();
+        assert_eq!(domain.state(), State::Running);
+        assert_eq!((enter(&mut domain, 9), domain.memory().prepared), (Ok(9), 2), "it was abandoned");
+    }
+
+    #[test]
+    #[should_panic(expected = "no call is suspended")]
+    fn a_call_that_is_not_suspended_is_not_resumed() {
+        let mut domain = Domain::new(Host::default(), SIZES).unwrap();
+        // SAFETY: `same` does nothing unsafe.
+        let _ = unsafe { domain.resume(same, 1) };
+    }
+
+    #[test]
+    fn a_discard_can_wait_for_the_next_call() {
+        let mut domain = Domain::new(Host::default(), SIZES).unwrap();
+        domain.discard_later();
+        assert_eq!(enter(&mut domain, 1), Ok(1));
+        domain.discard_later();
+        assert_eq!(domain.memory().bytes[0], 0xff);
+        assert_eq!((enter(&mut domain, 2), domain.memory().prepared), (Ok(2), 2));
+    }
+
+    #[test]
     fn keys_and_memory_come_back() {
         let host = Host::default();
         for _ in 0..100 {
