@@ -16,7 +16,7 @@ const CALLS: u64 = 1_000_000;
 /// One call in so many goes wrong.
 const FAULTY: u64 = 10;
 
-/// What could leak: bytes in memory, mappings, protection keys.
+/// What could leak: KiB in memory, mappings, protection keys.
 #[derive(Debug, Clone, Copy)]
 struct Footprint {
     resident: usize,
@@ -26,8 +26,10 @@ struct Footprint {
 
 impl Footprint {
     fn now() -> Self {
-        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-        let resident = statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096;
+        // This counts pages. What /proc/self/statm says can be off by some pages for each CPU.
+        let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+        let line = rollup.lines().find(|line| line.starts_with("Rss:")).unwrap();
+        let resident = line.split_whitespace().nth(1).unwrap().parse().unwrap();
         let mappings = std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
         Self { resident, mappings, keys: keys_in_use() }
     }
@@ -104,6 +106,6 @@ fn a_million_calls_and_a_hundred_thousand_rewinds() {
     println!("figure: at the end:            {after:?}");
     assert_eq!(rewinds, CALLS / FAULTY);
     assert_eq!((after.mappings, after.keys), (before.mappings, before.keys));
-    // Pages of the program's file come and go as the kernel sees fit.
-    assert!(after.resident <= before.resident + 128 * 1024, "{before:?}, then {after:?}");
+    // The allocator's own pages may come to one or two more; a byte lost in each call would make a thousand KiB.
+    assert!(after.resident <= before.resident + 32, "{before:?}, then {after:?}");
 }
