@@ -15,7 +15,7 @@ use crate::library::Given;
 use crate::mapping::Mapping;
 use crate::signal::{Running, Trap};
 use crate::thread::{self, Thread};
-use crate::{Error, Globals, binding, globals, tls};
+use crate::{Error, Globals, binding, globals, sys, tls};
 
 /// The bytes at the head of a domain's stack through which a result leaves it.
 pub(crate) const MAILBOX: usize = 4096;
@@ -228,6 +228,8 @@ unsafe impl Platform for Linux {
 
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
         memory.mapping.check()?;
+        // A handler that calls another domain, and makes it ready, would wait for locks that are held here.
+        let _quiet = sys::BlockedSignals::new();
         // The key is pinned, and this thread is about to write what it tags.
         let key = memory.running.context.key();
         if !thread::has_rights(key) {

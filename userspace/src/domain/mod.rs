@@ -121,7 +121,7 @@ impl Domain {
     /// later call.
     ///
     /// If calls of other threads have all protection keys at that moment, this waits for one of them to end. A signal handler may call a
-    /// domain as far as it may allocate memory: what it interrupts must not be in the middle of that, or of making a domain ready.
+    /// domain as far as it may allocate memory: what it interrupts must not be in the middle of that.
     ///
     /// # Examples
     ///

@@ -18,8 +18,8 @@ pub(crate) use probe::{
     keys_left, memfd_secret, mseal, pkru_in_signal_frame, rseq, syscall_user_dispatch,
 };
 pub(crate) use process::{
-    Action, AlternateStack, SS_AUTODISARM, Timer, action, alternate_stack, around_forks, auxiliary, change_mask,
-    create_timer, delete_timer, exit_now, pause_timer, process_id, resend, restore_alternate_stack, rseq_area,
-    send_value, set_action, set_alternate_stack, set_for_thread, set_mask, set_timer, thread_exists, thread_id,
-    thread_key, threads, unblock, unregister_rseq,
+    Action, AlternateStack, BlockedSignals, SS_AUTODISARM, Timer, action, alternate_stack, around_forks, auxiliary,
+    change_mask, create_timer, delete_timer, exit_now, pause_timer, process_id, resend, restore_alternate_stack,
+    rseq_area, send_value, set_action, set_alternate_stack, set_for_thread, set_mask, set_timer, thread_exists,
+    thread_id, thread_key, threads, unblock, unregister_rseq,
 };

@@ -78,6 +78,23 @@ pub(crate) fn set_mask(mask: u64) -> u64 {
     old
 }
 
+/// Every signal is blocked in the calling thread until this is dropped.
+pub(crate) struct BlockedSignals {
+    before: u64,
+}
+
+impl BlockedSignals {
+    pub(crate) fn new() -> Self {
+        Self { before: set_mask(u64::MAX) }
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        set_mask(self.before);
+    }
+}
+
 /// sigprocmask(2) with the kernel's sets; returns an error number.
 pub(crate) fn change_mask(how: c_int, mask: Option<u64>, old: *mut u64) -> c_int {
     let new = mask.as_ref().map_or(ptr::null(), ptr::from_ref);
