@@ -443,7 +443,7 @@ macro_rules! gate {
                     "rdfsbase rax",
                     "mov [r10 + {caller_fs_base}], rax",
                     "rdgsbase rax",
-                    "mov [r10 + {caller_gs_base}], rax",
+                    "mov [r10 + {gs_base}], rax",
                     "mov [r10 + {caller_stack}], rsp",
                     $select,
                     $read,
@@ -472,6 +472,8 @@ macro_rules! gate {
                     "xor r15d, r15d",
                     "call r8",
                     "mov rsi, rax",
+                    // Whatever the claim is, it leads into the table.
+                    "and ebx, 15",
                     "lea r11, [rip + {active}]",
                     "mov r10, [r11 + rbx*8]",
                     // A domain that claims the key of another traps here at the latest, with its own rights.
@@ -501,7 +503,6 @@ macro_rules! gate {
                     x87 = const CALLER_X87,
                     caller_fs_base = const CALLER_FS_BASE,
                     gs_base = const CALLER_GS_BASE,
-                    caller_gs_base = const CALLER_GS_BASE,
                     caller_stack = const CALLER_STACK,
                     caller_rights = const CALLER_RIGHTS,
                     key = const offset_of!(Context, key),

@@ -121,7 +121,8 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
     }
     let Some(running) = running else {
         // SAFETY: the kernel passes a valid description of the signal.
-        if is_late_deadline(signal, unsafe { &*info }) {
+        if is_deadline(signal, unsafe { &*info }) {
+            // Of a call that has just ended, or has not begun.
             return;
         }
         // SAFETY: as above.
@@ -208,6 +209,7 @@ pub(crate) fn deadline_value() -> usize {
     entry as *const () as usize
 }
 
+/// Whether a signal says that a call of this thread has taken too long.
 fn is_deadline(signal: c_int, info: &libc::siginfo_t) -> bool {
     // SAFETY: a signal that a timer has sent has its value; in others the code differs.
     signal == DEADLINE
@@ -240,11 +242,6 @@ unsafe fn denying_key(signal: c_int, info: *const libc::siginfo_t) -> Option<Pro
     // SAFETY: with this code the field is there.
     let key = unsafe { info.wrapping_byte_add(SI_PKEY).cast::<u32>().read() };
     ProtectionKey::new(key as u8)
-}
-
-/// Whether a signal outside any domain is a deadline of a call that has just ended, or is waiting for a callback.
-fn is_late_deadline(signal: c_int, info: &libc::siginfo_t) -> bool {
-    is_deadline(signal, info)
 }
 
 /// Notes what the fault was.
