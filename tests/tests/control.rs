@@ -261,18 +261,11 @@ fn a_deadline_includes_callbacks() {
 fn a_callback_outside_any_domain_ends_the_program() {
     let mut domain = need!(domain("outside"));
     let pointer = domain.call_with(&mut [&mut |_| 0], |callbacks| callbacks[0].pointer() as u64).unwrap();
-    // SAFETY: the child calls what it should not, and ends.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
+    let status = common::in_child(|| {
         // SAFETY: none: this is the mistake.
         let function: extern "C" fn() -> u64 = unsafe { std::mem::transmute(pointer) };
         function();
-        // SAFETY: leaves without running anything of the parent's.
-        unsafe { libc::_exit(0) };
-    }
-    let mut status = 0;
-    // SAFETY: the status is writable.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    });
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
 }
 

@@ -236,17 +236,10 @@ fn signals_and_children_afterwards() {
     assert_eq!(COUNT.load(Ordering::Relaxed), 2);
     let output = std::process::Command::new("/proc/self/exe").args(["--list"]).output().unwrap();
     assert!(output.status.success());
-    // SAFETY: the child calls domains and exits.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
+    let status = common::in_child(|| {
         works(&mut open);
         contain(&mut open, mistake);
-        // SAFETY: leaves without running anything of the parent's.
-        unsafe { libc::_exit(0) };
-    }
-    let mut status = 1;
-    // SAFETY: the status is writable.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    });
     assert_eq!(status, 0);
 }
 

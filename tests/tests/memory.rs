@@ -321,9 +321,7 @@ fn a_domains_block_is_not_freed_outside() {
     // SAFETY: the block is never used.
     let block = domain.call(|| unsafe { libc::malloc(100) } as u64).unwrap() as *mut c_void;
     for resize in [false, true] {
-        // SAFETY: the child frees what it should not, and ends.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
+        let status = common::in_child(|| {
             // SAFETY: none: this is the mistake.
             unsafe {
                 if resize {
@@ -333,12 +331,7 @@ fn a_domains_block_is_not_freed_outside() {
                     0
                 }
             };
-            // SAFETY: leaves without running anything of the parent's.
-            unsafe { libc::_exit(0) };
-        }
-        let mut status = 0;
-        // SAFETY: the status is writable.
-        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        });
         assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
     }
     // SAFETY: the domain's own.

@@ -232,19 +232,9 @@ fn a_pool_that_cannot_make_a_domain() {
     }
 }
 
-/// Runs something in a child that the C library forks, and checks that it ends well.
+/// Runs something in a child, and checks that it ends well.
 fn in_child(function: impl FnOnce()) {
-    // SAFETY: the child runs the function and exits.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(function)).is_ok();
-        // SAFETY: leaves without running anything of the parent's.
-        unsafe { libc::_exit(i32::from(!good)) };
-    }
-    let mut status = 0;
-    // SAFETY: the status is writable.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
-    assert_eq!(status, 0);
+    assert_eq!(common::in_child(function), 0);
 }
 
 #[test]

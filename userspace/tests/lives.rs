@@ -169,18 +169,11 @@ fn a_program_with_a_signal_stack_of_its_own() {
     let mut domain = need!(domain("stack"));
     let stack = vec![0u8; 256 * 1024].leak();
     let new = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: stack.len() };
-    // SAFETY: the child calls a domain and exits.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
+    let status = common::in_child(|| {
         // SAFETY: the stack is leaked.
         assert_eq!(unsafe { libc::sigaltstack(&raw const new, std::ptr::null_mut()) }, 0);
         contain(&mut domain, mistake);
-        // SAFETY: leaves without running anything of the parent's.
-        unsafe { libc::_exit(0) };
-    }
-    let mut status = 1;
-    // SAFETY: the status is writable.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    });
     assert_eq!(status, 0);
 }
 
@@ -263,17 +256,10 @@ fn a_result_that_lies_on_the_stack_is_not_freed() {
 fn the_children_of_a_fork_have_domains_that_work() {
     let mut domain = need!(domain("parent"));
     works(&mut domain);
-    // SAFETY: the child calls domains and exits.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
+    let status = common::in_child(|| {
         contain(&mut domain, mistake);
         contain(&mut Domain::builder("child").build().unwrap(), mistake);
-        // SAFETY: leaves without running anything of the parent's.
-        unsafe { libc::_exit(0) };
-    }
-    let mut status = 1;
-    // SAFETY: the status is writable.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    });
     assert_eq!(status, 0);
     contain(&mut domain, mistake);
 }

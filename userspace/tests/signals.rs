@@ -9,47 +9,11 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{contain, domain, mistake, works};
+use common::signals::{COUNT, install, timer, wait_in};
+use common::{contain, domain, in_child, mistake, works};
 use pkru_userspace::Domain;
 
-type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
-
-fn install(signal: i32, handler: Handler, flags: i32) -> libc::sigaction {
-    // SAFETY: zeroed sigactions are valid, and the tests' handlers keep to what handlers may do.
-    unsafe {
-        let mut new: libc::sigaction = std::mem::zeroed();
-        new.sa_sigaction = handler as *const () as usize;
-        new.sa_flags = libc::SA_SIGINFO | flags;
-        let mut old: libc::sigaction = std::mem::zeroed();
-        assert_eq!(libc::sigaction(signal, &raw const new, &raw mut old), 0);
-        old
-    }
-}
-
-/// Has SIGALRM sent to this thread every so many microseconds; 0 ends that. The process's own timer would send it to any thread.
-fn timer(microseconds: libc::c_long) {
-    thread_local! { static TIMER: Cell<Option<libc::timer_t>> = const { Cell::new(None) } }
-    let timer = TIMER.get().unwrap_or_else(|| {
-        // SAFETY: the structs are valid, and live across the call.
-        unsafe {
-            let mut event: libc::sigevent = std::mem::zeroed();
-            event.sigev_notify = libc::SIGEV_THREAD_ID;
-            event.sigev_signo = libc::SIGALRM;
-            event.sigev_notify_thread_id = libc::gettid();
-            let mut timer = std::ptr::null_mut();
-            assert_eq!(libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer), 0);
-            timer
-        }
-    });
-    TIMER.set(Some(timer));
-    let interval = libc::timespec { tv_sec: 0, tv_nsec: microseconds * 1000 };
-    let value = libc::itimerspec { it_interval: interval, it_value: interval };
-    // SAFETY: the struct lives across the call.
-    assert_eq!(unsafe { libc::timer_settime(timer, 0, &raw const value, std::ptr::null_mut()) }, 0);
-}
-
-/// What the handlers have seen.
-static COUNT: AtomicU64 = AtomicU64::new(0);
+/// What the handlers have seen, beside their number.
 static WRONG: AtomicU64 = AtomicU64::new(0);
 static STACK: AtomicUsize = AtomicUsize::new(0);
 static WHERE: AtomicUsize = AtomicUsize::new(0);
@@ -132,23 +96,6 @@ fn a_handler_installed_before_the_first_domain() {
     assert_eq!((old.sa_sigaction, old.sa_flags & libc::SA_RESTART), (look as *const () as usize, libc::SA_RESTART));
 }
 
-/// Waits in a domain for a signal to be handled.
-fn wait_in(domain: &mut Domain) {
-    let before = COUNT.load(Ordering::Relaxed);
-    timer(1000);
-    let done = domain.call(|| {
-        let mut spins = 0u64;
-        while COUNT.load(Ordering::Relaxed) == before && spins < 1 << 34 {
-            spins = black_box(spins) + 1;
-        }
-        // SAFETY: the domain's own code's address.
-        [wait_in as *const () as usize as u64, spins]
-    });
-    timer(0);
-    done.unwrap();
-    assert!(COUNT.load(Ordering::Relaxed) > before, "the handler ran while the domain did");
-}
-
 #[test]
 fn the_handlers_stack_is_the_one_that_was_asked_for() {
     begin();
@@ -197,34 +144,6 @@ fn a_handler_may_use_a_lot_of_stack() {
 }
 
 #[test]
-fn a_handler_may_call_a_domain_that_faults() {
-    static INNER: std::sync::Mutex<Option<Domain>> = std::sync::Mutex::new(None);
-    extern "C" fn call(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        let mut inner = INNER.lock().unwrap();
-        let inner = inner.as_mut().unwrap();
-        contain(inner, mistake);
-        contain(inner, || {
-            #[allow(unconditional_recursion, reason = "overflowing the stack is the point")]
-            fn recurse(depth: u64) -> u64 {
-                black_box(&[depth; 16])[3] + recurse(depth + 1)
-            }
-            black_box(recurse(0));
-        });
-        COUNT.fetch_add(1, Ordering::Relaxed);
-    }
-    let mut domain = need!(domain("outer"));
-    *INNER.lock().unwrap() = Some(need!(common::domain("inner")));
-    install(libc::SIGALRM, call, 0);
-    for _ in 0..10 {
-        wait_in(&mut domain);
-        contain(&mut domain, mistake);
-    }
-    install(libc::SIGALRM, call, libc::SA_ONSTACK);
-    wait_in(&mut domain);
-    works(&mut domain);
-}
-
-#[test]
 fn signals_within_handlers() {
     extern "C" fn outer(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         // SAFETY: sends this thread a signal.
@@ -240,40 +159,6 @@ fn signals_within_handlers() {
     }
     assert_eq!(WRONG.load(Ordering::Relaxed), 0);
     assert!(COUNT.load(Ordering::Relaxed) >= 10);
-}
-
-#[test]
-fn a_jump_out_of_a_handler() {
-    // A jump buffer is for C; what std offers for this is nothing. The buffer is as large as glibc's.
-    unsafe extern "C" {
-        fn siglongjmp(buffer: *mut libc::c_void, value: i32) -> !;
-        fn __sigsetjmp(buffer: *mut libc::c_void, save: i32) -> i32;
-    }
-    static BUFFER: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
-    extern "C" fn jump(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        COUNT.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the buffer was set by a frame that is still there.
-        unsafe { siglongjmp(BUFFER.as_ptr() as *mut _, 1) }
-    }
-    let mut domain = need!(domain("left"));
-    install(libc::SIGALRM, jump, 0);
-    /// A frame of its own: nothing in it is used after the jump but what was there before.
-    #[inline(never)]
-    fn attempt(domain: &mut Domain) {
-        timer(1000);
-        // SAFETY: the buffer is large enough.
-        if unsafe { __sigsetjmp(BUFFER.as_ptr() as *mut _, 1) } == 0 {
-            let _ = domain.call(|| while black_box(true) {});
-        }
-        timer(0);
-    }
-    for round in 1..=30 {
-        attempt(&mut domain);
-        // The next signal may come before the timer is stopped, and leads to the same place.
-        assert!(COUNT.load(Ordering::Relaxed) >= round);
-        works(&mut domain);
-        contain(&mut domain, mistake);
-    }
 }
 
 #[test]
@@ -353,21 +238,6 @@ fn a_mask_that_would_block_faults() {
             (1, 0)
         );
     }
-}
-
-/// Runs something in a child that the C library forks, and returns how that ended.
-fn in_child(function: impl FnOnce()) -> i32 {
-    // SAFETY: the child runs the function and exits.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        function();
-        // SAFETY: leaves without running anything of the parent's.
-        unsafe { libc::_exit(0) };
-    }
-    let mut status = 0;
-    // SAFETY: the status is writable.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
-    status
 }
 
 #[test]
@@ -475,104 +345,6 @@ fn code_in_a_domain_cannot_block_the_signals_of_faults() {
     });
     assert_eq!(domain.call(block).unwrap(), 0);
     contain(&mut domain, mistake);
-}
-
-static CALLED: std::sync::Mutex<Option<Domain>> = std::sync::Mutex::new(None);
-
-/// A handler that calls a domain.
-extern "C" fn call_a_domain(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let sum = || (0..black_box(3_000_000u64)).map(black_box).sum::<u64>();
-    let result = CALLED.lock().unwrap().as_mut().unwrap().call(sum);
-    WRONG.fetch_add(u64::from(result.is_err()), Ordering::Relaxed);
-    COUNT.fetch_add(1, Ordering::Relaxed);
-}
-
-#[test]
-fn the_first_call_of_a_thread_in_a_handler() {
-    let mut other = need!(domain("other"));
-    *CALLED.lock().unwrap() = Some(need!(domain("called")));
-    install(libc::SIGUSR1, call_a_domain, 0);
-    std::thread::spawn(move || {
-        // SAFETY: sends this thread a signal.
-        unsafe { libc::raise(libc::SIGUSR1) };
-        contain(&mut other, mistake);
-        works(&mut other);
-    })
-    .join()
-    .unwrap();
-    assert_eq!((COUNT.load(Ordering::Relaxed), WRONG.load(Ordering::Relaxed)), (1, 0));
-}
-
-/// Sends this thread SIGUSR1 a while later.
-fn signal_soon() {
-    // SAFETY: the call touches no memory.
-    let thread = unsafe { libc::pthread_self() };
-    std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(100));
-        // SAFETY: the thread waits in a domain.
-        unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
-    });
-}
-
-#[test]
-fn a_deadline_survives_a_handler_that_calls_domains() {
-    for inner in [None, Some(Duration::from_secs(20))] {
-        let builder = Domain::builder("called");
-        let builder = inner.map_or(builder.clone(), |time| builder.deadline(time));
-        *CALLED.lock().unwrap() = Some(need!(common::build(builder)));
-        let mut outer = need!(common::build(Domain::builder("outer").deadline(Duration::from_millis(400))));
-        install(libc::SIGUSR1, call_a_domain, 0);
-        signal_soon();
-        let violation = outer.call(|| while black_box(true) {}).unwrap_err();
-        assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
-        assert_eq!(WRONG.load(Ordering::Relaxed), 0, "the handler's call has no such deadline");
-    }
-    assert_eq!(COUNT.load(Ordering::Relaxed), 2);
-}
-
-#[test]
-fn a_handler_that_needs_the_key_of_the_call_it_has_interrupted() {
-    use pkru_userspace::capability::{SignalFrame, detect};
-    // One key for what is closed, and one for domains.
-    let extra = usize::from(detect().is_ok_and(|found| found.signal_frame == SignalFrame::OnWritableStack));
-    pkru_userspace::set_key_limit(2 + extra);
-    *CALLED.lock().unwrap() = Some(need!(domain("called")));
-    let mut outer = need!(common::build(Domain::builder("outer").deadline(Duration::from_millis(400))));
-    install(libc::SIGUSR1, call_a_domain, 0);
-    signal_soon();
-    let violation = outer.call(|| while black_box(true) {}).unwrap_err();
-    assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
-    assert_eq!(WRONG.load(Ordering::Relaxed), 1, "the handler's call is refused, and does not wait for ever");
-    works(&mut outer);
-    works(CALLED.lock().unwrap().as_mut().unwrap());
-}
-
-#[test]
-fn a_jump_out_of_a_call_gives_its_key_back() {
-    unsafe extern "C" {
-        fn siglongjmp(buffer: *mut libc::c_void, value: i32) -> !;
-        fn __sigsetjmp(buffer: *mut libc::c_void, save: i32) -> i32;
-    }
-    static BUFFER: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
-    extern "C" fn jump(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        // SAFETY: the buffer was set by a frame that is still there.
-        unsafe { siglongjmp(BUFFER.as_ptr() as *mut _, 1) }
-    }
-    #[inline(never)]
-    fn attempt(domain: &mut Domain) {
-        // SAFETY: the buffer is large enough.
-        if unsafe { __sigsetjmp(BUFFER.as_ptr() as *mut _, 1) } == 0 {
-            // SAFETY: sends this thread a signal.
-            let _ = domain.call(|| unsafe { libc::raise(libc::SIGUSR1) });
-        }
-    }
-    let mut domain = need!(domain("left"));
-    install(libc::SIGUSR1, jump, 0);
-    attempt(&mut domain);
-    // This waits until no call pins a key.
-    let mut open = Domain::builder("open").globals(pkru_userspace::Globals::Writable).build().unwrap();
-    works(&mut open);
-    works(&mut domain);
 }
 
 #[test]

@@ -458,16 +458,8 @@ fn opening_the_key_of_a_running_domain() {
 #[test]
 fn a_breakpoint_outside_any_domain_kills_the_process_as_before() {
     let _ = need!(domain("bystander"));
-    // SAFETY: the child executes one instruction and exits.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        // SAFETY: none: this is the fault.
-        unsafe { asm!("int3") };
-        std::process::exit(0);
-    }
-    let mut status = 0;
-    // SAFETY: the status is writable.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    // SAFETY: none: this is the fault.
+    let status = common::in_child(|| unsafe { asm!("int3") });
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGTRAP, "{status:#x}");
 }
 
@@ -516,15 +508,7 @@ fn spoiled_registers_are_restored() {
 #[test]
 fn a_fault_outside_any_domain_kills_the_process_as_before() {
     let _ = need!(domain("bystander"));
-    // SAFETY: the child makes one access and no library call.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        mistake();
-        std::process::exit(0);
-    }
-    let mut status = 0;
-    // SAFETY: the status is writable.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    let status = common::in_child(mistake);
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
 }
 

@@ -1,6 +1,8 @@
 //! What the suites share.
 #![allow(dead_code, reason = "each suite uses a part")]
 
+pub(crate) mod signals;
+
 use pkru_userspace::{Builder, Domain, KeyFault, Violation, ViolationKind};
 
 /// The variable that says that keys are there, so that a skip is a failure.
@@ -62,3 +64,18 @@ pub(crate) fn mistake() {
 
 /// An address at which nothing is mapped.
 pub(crate) const NOWHERE: usize = 0x120;
+
+/// Runs something in a child that the C library forks, and returns its wait status: 0 if it came to an end, 256 if it panicked.
+pub(crate) fn in_child(function: impl FnOnce()) -> i32 {
+    // SAFETY: the child runs the function and exits.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(function)).is_ok();
+        // SAFETY: leaves without running anything of the parent's.
+        unsafe { libc::_exit(i32::from(!good)) };
+    }
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    status
+}

@@ -1,0 +1,103 @@
+//! Handlers of signals, as a program sets them, and what makes them run.
+
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a sequence of C calls is one thing here")]
+
+use std::ffi::c_void;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pkru_userspace::Domain;
+
+pub(crate) type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void);
+
+pub(crate) fn install(signal: i32, handler: Handler, flags: i32) -> libc::sigaction {
+    // SAFETY: zeroed sigactions are valid, and the tests' handlers keep to what handlers may do.
+    unsafe {
+        let mut new: libc::sigaction = std::mem::zeroed();
+        new.sa_sigaction = handler as *const () as usize;
+        new.sa_flags = libc::SA_SIGINFO | flags;
+        let mut old: libc::sigaction = std::mem::zeroed();
+        assert_eq!(libc::sigaction(signal, &raw const new, &raw mut old), 0);
+        old
+    }
+}
+
+/// Has SIGALRM sent to this thread every so many microseconds; 0 ends that.
+pub(crate) fn timer(microseconds: libc::c_long) {
+    thread_local! { static TIMER: Timer = Timer::new() }
+    TIMER.with(|timer| timer.start(microseconds, microseconds));
+}
+
+/// A timer that sends SIGALRM to the thread that has made it. The process's own would send it to any thread.
+#[derive(Clone, Copy)]
+pub(crate) struct Timer(libc::timer_t);
+
+impl Timer {
+    pub(crate) fn new() -> Self {
+        // SAFETY: the structs are valid, and live across the call.
+        unsafe {
+            let mut event: libc::sigevent = std::mem::zeroed();
+            event.sigev_notify = libc::SIGEV_THREAD_ID;
+            event.sigev_signo = libc::SIGALRM;
+            event.sigev_notify_thread_id = libc::gettid();
+            let mut timer = std::ptr::null_mut();
+            assert_eq!(libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer), 0);
+            Self(timer)
+        }
+    }
+
+    /// Has it send the signal after so many microseconds, and then every so many, or not again if that is 0.
+    pub(crate) fn start(self, first: libc::c_long, interval: libc::c_long) {
+        let [first, interval] = [first, interval].map(|time| libc::timespec { tv_sec: 0, tv_nsec: time * 1000 });
+        let value = libc::itimerspec { it_interval: interval, it_value: first };
+        // SAFETY: the struct lives across the call.
+        assert_eq!(unsafe { libc::timer_settime(self.0, 0, &raw const value, std::ptr::null_mut()) }, 0);
+    }
+}
+
+/// How often handlers have run.
+pub(crate) static COUNT: AtomicU64 = AtomicU64::new(0);
+
+/// Waits in a domain for a signal to be handled.
+pub(crate) fn wait_in(domain: &mut Domain) {
+    let before = COUNT.load(Ordering::Relaxed);
+    timer(1000);
+    let done = domain.call(|| {
+        let mut spins = 0u64;
+        while COUNT.load(Ordering::Relaxed) == before && spins < 1 << 34 {
+            spins = black_box(spins) + 1;
+        }
+        // SAFETY: the domain's own code's address.
+        [wait_in as *const () as usize as u64, spins]
+    });
+    timer(0);
+    done.unwrap();
+    assert!(COUNT.load(Ordering::Relaxed) > before, "the handler ran while the domain did");
+}
+
+/// Runs a function, which the handler [`leave`] leaves once, while a domain runs: to jump out of a function of the C library's is an error.
+///
+/// A frame of its own: the compiler does not know that this goes on twice, so nothing may be done after the jump.
+#[inline(never)]
+pub(crate) fn with_a_way_out(function: impl FnOnce()) {
+    unsafe extern "C" {
+        fn __sigsetjmp(buffer: *mut c_void, save: i32) -> i32;
+    }
+    // SAFETY: the buffer is as large as glibc's.
+    if unsafe { __sigsetjmp(BUFFER.as_ptr() as *mut c_void, 1) } == 0 {
+        function();
+    }
+}
+
+/// A jump buffer is for C; what std offers for this is nothing.
+static BUFFER: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
+
+/// A handler that leaves what [`with_a_way_out`] runs.
+pub(crate) extern "C" fn leave(_: i32, _: *mut libc::siginfo_t, _: *mut c_void) {
+    unsafe extern "C" {
+        fn siglongjmp(buffer: *mut c_void, value: i32) -> !;
+    }
+    COUNT.fetch_add(1, Ordering::Relaxed);
+    // SAFETY: the buffer was set by a frame that is still there.
+    unsafe { siglongjmp(BUFFER.as_ptr() as *mut c_void, 1) }
+}

@@ -1,0 +1,141 @@
+//! Handlers that call domains, need their keys, or leave a call by a jump. Each test in a process of its own.
+
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
+mod common;
+
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use common::signals::{COUNT, Timer, install, leave, wait_in, with_a_way_out};
+use common::{contain, domain, mistake, works};
+use pkru_userspace::Domain;
+
+static WRONG: AtomicU64 = AtomicU64::new(0);
+static CALLED: std::sync::Mutex<Option<Domain>> = std::sync::Mutex::new(None);
+
+/// A handler that calls a domain.
+extern "C" fn call_a_domain(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let sum = || (0..black_box(3_000_000u64)).map(black_box).sum::<u64>();
+    let result = CALLED.lock().unwrap().as_mut().unwrap().call(sum);
+    WRONG.fetch_add(u64::from(result.is_err()), Ordering::Relaxed);
+    COUNT.fetch_add(1, Ordering::Relaxed);
+}
+
+#[test]
+fn a_handler_may_call_a_domain_that_faults() {
+    static INNER: std::sync::Mutex<Option<Domain>> = std::sync::Mutex::new(None);
+    extern "C" fn call(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let mut inner = INNER.lock().unwrap();
+        let inner = inner.as_mut().unwrap();
+        contain(inner, mistake);
+        contain(inner, || {
+            #[allow(unconditional_recursion, reason = "overflowing the stack is the point")]
+            fn recurse(depth: u64) -> u64 {
+                black_box(&[depth; 16])[3] + recurse(depth + 1)
+            }
+            black_box(recurse(0));
+        });
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+    let mut domain = need!(domain("outer"));
+    *INNER.lock().unwrap() = Some(need!(common::domain("inner")));
+    install(libc::SIGALRM, call, 0);
+    for _ in 0..10 {
+        wait_in(&mut domain);
+        contain(&mut domain, mistake);
+    }
+    install(libc::SIGALRM, call, libc::SA_ONSTACK);
+    wait_in(&mut domain);
+    works(&mut domain);
+}
+
+#[test]
+fn the_first_call_of_a_thread_in_a_handler() {
+    let mut other = need!(domain("other"));
+    *CALLED.lock().unwrap() = Some(need!(domain("called")));
+    install(libc::SIGUSR1, call_a_domain, 0);
+    std::thread::spawn(move || {
+        // SAFETY: sends this thread a signal.
+        unsafe { libc::raise(libc::SIGUSR1) };
+        contain(&mut other, mistake);
+        works(&mut other);
+    })
+    .join()
+    .unwrap();
+    assert_eq!((COUNT.load(Ordering::Relaxed), WRONG.load(Ordering::Relaxed)), (1, 0));
+}
+
+/// Sends this thread SIGUSR1 a while later.
+fn signal_soon() {
+    // SAFETY: the call touches no memory.
+    let thread = unsafe { libc::pthread_self() };
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        // SAFETY: the thread waits in a domain.
+        unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
+    });
+}
+
+#[test]
+fn a_deadline_survives_a_handler_that_calls_domains() {
+    for inner in [None, Some(Duration::from_secs(20))] {
+        let builder = Domain::builder("called");
+        let builder = inner.map_or(builder.clone(), |time| builder.deadline(time));
+        *CALLED.lock().unwrap() = Some(need!(common::build(builder)));
+        let mut outer = need!(common::build(Domain::builder("outer").deadline(Duration::from_millis(400))));
+        install(libc::SIGUSR1, call_a_domain, 0);
+        signal_soon();
+        let violation = outer.call(|| while black_box(true) {}).unwrap_err();
+        assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
+        assert_eq!(WRONG.load(Ordering::Relaxed), 0, "the handler's call has no such deadline");
+    }
+    assert_eq!(COUNT.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn a_handler_that_needs_the_key_of_the_call_it_has_interrupted() {
+    use pkru_userspace::capability::{SignalFrame, detect};
+    // One key for what is closed, and one for domains.
+    let extra = usize::from(detect().is_ok_and(|found| found.signal_frame == SignalFrame::OnWritableStack));
+    pkru_userspace::set_key_limit(2 + extra);
+    *CALLED.lock().unwrap() = Some(need!(domain("called")));
+    let mut outer = need!(common::build(Domain::builder("outer").deadline(Duration::from_millis(400))));
+    install(libc::SIGUSR1, call_a_domain, 0);
+    signal_soon();
+    let violation = outer.call(|| while black_box(true) {}).unwrap_err();
+    assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
+    assert_eq!(WRONG.load(Ordering::Relaxed), 1, "the handler's call is refused, and does not wait for ever");
+    works(&mut outer);
+    works(CALLED.lock().unwrap().as_mut().unwrap());
+}
+
+#[test]
+fn a_jump_out_of_a_handler() {
+    let mut domain = need!(domain("left"));
+    install(libc::SIGALRM, leave, 0);
+    let timer = Timer::new();
+    for round in 1..=30 {
+        let wait = || {
+            timer.start(1000, 0);
+            while black_box(true) {}
+        };
+        with_a_way_out(|| drop(domain.call(wait)));
+        assert_eq!(COUNT.load(Ordering::Relaxed), round);
+        works(&mut domain);
+        contain(&mut domain, mistake);
+    }
+}
+
+#[test]
+fn a_jump_out_of_a_call_gives_its_key_back() {
+    let mut domain = need!(domain("left"));
+    install(libc::SIGUSR1, leave, 0);
+    // SAFETY: sends this thread a signal.
+    with_a_way_out(|| drop(domain.call(|| unsafe { libc::raise(libc::SIGUSR1) })));
+    // This waits until no call pins a key.
+    let mut open = Domain::builder("open").globals(pkru_userspace::Globals::Writable).build().unwrap();
+    works(&mut open);
+    works(&mut domain);
+}
