@@ -13,8 +13,8 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 
-use common::{build, contain, domain, key_fault, mistake, works};
-use pkru_userspace::{Access, Domain, Globals, Vault, ViolationKind};
+use common::{contain, domain, key_fault, mistake, open_domain, works};
+use pkru_userspace::{Access, Domain, Vault, ViolationKind};
 
 unsafe extern "C" {
     fn helper_count() -> u64;
@@ -29,10 +29,6 @@ unsafe impl Sync for Buffer {}
 static DATA: AtomicU64 = AtomicU64::new(7);
 static BUFFER: Buffer = Buffer(UnsafeCell::new([0; 64]));
 
-fn open(name: &str) -> Option<Domain> {
-    build(Domain::builder(name).globals(Globals::Writable))
-}
-
 #[test]
 fn code_with_state_in_statics_works() {
     let mut closed = need!(domain("closed"));
@@ -40,7 +36,7 @@ fn code_with_state_in_statics_works() {
     let count = || unsafe { helper_count() };
     closed.call(count).expect_err("control");
 
-    let mut open = need!(open("open"));
+    let mut open = need!(open_domain("open"));
     let before = count();
     assert_eq!(open.call(count).unwrap(), before + 1);
     assert_eq!(open.call(count).unwrap(), before + 2);
@@ -54,7 +50,7 @@ fn code_with_state_in_statics_works() {
 
 #[test]
 fn the_c_librarys_own_state_works() {
-    let mut open = need!(open("libc"));
+    let mut open = need!(open_domain("libc"));
     let numbers = open.call(|| {
         // SAFETY: the seed and the numbers are the C library's.
         unsafe {
@@ -85,7 +81,7 @@ fn the_c_librarys_own_state_works() {
 #[test]
 fn other_domains_read_statics_and_do_not_write_them() {
     let mut before = need!(domain("before"));
-    let mut open = need!(open("open"));
+    let mut open = need!(open_domain("open"));
     let mut after = Domain::builder("after").build().unwrap();
     for closed in [&mut before, &mut after] {
         assert_eq!(closed.call(|| DATA.load(Ordering::Relaxed)).unwrap(), 7);
@@ -102,7 +98,7 @@ fn other_domains_read_statics_and_do_not_write_them() {
 #[test]
 fn everything_else_stays_closed() {
     thread_local! { static LOCAL: std::cell::Cell<u64> = const { std::cell::Cell::new(1) } }
-    let mut open = need!(open("open"));
+    let mut open = need!(open_domain("open"));
     let mut other = need!(domain("other"));
     let mut heap = Box::new(1u64);
     let mut stack = 1u64;
@@ -157,7 +153,7 @@ fn threads_that_were_there_before_go_on() {
         })
         .collect();
     ready.wait();
-    let mut open = open("open").unwrap();
+    let mut open = open_domain("open").unwrap();
     let before = ROUNDS.load(Ordering::Relaxed);
     for _ in 0..50 {
         open.call(|| DATA.fetch_add(1, Ordering::Relaxed)).unwrap();
@@ -187,7 +183,7 @@ fn system_calls_with_statics_as_buffers() {
         read()
     });
     waiting.wait();
-    let mut open = open("open").unwrap();
+    let mut open = open_domain("open").unwrap();
     assert_eq!(read(), 64);
     waiting.wait();
     assert_eq!(thread.join().unwrap(), 64, "a thread from before");
@@ -201,7 +197,7 @@ fn system_calls_with_statics_as_buffers() {
 
 #[test]
 fn violations_are_what_they_were() {
-    let mut open = need!(open("open"));
+    let mut open = need!(open_domain("open"));
     let violation = contain(&mut open, || panic!("in an open domain"));
     assert!(violation.to_string().contains("in an open domain"), "{violation}");
     let mut closed = Domain::builder("closed").build().unwrap();
@@ -226,7 +222,7 @@ fn signals_and_children_afterwards() {
     extern "C" fn count(_: i32) {
         COUNT.fetch_add(1, Ordering::Relaxed);
     }
-    let mut open = need!(open("open"));
+    let mut open = need!(open_domain("open"));
     // SAFETY: the handler only counts.
     unsafe { libc::signal(libc::SIGUSR1, count as *const () as usize) };
     // SAFETY: sends this thread a signal.
@@ -258,7 +254,7 @@ fn standard_output_outlives_the_domain_that_used_it_first() {
 #[test]
 #[ignore = "run by the test above, in a process of its own"]
 fn prints_in_a_domain_and_after_it() {
-    let mut open = need!(open("open"));
+    let mut open = need!(open_domain("open"));
     open.call(|| println!("in the domain")).unwrap();
     drop(open);
     println!("after it");

@@ -135,7 +135,7 @@ fn a_jump_out_of_a_call_gives_its_key_back() {
     // SAFETY: sends this thread a signal.
     with_a_way_out(|| drop(domain.call(|| unsafe { libc::raise(libc::SIGUSR1) })));
     // This waits until no call pins a key.
-    let mut open = Domain::builder("open").globals(pkru_userspace::Globals::Writable).build().unwrap();
+    let mut open = common::open_domain("open").unwrap();
     works(&mut open);
     works(&mut domain);
 }

@@ -384,7 +384,7 @@ fn other_threads_system_calls_are_not_interrupted_when_statics_are_opened() {
         unsafe { libc::read(pipe[0], (&raw mut byte).cast(), 1) }
     });
     std::thread::sleep(Duration::from_millis(100));
-    let mut open = Domain::builder("open").globals(pkru_userspace::Globals::Writable).build().unwrap();
+    let mut open = common::open_domain("open").unwrap();
     works(&mut open);
     // SAFETY: the byte is readable.
     assert_eq!(unsafe { libc::write(pipe[1], b"x".as_ptr().cast(), 1) }, 1);

@@ -132,7 +132,13 @@ impl Builder {
     }
 
     /// Sets what the domain may do with the statics of the program and its libraries: read them, if this is not called.
-    pub const fn globals(mut self, globals: Globals) -> Self {
+    ///
+    /// # Safety
+    ///
+    /// With [`Globals::Writable`] the program relies on what code in the domain leaves in statics, also safe code, and after a
+    /// violation: it is what their types allow, and the program uses nothing that they point to on the domain's heap once that is
+    /// discarded or dropped, and frees none of it. [`Globals::Protected`] asks for nothing.
+    pub const unsafe fn globals(mut self, globals: Globals) -> Self {
         self.globals = globals;
         self
     }

@@ -3,7 +3,7 @@
 
 pub(crate) mod signals;
 
-use pkru_userspace::{Builder, Domain, KeyFault, Violation, ViolationKind};
+use pkru_userspace::{Builder, Domain, Globals, KeyFault, Violation, ViolationKind};
 
 /// The variable that says that keys are there, so that a skip is a failure.
 const FORCE: &str = "PKRU_TEST_FORCE";
@@ -11,6 +11,12 @@ const FORCE: &str = "PKRU_TEST_FORCE";
 /// Makes a domain, or says why the test is skipped.
 pub(crate) fn domain(name: &str) -> Option<Domain> {
     build(Domain::builder(name))
+}
+
+/// Makes a domain that may write statics.
+pub(crate) fn open_domain(name: &str) -> Option<Domain> {
+    // SAFETY: what the tests leave in statics is whole, and no longer looked at where it lies in the domain.
+    build(unsafe { Domain::builder(name).globals(Globals::Writable) })
 }
 
 pub(crate) fn build(builder: Builder) -> Option<Domain> {

@@ -3,7 +3,6 @@
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a sequence of C calls is one thing here")]
 
 use std::ffi::c_void;
-use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pkru_userspace::Domain;
@@ -29,7 +28,6 @@ pub(crate) fn timer(microseconds: libc::c_long) {
 }
 
 /// A timer that sends SIGALRM to the thread that has made it. The process's own would send it to any thread.
-#[derive(Clone, Copy)]
 pub(crate) struct Timer(libc::timer_t);
 
 impl Timer {
@@ -47,7 +45,7 @@ impl Timer {
     }
 
     /// Has it send the signal after so many microseconds, and then every so many, or not again if that is 0.
-    pub(crate) fn start(self, first: libc::c_long, interval: libc::c_long) {
+    pub(crate) fn start(&self, first: libc::c_long, interval: libc::c_long) {
         let [first, interval] = [first, interval].map(|time| libc::timespec { tv_sec: 0, tv_nsec: time * 1000 });
         let value = libc::itimerspec { it_interval: interval, it_value: first };
         // SAFETY: the struct lives across the call.
@@ -55,23 +53,27 @@ impl Timer {
     }
 }
 
+impl Drop for Timer {
+    fn drop(&mut self) {
+        // SAFETY: the timer exists.
+        unsafe { libc::timer_delete(self.0) };
+    }
+}
+
 /// How often handlers have run.
 pub(crate) static COUNT: AtomicU64 = AtomicU64::new(0);
 
-/// Waits in a domain for a signal to be handled.
+/// Has a signal sent while a domain runs, and waits there until it was handled.
+///
+/// One signal, for a handler that takes longer than the time between two would be all that runs.
 pub(crate) fn wait_in(domain: &mut Domain) {
+    let timer = Timer::new();
     let before = COUNT.load(Ordering::Relaxed);
-    timer(1000);
-    let done = domain.call(|| {
-        let mut spins = 0u64;
-        while COUNT.load(Ordering::Relaxed) == before && spins < 1 << 34 {
-            spins = black_box(spins) + 1;
-        }
-        // SAFETY: the domain's own code's address.
-        [wait_in as *const () as usize as u64, spins]
-    });
-    timer(0);
-    done.unwrap();
+    let wait = || {
+        timer.start(1000, 0);
+        while COUNT.load(Ordering::Relaxed) == before {}
+    };
+    domain.call(wait).unwrap();
     assert!(COUNT.load(Ordering::Relaxed) > before, "the handler ran while the domain did");
 }
 
