@@ -12,6 +12,7 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
+use std::time::Duration;
 
 use common::{contain, domain, key_fault, mistake, open_domain, works};
 use pkru_userspace::{Access, Domain, Vault, ViolationKind};
@@ -237,6 +238,43 @@ fn signals_and_children_afterwards() {
         contain(&mut open, mistake);
     });
     assert_eq!(status, 0);
+}
+
+#[test]
+fn a_fork_while_statics_are_being_opened() {
+    static IS_OVER: AtomicBool = AtomicBool::new(false);
+    let mut busy = need!(domain("busy"));
+    let mut other = domain("other").unwrap();
+    works(&mut other);
+    let (mut begun, begins) = std::io::pipe().unwrap();
+    let begins = begins.as_raw_fd();
+    let caller = std::thread::spawn(move || {
+        let wait = || {
+            // SAFETY: the byte is readable.
+            unsafe { libc::write(begins, b"x".as_ptr().cast(), 1) };
+            while !IS_OVER.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        };
+        busy.call(wait).unwrap();
+    });
+    begun.read_exact(&mut [0]).unwrap();
+    // It waits for that call to end, and gives no domain a key meanwhile.
+    let opener = std::thread::spawn(|| works(&mut open_domain("open").unwrap()));
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!opener.is_finished());
+    let status = common::in_child(|| {
+        // SAFETY: the child ends if it waits for ever.
+        unsafe { libc::alarm(30) };
+        works(&mut other);
+        works(&mut open_domain("of the child").unwrap());
+        contain(&mut other, mistake);
+    });
+    IS_OVER.store(true, Ordering::Relaxed);
+    assert_eq!(status, 0);
+    caller.join().unwrap();
+    opener.join().unwrap();
+    works(&mut other);
 }
 
 #[test]

@@ -7,8 +7,7 @@
 
 use std::ffi::c_int;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pkru::{AccessRights, KeyRights, ProtectionKey};
@@ -42,7 +41,8 @@ monitored! {
     /// How many threads have followed the invitation.
     static FOLLOWED: AtomicUsize = AtomicUsize::new(0);
     static IS_OPEN: AtomicBool = AtomicBool::new(false);
-    static OPENING: Mutex<()> = Mutex::new(());
+    /// The process that is about it, 0 if none is. In the copy that a fork makes the thread that was may not be there.
+    static OPENING_IN: AtomicU32 = AtomicU32::new(0);
 }
 
 /// The signal by which threads are told; it is one that is not blocked where domains are called.
@@ -79,7 +79,7 @@ pub(crate) fn follow() {
 
 /// Gives the statics a key of their own, if they have none yet.
 pub(crate) fn open(thread: &Thread) -> Result<(), Error> {
-    let _alone = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = Opening::alone();
     if IS_OPEN.load(Ordering::Acquire) {
         return Ok(());
     }
@@ -104,6 +104,26 @@ pub(crate) fn open(thread: &Thread) -> Result<(), Error> {
     })?;
     IS_OPEN.store(true, Ordering::Release);
     Ok(())
+}
+
+/// The one thread of the process that is about it.
+struct Opening;
+
+impl Opening {
+    fn alone() -> Self {
+        let here = sys::process_id();
+        let take = |before| if before == here { None } else { Some(here) };
+        while OPENING_IN.fetch_update(Ordering::Acquire, Ordering::Relaxed, take).is_err() {
+            std::thread::yield_now();
+        }
+        Self
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        OPENING_IN.store(0, Ordering::Release);
+    }
 }
 
 /// Has every thread of the process give itself rights to the key.

@@ -491,6 +491,13 @@ pub(crate) extern "C" fn after_fork_in_child() {
         // The kernel does not copy timers.
         thread.timer().set(None);
     }
+    let _ = HELD.try_with(|held| {
+        if let Some(keys) = &mut *held.borrow_mut() {
+            // Nobody is there any more who was about to change that.
+            keys.is_withholding = false;
+            keys.leaving = 0;
+        }
+    });
     for slot in ProtectionKey::all().map(Slot::of) {
         if slot.is_pinned() && !here.is_some_and(|thread| slot.is_pinned_by(thread)) {
             slot.unpin();
