@@ -33,7 +33,8 @@ pub unsafe trait Platform {
     /// Why a key or memory was not to be had.
     type Error;
 
-    /// Maps a domain's memory, zeroed, with a key of its own and guard pages around the stack.
+    /// Maps a domain's memory, zeroed, with guard pages around the stack. It has a key of its own at the latest when it is
+    /// [prepared](Self::prepare).
     ///
     /// # Errors
     ///

@@ -62,7 +62,7 @@ pub struct Context {
     stack: u64,
     fs_base: u64,
     rights: u32,
-    /// Invariant: below 16, for it indexes [`Active`] and the thunks.
+    /// Invariant: below 16, for it indexes [`Active`].
     key: u32,
     /// The bits of `rights` that tell the domain apart: those of key 0 and of its own key. Code may change the others with reason:
     /// Linux does when it makes memory executable only.

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 /* Runs out of the stack in C frames. */
 uint64_t helper_recurse(uint64_t depth)
@@ -113,3 +115,14 @@ uint64_t helper_call_kept(void *place, uint64_t argument)
 /* Statics to be written at. */
 uint64_t helper_data = 0x0123456789abcdef;
 uint64_t helper_bss;
+
+/* Starts a child that shares this process's memory and exits at once; returns its wait status. */
+int helper_vfork(int status)
+{
+    int result = -1;
+    pid_t child = vfork();
+    if (child == 0)
+        _exit(status);
+    waitpid(child, &result, 0);
+    return result;
+}

@@ -10,6 +10,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::hint::black_box;
 
 use common::{build, contain, domain, key_fault, mistake, works};
+use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
 use pkru_userspace::{Access, Domain, Error, Region, RegionAccess, Vault, ViolationKind};
 
 unsafe extern "C" {
@@ -57,6 +58,56 @@ fn a_transient_domain_is_clean_at_each_call() {
     contain(&mut transient, mistake);
     let text = transient.call(|| String::from("results are copied first")).unwrap();
     assert_eq!(text, "results are copied first");
+}
+
+#[test]
+fn a_transient_domain_whose_result_is_not_received() {
+    struct Unwelcome;
+    impl Transfer for Unwelcome {
+        type Wire = u8;
+
+        fn lend(self) -> u8 {
+            0
+        }
+
+        fn receive(_: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+            panic!("not received")
+        }
+    }
+    thread_local! { static COUNT: std::cell::Cell<u32> = const { std::cell::Cell::new(0) } }
+    let count = || {
+        COUNT.set(COUNT.get() + 1);
+        Unwelcome
+    };
+    let mut transient = need!(build(Domain::builder("transient").transient()));
+    let received = std::panic::AssertUnwindSafe(|| transient.call(count).is_ok());
+    std::panic::catch_unwind(received).unwrap_err();
+    assert_eq!(transient.call(|| COUNT.get()).unwrap(), 0);
+    works(&mut transient);
+}
+
+#[test]
+fn a_shortage_of_memory_costs_no_keys() {
+    let mut first = need!(domain("first"));
+    works(&mut first);
+    let limit = |bytes| {
+        let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: the struct is readable.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) }, 0);
+    };
+    for _ in 0..20 {
+        // Room for the descriptions of a domain and not for its heap.
+        limit((resident() + (8 << 20)) as u64);
+        let failed = Domain::builder("too much").heap_size(256 << 20).build().err();
+        let region = Region::new(256 << 20).err();
+        limit(libc::RLIM_INFINITY);
+        assert!(matches!(failed, Some(Error::System { errno: libc::ENOMEM, .. })), "{failed:?}");
+        assert!(matches!(region, Some(Error::System { errno: libc::ENOMEM, .. })), "{region:?}");
+    }
+    works(&mut first);
+    let mut domains: Vec<_> = (0..20).map(|_| domain("after").unwrap()).collect();
+    domains.iter_mut().for_each(works);
+    assert!(domains.iter().filter(|domain| domain.key().is_some()).count() >= 11, "as many as there were");
 }
 
 #[test]

@@ -11,7 +11,8 @@ use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use common::{build, contain, domain, key_fault, mistake, works};
-use pkru_userspace::{Builder, Domain, Error, Pool, ProtectionKey, ViolationKind};
+use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
+use pkru_userspace::{Builder, Domain, Error, Pool, ProtectionKey, Region, ViolationKind};
 
 fn small(name: &str) -> Builder {
     Domain::builder(name).stack_size(64 * 1024).heap_size(256 * 1024)
@@ -185,6 +186,158 @@ fn two_keys_make_for_any_number_of_domains_and_one_for_one() {
         works(domain);
         contain(domain, mistake);
     }
+}
+
+#[test]
+fn thread_locals_do_not_follow_a_domain_to_another_thread() {
+    thread_local! { static NUMBER: std::cell::Cell<u32> = const { std::cell::Cell::new(0) } }
+    // SAFETY: the C library's descriptor of the thread has its number; the call reads that.
+    let lock_owner = || unsafe {
+        let mut lock: libc::pthread_mutex_t = std::mem::zeroed();
+        let mut kind: libc::pthread_mutexattr_t = std::mem::zeroed();
+        libc::pthread_mutexattr_init(&raw mut kind);
+        libc::pthread_mutexattr_settype(&raw mut kind, libc::PTHREAD_MUTEX_ERRORCHECK);
+        libc::pthread_mutex_init(&raw mut lock, &raw const kind);
+        libc::pthread_mutex_lock(&raw mut lock);
+        // Its owner stands after the lock itself and a counter.
+        (&raw const lock).cast::<i32>().wrapping_add(2).read()
+    };
+    // SAFETY: the call touches no memory.
+    let thread_id = || unsafe { libc::gettid() };
+    let mut domain = need!(domain("moved"));
+    let word = domain.call(|| Box::leak(Box::new(5u64)) as *mut u64 as u64).unwrap();
+    domain.call(|| NUMBER.set(7)).unwrap();
+    assert_eq!((domain.call(|| NUMBER.get()).unwrap(), domain.call(lock_owner).unwrap()), (7, thread_id()), "control");
+    let mut domain = std::thread::spawn(move || {
+        assert_eq!((domain.call(|| NUMBER.get()).unwrap(), domain.call(lock_owner).unwrap()), (0, thread_id()));
+        // SAFETY: the word is on the domain's heap.
+        assert_eq!(domain.call(|| unsafe { *(word as *const u64) }).unwrap(), 5, "what is on the heap does");
+        domain.call(|| NUMBER.set(8)).unwrap();
+        domain
+    })
+    .join()
+    .unwrap();
+    assert_eq!((domain.call(|| NUMBER.get()).unwrap(), domain.call(lock_owner).unwrap()), (0, thread_id()));
+    contain(&mut domain, mistake);
+    assert_eq!(domain.call(lock_owner).unwrap(), thread_id());
+}
+
+/// Has a function run while a result is received, which is in the middle of a call.
+struct InTheMiddle;
+
+thread_local! { static MIDDLE: std::cell::RefCell<Option<Box<dyn FnOnce()>>> = const { std::cell::RefCell::new(None) } }
+
+impl Transfer for InTheMiddle {
+    type Wire = u8;
+
+    fn lend(self) -> u8 {
+        0
+    }
+
+    fn receive(_: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        let function = MIDDLE.take();
+        function.into_iter().for_each(|function| function());
+        Ok(Self)
+    }
+}
+
+/// One key for what is closed, and so many for domains.
+fn keys_for_domains(count: usize) {
+    pkru_userspace::set_key_limit(match pkru_userspace::capability::detect() {
+        Ok(found) if found.signal_frame == pkru_userspace::capability::SignalFrame::OnAnyStack => count + 1,
+        _ => count + 2,
+    });
+}
+
+#[test]
+fn threads_in_the_middle_of_calls_do_not_wait_for_each_other_for_ever() {
+    keys_for_domains(2);
+    drop(need!(domain("first")));
+    let barrier = Arc::new(Barrier::new(2));
+    let threads: Vec<_> = (0..2)
+        .map(|_| {
+            let barrier = barrier.clone();
+            std::thread::spawn(move || {
+                let (mut outer, mut inner) = (small("outer").build().unwrap(), small("inner").build().unwrap());
+                MIDDLE.set(Some(Box::new(move || {
+                    barrier.wait();
+                    let refused = inner.call(|| ());
+                    barrier.wait();
+                    let kind = refused.unwrap_err().kind().clone();
+                    assert!(matches!(kind, ViolationKind::NotReady(Error::KeysExhausted { .. })), "{kind:?}");
+                })));
+                assert!(outer.call(|| InTheMiddle).is_ok());
+                works(&mut outer);
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+}
+
+#[test]
+fn a_key_that_only_this_call_could_give() {
+    keys_for_domains(1);
+    let mut outer = need!(domain("outer"));
+    MIDDLE.set(Some(Box::new(|| {
+        assert!(matches!(Region::new(1), Err(Error::KeysExhausted { .. })));
+    })));
+    assert!(outer.call(|| InTheMiddle).is_ok());
+    works(&mut outer);
+}
+
+#[test]
+fn statics_are_opened_while_a_call_needs_another() {
+    drop(need!(domain("first")));
+    let (begun, begins) = std::sync::mpsc::channel();
+    let caller = std::thread::spawn(move || {
+        let (mut outer, mut inner) = (small("outer").build().unwrap(), small("inner").build().unwrap());
+        MIDDLE.set(Some(Box::new(move || {
+            begun.send(()).unwrap();
+            std::thread::sleep(Duration::from_millis(500));
+            works(&mut inner);
+        })));
+        assert!(outer.call(|| InTheMiddle).is_ok());
+    });
+    begins.recv().unwrap();
+    works(&mut common::open_domain("open").unwrap());
+    caller.join().unwrap();
+}
+
+#[test]
+fn forks_in_the_middle_of_other_things() {
+    unsafe extern "C" {
+        fn pthread_atfork(before: Option<Handler>, parent: Option<Handler>, child: Option<Handler>) -> i32;
+    }
+    type Handler = extern "C" fn();
+    extern "C" fn set_a_handler() {
+        // SAFETY: it is none.
+        unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
+    }
+    // Before the first domain: called after this crate's before a fork, and before this crate's after it.
+    let handler = Some(set_a_handler as Handler);
+    // SAFETY: the handler does little.
+    assert_eq!(unsafe { pthread_atfork(handler, handler, handler) }, 0);
+    struct Forks;
+    impl Drop for Forks {
+        fn drop(&mut self) {
+            in_child(|| ());
+            let mut mask = 0u64;
+            // SAFETY: the kernel writes eight bytes.
+            unsafe { libc::syscall(libc::SYS_rt_sigprocmask, 0, 0, &raw mut mask, 8) };
+            assert_eq!(mask, 0, "no signal is left blocked");
+            contain(&mut small("late").build().unwrap(), mistake);
+        }
+    }
+    thread_local! { static LATE: Forks = const { Forks } }
+    let mut domain = need!(domain("first"));
+    std::thread::spawn(|| {
+        LATE.with(|_| ());
+        in_child(|| ());
+    })
+    .join()
+    .unwrap();
+    in_child(|| drop(contain(&mut domain, mistake)));
+    contain(&mut domain, mistake);
 }
 
 #[test]

@@ -9,11 +9,11 @@
 //! Linux Standard Base, "Symbol Versioning".
 
 use std::ffi::CStr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::ending;
 use crate::monitor::monitored;
 use crate::sys::{self, Library};
+use crate::{ending, library};
 
 const DT_PLTRELSZ: u64 = 2;
 const DT_STRTAB: u64 = 5;
@@ -29,16 +29,28 @@ const DF_BIND_NOW: u64 = 8;
 const DF_1_NOW: u64 = 1;
 const R_X86_64_JUMP_SLOT: u32 = 7;
 
+monitored! {
+    /// How many libraries had been loaded when all of them were bound last.
+    static DONE: Mutex<u64> = Mutex::new(0);
+}
+
+/// Lets nobody bind libraries meanwhile. Signals are to be blocked, for their handlers may fork.
+pub(crate) fn lock() -> MutexGuard<'static, u64> {
+    DONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Binds every slot of every library that is not bound yet. Does nothing if nothing was loaded since the last time.
 pub(crate) fn bind_all() {
-    monitored! { static DONE: Mutex<u64> = Mutex::new(0); }
-    let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut done = lock();
     let loaded = sys::loaded_count();
     if *done != loaded {
         let libraries = sys::libraries();
         // Objects that define symbols without versions, as executables do: these serve a reference to any version.
         let unversioned: Vec<_> = libraries.iter().filter(|library| entry(library, DT_VERDEF).is_none()).collect();
-        for library in &libraries {
+        // What domains have was bound before they had it, and cannot be read just like that.
+        let taken = library::taken();
+        let is_taken = |library: &Library| library.writable_pages().iter().any(|pages| taken.contains(pages));
+        for library in libraries.iter().filter(|library| !is_taken(library)) {
             bind(library, &unversioned);
         }
         ending::prepare(&libraries);

@@ -31,7 +31,9 @@ pub struct Callback {
 }
 
 impl Callback {
-    /// Returns the address of a C function that takes up to six integers or pointers and returns one.
+    /// Returns the address of a C function that takes up to six integers or pointers and returns one; an `int` is its low half.
+    ///
+    /// To call it outside a domain aborts the program.
     #[must_use]
     pub fn pointer(self) -> *const c_void {
         (thunks as *const () as usize + self.index * THUNK) as *const c_void

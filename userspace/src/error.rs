@@ -74,11 +74,11 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoPku => f.write_str(
-                "this CPU has no protection keys (PKU): domains need Intel Skylake-SP or AMD Zen 3 and later, or QEMU's -cpu max",
+                "the CPU says that it has no protection keys (PKU): domains need Intel Skylake-SP or AMD Zen 3 and later, with a hypervisor \
+                 that passes the feature on if there is one, or QEMU's -cpu max",
             ),
             Self::PkuOff => f.write_str(
-                "the system has not switched protection keys on (OSPKE): check that the kernel runs without `nopku` and, in a \
-                 virtual machine, that the hypervisor passes the feature on",
+                "the system has not switched protection keys on (OSPKE): check that the kernel runs without `nopku`",
             ),
             Self::NoFsgsbase => f.write_str(
                 "the kernel does not let programs write the FS base: Linux 5.9 or later without `nofsgsbase` is needed",

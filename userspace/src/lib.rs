@@ -29,10 +29,19 @@
 //!
 //! # What linking this crate does
 //!
-//! It defines `malloc` and its family, `sigaction` and its relatives, `abort`, `exit`, `longjmp` and a few more for the whole
-//! executable (the list is in `src/interpose`). Outside domains they do what they always do. The first domain takes over the
-//! handling of signals: the kernel then calls this crate, which calls the program's handlers. A thread that enters its first domain
-//! has the signals of faults unblocked for good, gets an alternate signal stack, and gives up restartable sequences.
+//! It defines functions of the C library for the whole executable: `malloc` and its family; `sigaction`, `signal`, `sigset` and their
+//! like, `sigaltstack`, `sigprocmask` and `pthread_sigmask`, `pthread_kill`; `abort`, `exit`, `longjmp` and their like,
+//! `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`; `fork`, `posix_spawn`, `system`, `popen`; `__cxa_thread_atexit_impl`. Outside
+//! domains they do what they always do.
+//!
+//! The first domain, vault or region takes over the handling of signals: the kernel then calls this crate, which calls the program's
+//! handlers. It sets a panic hook, which hands panics outside domains on to the hook before it; set your own earlier, or panics in domains
+//! come without their message. It registers handlers of forks, and starts a thread which ends at once. A thread that enters its first
+//! domain has the signals of faults unblocked for good, gets an alternate signal stack, and gives up restartable sequences.
+//!
+//! # Features
+//!
+//! `log`, on by default: each violation is an event of the `log` crate, with the target `pkru` and the level warn.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu")))]
 compile_error!("pkru-userspace needs x86-64 Linux with glibc");
@@ -47,6 +56,7 @@ pub mod capability;
 mod domain;
 mod ending;
 mod error;
+mod fork;
 mod globals;
 mod interpose;
 mod keys;

@@ -2,13 +2,13 @@
 
 use std::cell::Cell;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pkru::ProtectionKey;
 
-use crate::Error;
 use crate::monitor::monitored;
-use crate::sys::{self, Library};
+use crate::sys::{self, BlockedSignals, Library};
+use crate::{Error, binding};
 
 /// A library whose writable data belongs to a domain, and what that data was like.
 #[derive(Debug)]
@@ -26,9 +26,25 @@ struct Part {
     contents: Vec<u8>,
 }
 
+/// Ranges of addresses.
+pub(crate) type Taken = Vec<Range<usize>>;
+
+impl Part {
+    fn restore(&self) {
+        let (from, to) = (self.contents.as_ptr(), self.addresses.start as *mut u8);
+        // SAFETY: the pages are the library's, and as many; nothing runs in the domain that has them.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, self.contents.len()) };
+    }
+}
+
 monitored! {
     /// The addresses that domains have.
-    static TAKEN: Mutex<Vec<Range<usize>>> = Mutex::new(Vec::new());
+    static TAKEN: Mutex<Taken> = Mutex::new(Vec::new());
+}
+
+/// Lets nobody give libraries away or take them back meanwhile. Signals are to be blocked, for their handlers may fork.
+pub(crate) fn lock() -> MutexGuard<'static, Taken> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Given {
@@ -44,7 +60,10 @@ impl Given {
             return Err(Error::LibraryInUse { name: name.into() });
         }
         let ranges = library.writable_pages();
-        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let _quiet = BlockedSignals::new();
+        // What is kept of the data is bound, for nobody else may write it from now on.
+        binding::bind_all();
+        let mut taken = lock();
         if ranges.iter().any(|range| taken.iter().any(|other| other.start == range.start)) {
             return Err(Error::LibraryInUse { name: name.into() });
         }
@@ -65,44 +84,36 @@ impl Given {
 
     /// Makes the data what it was.
     pub(crate) fn restore(&self) {
-        for part in &self.parts {
-            // SAFETY: the pages are the library's, and as many; nothing runs in the domain that has them.
-            unsafe {
-                std::ptr::copy_nonoverlapping(
-                    part.contents.as_ptr(),
-                    part.addresses.start as *mut u8,
-                    part.contents.len(),
-                );
-            }
-        }
+        self.parts.iter().for_each(Part::restore);
     }
 
     /// Takes the data away from the domain, and makes it what it was; `false` if a page could not be untagged.
     pub(crate) fn take_back(&self) -> bool {
         for part in &self.parts {
             // SAFETY: the pages are the library's data.
-            if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_err() {
+            if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok() {
+                part.restore();
+            } else {
                 self.is_lost.set(true);
-                return false;
             }
         }
-        self.restore();
-        true
+        !self.is_lost.get()
     }
 }
 
 impl Drop for Given {
     fn drop(&mut self) {
         if !self.is_lost.get() {
-            let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+            let _quiet = BlockedSignals::new();
+            let mut taken = lock();
             taken.retain(|range| !self.parts.iter().any(|part| part.addresses == *range));
         }
     }
 }
 
 /// Returns the pages of data that domains have.
-pub(crate) fn taken() -> Vec<Range<usize>> {
-    TAKEN.lock().unwrap_or_else(PoisonError::into_inner).clone()
+pub(crate) fn taken() -> Taken {
+    lock().clone()
 }
 
 /// Libraries that the program uses at every step, and the object that is the program.

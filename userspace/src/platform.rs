@@ -41,6 +41,8 @@ pub(crate) struct Memory {
     rights: KeyRights,
     globals: Globals,
     thread_locals: Option<tls::Template>,
+    /// The [number](Thread::number) of the thread that the thread-locals were laid out for.
+    thread: u64,
     /// Blocks of the heap whose contents the last result was copied from. The domain frees them at the next call.
     to_free: Vec<usize>,
 }
@@ -57,9 +59,24 @@ impl Memory {
     #[inline]
     pub(crate) fn pin(&mut self, thread: &Thread) -> Result<Pin, Error> {
         match self.tagged.pin(thread) {
-            Some(pin) => Ok(pin),
-            None => self.bind(thread, None),
+            Some(pin) if self.thread == thread.number() => Ok(pin),
+            pin => self.prepare_for(thread, pin),
         }
+    }
+
+    #[cold]
+    fn prepare_for(&mut self, thread: &Thread, pin: Option<Pin>) -> Result<Pin, Error> {
+        let pin = pin.map_or_else(|| self.bind(thread, None), Ok)?;
+        if self.thread != thread.number() {
+            self.open(pin.key());
+            // What code has left in thread-locals belongs to the thread that it ran on, like what it has left in others there.
+            if let Some(template) = &self.thread_locals {
+                // SAFETY: it is of this memory, where nothing runs.
+                unsafe { template.lay_out() };
+            }
+            self.thread = thread.number();
+        }
+        Ok(pin)
     }
 
     /// Pins the key that the domain had when its call was suspended.
@@ -70,13 +87,18 @@ impl Memory {
     #[cold]
     fn bind(&mut self, thread: &Thread, want: Option<ProtectionKey>) -> Result<Pin, Error> {
         let pin = self.tagged.bind(thread, want)?;
-        let key = self.tagged.key().ok_or(Error::KeysExhausted { limit: 0 })?;
-        if !thread::has_rights(key) {
-            thread::open(key);
-        }
+        let key = pin.key();
+        self.open(key);
         let rights = globals::grant(self.rights, self.globals).with(key, AccessRights::READ_WRITE);
         self.running.context.set_key(key, rights);
         Ok(pin)
+    }
+
+    /// Makes sure that the calling thread can use what carries the domain's key.
+    fn open(&self, key: ProtectionKey) {
+        if !thread::has_rights(key) {
+            thread::open(key);
+        }
     }
 
     /// Makes sure that the calling thread can read the domain's memory, after a call.
@@ -91,6 +113,11 @@ impl Memory {
     /// Says whether the next call is a trial that panics.
     pub(crate) fn set_learning(&self, learning: bool) {
         self.running.learning.set(learning);
+    }
+
+    /// Returns whether it is.
+    pub(crate) const fn is_learning(&self) -> bool {
+        self.running.learning.get()
     }
 
     /// Returns the key that the domain has at the moment.
@@ -222,6 +249,7 @@ unsafe impl Platform for Linux {
             rights: self.rights,
             globals: self.globals,
             thread_locals: None,
+            thread: 0,
             to_free: Vec::new(),
         })
     }
@@ -231,10 +259,7 @@ unsafe impl Platform for Linux {
         // A handler that calls another domain, and makes it ready, would wait for locks that are held here.
         let _quiet = sys::BlockedSignals::new();
         // The key is pinned, and this thread is about to write what it tags.
-        let key = memory.running.context.key();
-        if !thread::has_rights(key) {
-            thread::open(key);
-        }
+        memory.open(memory.running.context.key());
         binding::bind_all();
         self.libraries.iter().for_each(Given::restore);
         let range = memory.heap();

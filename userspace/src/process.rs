@@ -1,6 +1,6 @@
 //! What a process needs once before its first domain.
 
-use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use pkru::ProtectionKey;
@@ -8,33 +8,13 @@ use pkru::ProtectionKey;
 use crate::capability::{self, Capability, SignalFrame};
 use crate::interpose::{self, malloc};
 use crate::monitor::monitored;
-use crate::{Error, keys, signal, sys, tls};
+use crate::{Error, fork, keys, signal, sys, tls};
 
 monitored! {
     static PROCESS: OnceLock<Process> = OnceLock::new();
     static MAKING: Mutex<()> = Mutex::new(());
-    /// A page that is wiped in every copy of the process.
-    static MARK: AtomicPtr<AtomicU8> = AtomicPtr::new(std::ptr::null_mut());
-}
-
-/// Marks this process as the program's.
-fn mark() {
-    // SAFETY: the pointer is null, or leads to the page.
-    if let Some(mark) = unsafe { MARK.load(Ordering::Relaxed).as_ref() } {
-        mark.store(1, Ordering::Relaxed);
-    }
-}
-
-extern "C" fn after_fork_in_child() {
-    mark();
-    keys::after_fork_in_child();
-}
-
-/// Whether this process is the program's, or a child that the C library has forked for it, and not a copy that code in a domain has made
-/// by a system call.
-pub(crate) fn is_original() -> bool {
-    // SAFETY: as in `mark`.
-    unsafe { MARK.load(Ordering::Relaxed).as_ref() }.is_some_and(|mark| mark.load(Ordering::Relaxed) == 1)
+    /// Whether forks are noticed already, since an attempt that failed later.
+    static NOTICES_FORKS: AtomicBool = AtomicBool::new(false);
 }
 
 /// The process, ready for domains.
@@ -46,6 +26,11 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    /// Whether it is ready.
+    pub(crate) fn is_ready() -> bool {
+        PROCESS.get().is_some()
+    }
+
     /// Gets the process ready, the first time that this succeeds.
     pub(crate) fn get() -> Result<&'static Self, Error> {
         if let Some(process) = PROCESS.get() {
@@ -79,17 +64,15 @@ impl Process {
         };
         interpose::find_all();
         sys::prepare_unwinding();
-        if MARK.load(Ordering::Relaxed).is_null() {
-            let page =
-                sys::map_wiped_in_copies().map_err(Error::system("map a page that copies of the process do not get"));
-            MARK.store(page.map_err(undo)?.as_ptr().cast(), Ordering::Relaxed);
+        if !NOTICES_FORKS.load(Ordering::Relaxed) {
+            sys::around_forks(fork::before, fork::after_in_parent, fork::after_in_child)
+                .map_err(Error::system("be told of forks"))
+                .map_err(undo)?;
+            NOTICES_FORKS.store(true, Ordering::Relaxed);
         }
-        mark();
-        sys::around_forks(keys::before_fork, keys::after_fork, after_fork_in_child)
-            .map_err(Error::system("be told of forks"))
-            .map_err(undo)?;
-        // This fails for no reason that would be gone another time.
-        signal::install(pkru_offset)?;
+        // If this fails once it fails each time; the signals taken over so far stay so.
+        sys::have_handlers_installed().map_err(Error::system("start a thread")).map_err(undo)?;
+        signal::install(pkru_offset).map_err(undo)?;
         signal::panics::install_hook();
         Ok(Self { signal_stack_key })
     }

@@ -78,8 +78,13 @@ impl Region {
         Process::get()?;
         let mapping = Mapping::new([size.max(1)])?;
         let key = keys::take_for_good()?;
-        // If this fails some pages may carry the key, which is lost then.
-        mapping.open(key)?;
+        if let Err(error) = mapping.open(key) {
+            // Some pages may carry it.
+            if mapping.unmap().is_ok() {
+                keys::give_back(key);
+            }
+            return Err(error);
+        }
         Ok(Self(Arc::new(Shared { mapping: Some(mapping), key })))
     }
 

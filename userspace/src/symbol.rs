@@ -18,6 +18,8 @@ pub struct Symbol {
     pub(crate) is_variable: bool,
     /// It is in a library whose data can be given to a domain.
     pub(crate) can_be_given: bool,
+    /// It belongs to the C library, the loader or Rust's std.
+    pub(crate) is_of_runtime: bool,
 }
 
 impl Symbol {
@@ -26,6 +28,11 @@ impl Symbol {
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
+    }
+
+    /// Names it otherwise.
+    pub(crate) fn with_name(self, name: &str) -> Self {
+        Self { name: Some(name.into()), ..self }
     }
 
     /// Returns the distance of the address from the symbol in bytes; from where the object was loaded, if there is no name.
@@ -57,10 +64,12 @@ pub(crate) fn find(address: u64) -> Option<Symbol> {
     let libraries = sys::libraries();
     let library = libraries.iter().find(|library| library.contains(address as usize))?;
     let is_variable = library.constants_at(address as usize).is_none();
-    let can_be_given = library::can_be_given(library);
+    let (can_be_given, is_program) = (library::can_be_given(library), library.name.is_empty());
     let (library, in_file) = (library.path(), address - library.base as u64);
     let (name, offset) = name(&library, in_file).map_or((None, in_file), |(name, offset)| (Some(name), offset));
-    Some(Symbol { name, offset, library, is_variable, can_be_given })
+    let is_of_std = |name: &String| ["std::", "core::", "alloc::"].iter().any(|krate| name.starts_with(krate));
+    let is_of_runtime = !(is_program || can_be_given) || name.as_ref().is_some_and(is_of_std);
+    Some(Symbol { name, offset, library, is_variable, can_be_given, is_of_runtime })
 }
 
 fn name(path: &Path, address: u64) -> Option<(String, u64)> {

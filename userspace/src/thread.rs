@@ -2,11 +2,12 @@
 //! unblocked.
 
 use std::cell::Cell;
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::io;
 use std::ops::Range;
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pkru::registers::Pkru;
 use pkru::{AccessRights, ProtectionKey};
@@ -22,9 +23,15 @@ thread_local! {
     static CURRENT: Cell<*const Thread> = const { Cell::new(ptr::null()) };
 }
 
+monitored! { static NEXT: AtomicU64 = AtomicU64::new(1); }
+
 /// A thread that can enter domains.
 #[derive(Debug)]
 pub(crate) struct Thread {
+    /// A number that no other thread of the process has had.
+    number: u64,
+    /// The kernel's number of the thread; in a copy of the process it has another.
+    id: Cell<c_int>,
     /// Where signals are taken. The kernel knows no other alternate stack of this thread.
     stack: Mapping<1>,
     /// The alternate stack that the program has set.
@@ -73,14 +80,21 @@ pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
     if let Some(thread) = current() {
         return Ok(thread);
     }
+    sys::unblock(&signal::FAULTS).map_err(Error::system("unblock the signals that faults raise"))?;
+    // A handler that calls a domain would make a second record.
+    let _quiet = sys::BlockedSignals::new();
+    if let Some(thread) = current() {
+        return Ok(thread);
+    }
     if let Some(area) = sys::rseq_area() {
         sys::unregister_rseq(area).map_err(Error::system("unregister the thread's restartable sequences"))?;
     }
-    sys::unblock(&signal::FAULTS).map_err(Error::system("unblock the signals that faults raise"))?;
     let stack = Mapping::new([Thread::STACK_SIZE])?;
     stack.open(process.signal_stack_key().unwrap_or(ProtectionKey::DEFAULT))?;
     let programs_stack = sys::alternate_stack();
     let thread = Box::new(Thread {
+        number: NEXT.fetch_add(1, Ordering::Relaxed),
+        id: Cell::new(sys::thread_id()),
         stack,
         programs_stack: Cell::new(programs_stack),
         timer: Cell::new(None),
@@ -118,6 +132,11 @@ pub(crate) fn is_a_domains() -> bool {
     !has_rights(ProtectionKey::DEFAULT)
 }
 
+/// Returns whether code in a domain asks, as the rights say. What [`tls::is_in_domain`] says code there can change by mistake.
+pub(crate) fn is_in_domain() -> bool {
+    Process::is_ready() && is_a_domains()
+}
+
 /// Gives the calling thread all rights to a key of ours; in a domain, nothing.
 #[cold]
 pub(crate) fn open(key: ProtectionKey) {
@@ -133,6 +152,24 @@ pub(crate) fn open(key: ProtectionKey) {
 impl Thread {
     /// Room for frames, of which the largest take some 11 KiB, and for handlers that the program wants on no stack of its own.
     const STACK_SIZE: usize = 256 * 1024;
+
+    /// Returns a number that no other thread of the process has had.
+    #[inline]
+    pub(crate) const fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Whether this is the thread itself, and not what became of it in a copy of the process.
+    pub(crate) fn is_original(&self) -> bool {
+        self.id.get() == sys::thread_id()
+    }
+
+    /// In the child of a fork: this is the program's thread from now on.
+    pub(crate) fn adopt(&self) {
+        self.id.set(sys::thread_id());
+        // The kernel does not copy timers.
+        self.timer.set(None);
+    }
 
     /// Returns where the signal stack begins.
     #[inline]

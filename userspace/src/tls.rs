@@ -94,13 +94,45 @@ pub(crate) fn thread_pointer() -> usize {
     pointer
 }
 
-/// What was laid out once, to be laid out again after a discard.
+/// What was laid out once, to be laid out again after a discard, or for another thread.
 #[derive(Debug)]
 pub(crate) struct Template {
     /// The libraries that it was laid out for, see [`sys::loaded_count`].
     loaded: u64,
-    fs_base: u64,
+    /// Where it is laid out.
+    start: usize,
     bytes: Vec<u8>,
+    /// The thread pointer in it, where the thread's descriptor is.
+    pointer: usize,
+    /// The size of the descriptor in bytes.
+    descriptor: usize,
+}
+
+impl Template {
+    /// Lays it out, for the calling thread.
+    ///
+    /// # Safety
+    ///
+    /// The memory that it was made for is mapped and writable, and nothing else uses it.
+    pub(crate) unsafe fn lay_out(&self) {
+        let start = self.bytes.as_ptr() as usize;
+        let (before, after) = (self.pointer - self.start, self.pointer - self.start + self.descriptor);
+        let heads = [TCB_SELF, TCB_VECTOR, TCB_THREAD].map(|head| {
+            // SAFETY: the descriptor's head is among the bytes.
+            (head, unsafe { load(start + before + head) })
+        });
+        // SAFETY: the bytes were copied from there.
+        unsafe { copy(start, self.start, before) };
+        // SAFETY: the calling thread's descriptor has that size. What the copy says of the thread (its id, the stack protector's canary, the
+        // pointer guard) stays true in the domain.
+        unsafe { copy(thread_pointer(), self.pointer, self.descriptor) };
+        // SAFETY: as for the first.
+        unsafe { copy(start + after, self.start + after, self.bytes.len() - after) };
+        for (head, value) in heads {
+            // SAFETY: the head lies in the domain's memory.
+            unsafe { store(self.pointer + head, value) };
+        }
+    }
 }
 
 /// Lays out a domain's thread-locals, from the template if there is one that still fits, and returns the FS base to run with.
@@ -120,19 +152,19 @@ pub(crate) unsafe fn lay_out(
 ) -> Result<u64, Error> {
     let loaded = sys::loaded_count();
     if let Some(template) = template.as_ref().filter(|template| template.loaded == loaded) {
-        // SAFETY: the bytes were copied from there.
-        unsafe { copy(template.bytes.as_ptr() as usize, memory.start, template.bytes.len()) };
-        return Ok(template.fs_base);
+        // SAFETY: the caller answers for the memory.
+        unsafe { template.lay_out() };
+        return Ok(template.pointer as u64);
     }
     // SAFETY: the caller answers for the memory.
-    let (fs_base, length) = unsafe { build(memory, heap, stack) }?;
+    let (pointer, length) = unsafe { build(memory, heap, stack) }?;
     // SAFETY: the memory is mapped, and `build` has written that much of it.
     let bytes = unsafe { std::slice::from_raw_parts(memory.start as *const u8, length) }.to_vec();
-    *template = Some(Template { loaded, fs_base, bytes });
-    Ok(fs_base)
+    *template = Some(Template { loaded, start: memory.start, bytes, pointer, descriptor: descriptor_size() });
+    Ok(pointer as u64)
 }
 
-/// Writes the thread-locals of a new thread into zeroed memory of a domain; returns the FS base to run with, and the number of
+/// Writes the thread-locals of a new thread into zeroed memory of a domain; returns the thread pointer to run with, and the number of
 /// bytes used.
 ///
 /// # Errors
@@ -142,7 +174,11 @@ pub(crate) unsafe fn lay_out(
 /// # Safety
 ///
 /// `memory` is mapped, zeroed and writable, and nothing else uses it. `heap` and `stack` are the domain's.
-unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>, stack: &Range<usize>) -> Result<(u64, usize), Error> {
+unsafe fn build(
+    memory: &Range<usize>,
+    heap: NonNull<DomainHeap>,
+    stack: &Range<usize>,
+) -> Result<(usize, usize), Error> {
     let caller = thread_pointer();
     // Kept until the end: their initial contents are read.
     let libraries = sys::libraries();
@@ -180,8 +216,7 @@ unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>, stack: &Range<
         return Err(Error::ThreadLocals { needed: end - memory.start, limit: memory.len() });
     }
 
-    // SAFETY: the calling thread's descriptor has that size, and the copy lies in the domain's memory. What the copy says of the
-    // thread (its id, the stack protector's canary, the pointer guard) stays true in the domain.
+    // SAFETY: the calling thread's descriptor has that size, and the copy lies in the domain's memory.
     unsafe { copy(caller, pointer, descriptor_size()) };
     for (module, block) in &blocks {
         // SAFETY: the image is in the library's data, and the block in the domain's memory, as large as the variables.
@@ -217,7 +252,7 @@ unsafe fn build(memory: &Range<usize>, heap: NonNull<DomainHeap>, stack: &Range<
         // SAFETY: the C library's variables are in the static block, and so are their copies.
         unsafe { copy(table, counterpart(table), size_of::<usize>()) };
     }
-    Ok((pointer as u64, end - memory.start))
+    Ok((pointer, end - memory.start))
 }
 
 /// Returns where the calling thread has its pointers to the tables behind `isalpha`, `toupper` and `tolower`.

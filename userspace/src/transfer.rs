@@ -120,7 +120,7 @@ pub enum InvalidResult {
     NoKey,
     /// It is nested too deep; the most is 128 vectors within each other.
     TooDeep,
-    /// A tag or value is none that the type has.
+    /// The type has no such tag or value.
     BadValue {
         /// The type.
         of: &'static str,

@@ -8,6 +8,7 @@ use pkru::fault::{ErrorCode, KeyFault};
 use pkru::heap::HeapError;
 use pkru::rights::Access;
 
+use crate::domain::is_entry;
 use crate::platform::Memory;
 use crate::report::Report;
 use crate::signal::{self, Trap};
@@ -31,6 +32,8 @@ struct Details {
     domain: Arc<str>,
     kind: ViolationKind,
     instruction: Option<u64>,
+    /// The closure that was called, as far as it is known.
+    closure: Option<&'static str>,
 }
 
 /// How code in a domain misbehaved.
@@ -124,11 +127,11 @@ pub enum ViolationKind {
 
 impl Violation {
     pub(crate) fn new(domain: Arc<str>, kind: ViolationKind) -> Self {
-        Self(Box::new(Details { domain, kind, instruction: None }))
+        Self(Box::new(Details { domain, kind, instruction: None, closure: None }))
     }
 
     /// Says what a trap was. The calling thread can read the domain's memory.
-    pub(crate) fn of_trap(domain: &Arc<str>, memory: &Memory, trap: &Trap) -> Self {
+    pub(crate) fn of_trap(domain: &Arc<str>, memory: &Memory, trap: &Trap, closure: &'static str) -> Self {
         let (kind, instruction) = match trap.report {
             // The return address is that of the call.
             Some(Report::InvalidFree(error, caller)) => {
@@ -139,7 +142,7 @@ impl Violation {
             None if trap.in_panic => (ViolationKind::Panic { message: None }, Some(trap.instruction)),
             None => (ViolationKind::of_signal(memory, trap), Some(trap.instruction)),
         };
-        Self(Box::new(Details { domain: domain.clone(), kind, instruction }))
+        Self(Box::new(Details { domain: domain.clone(), kind, instruction, closure: Some(closure) }))
     }
 
     pub(crate) fn into_kind(self) -> ViolationKind {
@@ -202,7 +205,12 @@ impl Violation {
     /// It reads the symbol tables of the file that the code was loaded from, which takes a while.
     #[must_use]
     pub fn symbol(&self) -> Option<Symbol> {
-        symbol::find(self.0.instruction?)
+        let symbol = symbol::find(self.0.instruction?)?;
+        Some(match self.0.closure {
+            // The compiler has made one function of the two.
+            Some(closure) if symbol.name().is_some_and(is_entry) => symbol.with_name(closure),
+            _ => symbol,
+        })
     }
 
     /// Returns the variable or function that the accessed address belongs to, if it can be told.
@@ -289,12 +297,15 @@ impl fmt::Display for Violation {
             (ViolationKind::Key(KeyFault { access: Access::Write, key, .. }), Some(target))
                 if target.is_variable && globals::is_of_the_program(*key) =>
             {
-                f.write_str("; if code has to write that static and nothing is wrong: fill it outside before (Builder::warm_up)")?;
+                f.write_str("; if code has to write that static and nothing is wrong: ")?;
+                if !target.is_of_runtime {
+                    f.write_str("fill it outside before (Builder::warm_up), ")?;
+                }
                 if target.can_be_given {
                     let library = target.library().file_name().unwrap_or_default().display();
-                    write!(f, ", give the domain {library}'s data (Builder::library)")?;
+                    write!(f, "give the domain {library}'s data (Builder::library), ")?;
                 }
-                f.write_str(", or open all statics to it (Globals::Writable)")
+                f.write_str("or open all statics to it (Globals::Writable)")
             }
             _ => Ok(()),
         }

@@ -35,6 +35,23 @@ fn a_key_fault_names_everything() {
 }
 
 #[test]
+fn a_closure_is_named() {
+    let target = Box::into_raw(Box::new(0u64));
+    // SAFETY: none: this is the mistake.
+    let write = || unsafe { target.write_volatile(1) };
+    let limited = Domain::builder("limited").deadline(Duration::from_secs(60));
+    for mut domain in [need!(domain("plain")), need!(common::build(limited))] {
+        let violation = domain.call(write).unwrap_err();
+        let symbol = violation.symbol().expect("the test has a symbol table");
+        assert!(symbol.name().unwrap().contains("a_closure_is_named"), "{symbol}");
+        // SAFETY: the call is made in the domain.
+        let violation = domain.call(|| unsafe { libc::srand(1) }).unwrap_err();
+        let text = violation.to_string();
+        assert!(text.contains("Globals::Writable") && !text.contains("warm_up"), "{text}");
+    }
+}
+
+#[test]
 fn a_null_write() {
     let mut domain = need!(domain("null"));
     let violation = contain(&mut domain, mistake);

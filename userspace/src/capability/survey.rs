@@ -159,7 +159,9 @@ impl Subject {
         match (self, state) {
             (Self::Cpu | Self::Kernel, _) => "A name decides nothing: what is found below does.",
             (Self::Pku, Ok(_)) => "The CPU can check each access to data against the rights of a domain.",
-            (Self::Pku, Err(_)) => "No domain can be made on this CPU, but in QEMU, whose `-cpu max` has keys.",
+            (Self::Pku, Err(_)) => {
+                "No domain can be made on this CPU, or a hypervisor hides its keys. QEMU's `-cpu max` has some."
+            }
             (Self::Ospke, Ok(_)) => {
                 "A program changes its rights with one instruction, so that a domain is entered without a system call."
             }
@@ -187,19 +189,19 @@ impl Subject {
             }
             (Self::Rseq, _) => "The kernel writes nothing to the memory of this thread while it is in a domain.",
             (Self::SyscallUserDispatch, Ok(_)) => {
-                "The system calls of a domain can be handed to its caller's side, for two stores a call of the domain."
+                "Not used yet: the system calls of a domain could be handed to its caller's side, for two stores a call of the domain."
             }
             (Self::SyscallUserDispatch, Err(_)) => {
                 "Only a seccomp filter can stop system calls of a domain, and it binds the rest of the thread too."
             }
             (Self::Mseal, Ok(_)) => {
-                "A mapping can be sealed against system calls of a domain that would unmap or retag it."
+                "Not used yet: a mapping could be sealed against system calls of a domain that would unmap or retag it."
             }
             (Self::Mseal, Err(_)) => {
                 "No mapping can be sealed: a domain that may make system calls can unmap or retag any."
             }
             (Self::MemfdSecret, Ok(_)) => {
-                "A secret can be kept from system calls that copy memory whatever its key, such as process_vm_readv."
+                "Not used yet: a secret could be kept from system calls that copy memory whatever its key, such as process_vm_readv."
             }
             (Self::MemfdSecret, Err(_)) => {
                 "A domain that may make system calls can have the kernel read any secret, whatever its key."

@@ -73,7 +73,8 @@ impl Builder {
 
     /// Ends each call that takes longer than this, callbacks included, with [`ViolationKind::Deadline`].
     ///
-    /// It is real time, and costs three system calls for each call.
+    /// It is real time, and costs two system calls for each call. Code that waits with the signal SIGFPE blocked by a system call of its
+    /// own (`ppoll` with a mask) is not ended before it wakes.
     pub const fn deadline(mut self, time: Duration) -> Self {
         self.limits.deadline = Some(time);
         self
@@ -97,8 +98,8 @@ impl Builder {
         self
     }
 
-    /// Runs a function now, and not at each build, outside any domain: one that has code fill the tables that it keeps in statics, which it could not
-    /// in a domain.
+    /// Runs a function now, and not at each build, outside any domain: one that has code fill the tables that it keeps in statics,
+    /// which it could not in a domain. What it returns is dropped.
     ///
     /// # Examples
     ///
@@ -107,7 +108,7 @@ impl Builder {
     /// use pkru_userspace::Domain;
     ///
     /// // SAFETY: it has no preconditions.
-    /// let domain = Domain::builder("codec").warm_up(|| unsafe { codec_init() }).build()?;
+    /// let domain = Domain::builder("codec").warm_up(|| assert_eq!(unsafe { codec_init() }, 0)).build()?;
     /// # Ok::<(), pkru_userspace::Error>(())
     /// ```
     pub fn warm_up<R>(self, function: impl FnOnce() -> R) -> Self {

@@ -2,6 +2,8 @@
 
 mod builder;
 
+use std::any::type_name;
+use std::cell::Cell;
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
@@ -28,7 +30,8 @@ use crate::{Error, sys};
 /// other domains and [vaults](crate::Vault), and write nothing but its own memory. What it does wrong ends its call with a
 /// [`Violation`]; the next call finds the domain empty, and works.
 ///
-/// State that code leaves in the domain, on its heap, lasts from call to call until a violation.
+/// State that code leaves on the domain's heap lasts from call to call until a violation. Its thread-locals do too, while one thread makes
+/// the calls; a call from another finds new ones.
 ///
 /// # Examples
 ///
@@ -59,7 +62,7 @@ pub struct Domain {
     /// Whether any of them is set.
     has_limits: bool,
     hook: Option<Hook>,
-    /// Violations since the last good call; counted while there is a limit.
+    /// Violations since the last good call; counted if the domain can be retired.
     violations: u32,
     /// Regions that the domain can use, which must live as long.
     _regions: Vec<Region>,
@@ -115,13 +118,17 @@ impl Domain {
     /// or of std (`println!`, `std::env`). Its result is [`Transfer`]red: the caller copies and checks it. What the result is made of
     /// besides vectors and strings can have at most 4096 bytes.
     ///
-    /// A panic ends the call, also within `catch_unwind`; code in a domain cannot start threads.
+    /// A panic ends the call, also within `catch_unwind`. Code in a domain starts no threads (a violation) and no processes (`fork`,
+    /// `posix_spawn`, `system` and `popen` fail with `EPERM`), sets no signal handlers and sends other threads no signals (`EPERM`). Functions
+    /// that write the C library's own state, or std's, end in a violation: `localtime_r`, `setlocale`, `dlopen`, `pthread_once`,
+    /// `std::thread::current`; see [`Builder`] for the ways out.
     ///
     /// A mistake shows when memory outside is touched, not when it is made: what code does to its own domain's heap may end a
     /// later call.
     ///
-    /// If calls of other threads have all protection keys at that moment, this waits for one of them to end. A signal handler may call a
-    /// domain as far as it may allocate memory: what it interrupts must not be in the middle of that.
+    /// If calls of other threads have all protection keys at that moment, this waits for one of them to end; in the middle of another call,
+    /// as in a signal handler, only for half a second or so. A signal handler may call a domain as far as it may allocate memory: what it
+    /// interrupts must not be in the middle of that.
     ///
     /// # Examples
     ///
@@ -150,7 +157,7 @@ impl Domain {
         const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result this large goes in a Vec") };
         const { assert!(align_of::<R::Wire>() <= MAILBOX) };
         if self.has_limits {
-            return self.call_with(&mut [], |_| function());
+            return self.call_with_name(&mut [], |_| function(), type_name::<F>());
         }
         let Some(thread) = thread::current() else {
             return self.call_from_new_thread(function);
@@ -166,7 +173,7 @@ impl Domain {
         let result = unsafe { self.core.enter(run::<F, R>, &raw const call as u64) };
         let received = match result {
             Ok(_) => self.receive(mailbox),
-            Err(failure) => Err(self.failed(failure)),
+            Err(failure) => Err(self.failed(failure, type_name::<F>())),
         };
         drop(pin);
         received.map_err(|violation| self.report(violation))
@@ -208,6 +215,15 @@ impl Domain {
         callbacks: Callbacks<'_, '_>,
         function: F,
     ) -> Result<R, Violation> {
+        self.call_with_name(callbacks, function, type_name::<F>())
+    }
+
+    fn call_with_name<F: Fn(&[Callback]) -> R, R: Transfer>(
+        &mut self,
+        callbacks: Callbacks<'_, '_>,
+        function: F,
+        name: &'static str,
+    ) -> Result<R, Violation> {
         const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result this large goes in a Vec") };
         const { assert!(align_of::<R::Wire>() <= MAILBOX) };
         if self.is_retired() {
@@ -217,7 +233,7 @@ impl Domain {
             Ok(thread) => thread,
             Err(error) => return Err(self.not_ready(error)),
         };
-        let received = self.run_with(callbacks, function, thread);
+        let received = self.run_with(callbacks, function, thread, name);
         if self.limits.transient {
             self.core.discard_later();
         }
@@ -232,6 +248,7 @@ impl Domain {
         callbacks: Callbacks<'_, '_>,
         function: F,
         thread: &Thread,
+        name: &'static str,
     ) -> Result<R, Violation> {
         let not_ready = |error, domain: &Self| domain.violation(ViolationKind::NotReady(error));
         let mut pin = self.core.memory_mut().pin(thread).map_err(|error| not_ready(error, self))?;
@@ -248,7 +265,7 @@ impl Domain {
             let request = match result {
                 Ok(0) => return self.receive(mailbox),
                 Ok(request) => request,
-                Err(failure) => return Err(self.failed(failure)),
+                Err(failure) => return Err(self.failed(failure, name)),
             };
             self.core.memory().open_after_call();
             let Some(suspended) = Suspended::read(request, self.core.memory(), callbacks.len()) else {
@@ -319,24 +336,27 @@ impl Domain {
 
     #[inline]
     fn receive<R: Transfer>(&mut self, mailbox: usize) -> Result<R, Violation> {
-        self.core.memory().open_after_call();
-        self.core.memory_mut().clear_to_free();
+        // What this runs can panic, and then it is not told what the domain is to free.
+        let core = DiscardedLater(&mut self.core);
+        core.0.memory().open_after_call();
+        core.0.memory_mut().clear_to_free();
         let mut wire = MaybeUninit::<R::Wire>::uninit();
         // SAFETY: the mailbox is in the domain's memory, which this thread can read; nothing runs in the domain. The copy is the
         // only one: what is checked is what is used.
         unsafe { std::ptr::copy_nonoverlapping(mailbox as *const R::Wire, wire.as_mut_ptr(), 1) };
         // SAFETY: any bytes are a value of a plain type.
         let wire = unsafe { wire.assume_init() };
-        let ranges = self.core.memory().readable();
-        let heap = self.core.memory().heap();
+        let ranges = core.0.memory().readable();
+        let heap = core.0.memory().heap();
         // SAFETY: these are the domain's mapped memory, which this thread can read; nothing runs in the domain.
         let memory = unsafe { DomainMemory::new(&ranges, heap) };
         let received = R::receive(wire, &memory);
+        let to_free = memory.into_received();
+        core.disarm();
         match received {
             Ok(value) => {
-                let received = memory.into_received();
-                if !received.is_empty() {
-                    self.core.memory_mut().set_to_free(received);
+                if !to_free.is_empty() {
+                    self.core.memory_mut().set_to_free(to_free);
                 }
                 Ok(value)
             }
@@ -348,11 +368,11 @@ impl Domain {
     }
 
     #[cold]
-    fn failed(&mut self, failure: Failure<Trap, Error>) -> Violation {
+    fn failed(&mut self, failure: Failure<Trap, Error>, closure: &'static str) -> Violation {
         match failure {
             Failure::Trap(trap) => {
                 self.core.memory().open_after_call();
-                Violation::of_trap(&self.name, self.core.memory(), &trap)
+                Violation::of_trap(&self.name, self.core.memory(), &trap, closure)
             }
             Failure::NotReady(error) => self.violation(ViolationKind::NotReady(error)),
         }
@@ -372,7 +392,12 @@ impl Domain {
     /// Makes a violation known.
     #[cold]
     fn report(&mut self, violation: Violation) -> Violation {
-        if !matches!(violation.kind(), ViolationKind::NotReady(_) | ViolationKind::Retired) {
+        if self.core.memory().is_learning() {
+            return violation;
+        }
+        if self.limits.retire_after.is_some()
+            && !matches!(violation.kind(), ViolationKind::NotReady(_) | ViolationKind::Retired)
+        {
             self.violations = self.violations.saturating_add(1);
         }
         #[cfg(feature = "log")]
@@ -381,6 +406,22 @@ impl Domain {
             hook(&violation);
         }
         violation
+    }
+}
+
+/// Has a domain discarded before the next call, unless it is disarmed.
+struct DiscardedLater<'a>(&'a mut Core<Linux>);
+
+impl DiscardedLater<'_> {
+    #[inline]
+    fn disarm(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for DiscardedLater<'_> {
+    fn drop(&mut self) {
+        self.0.discard_later();
     }
 }
 
@@ -397,6 +438,11 @@ unsafe extern "C" fn run<F: Fn() -> R, R: Transfer>(call: u64) -> u64 {
     // SAFETY: the mailbox is in the domain's memory, page-aligned and large enough, and above the stack in use.
     unsafe { (call.mailbox as *mut R::Wire).write(wire) };
     0
+}
+
+/// Whether a function has this name which runs in the domain, and into which closures may be inlined.
+pub(crate) fn is_entry(name: &str) -> bool {
+    name.strip_prefix(concat!(module_path!(), "::run")).is_some_and(|rest| rest.is_empty() || rest == "_with_callbacks")
 }
 
 /// Runs in the domain: frees what the caller has copied.
@@ -425,11 +471,16 @@ fn entry_for<F: Fn() -> R, R: Transfer>(_: &F) -> Entry {
 }
 
 /// The time that a call may take.
-struct Deadline(Option<(Instant, sys::Timer)>);
+struct Deadline {
+    end: Option<(Instant, sys::Timer)>,
+    /// The timer is running.
+    is_armed: Cell<bool>,
+}
 
 impl Deadline {
     fn start(limit: Option<Duration>, thread: &Thread) -> Result<Self, ViolationKind> {
-        let Some(limit) = limit else { return Ok(Self(None)) };
+        let is_armed = Cell::new(false);
+        let Some(limit) = limit else { return Ok(Self { end: None, is_armed }) };
         let timer = match thread.timer().get() {
             Some(timer) => timer,
             None => sys::create_timer(signal::DEADLINE, signal::deadline_value())
@@ -437,21 +488,22 @@ impl Deadline {
                 .map_err(ViolationKind::NotReady)?,
         };
         thread.timer().set(Some(timer));
-        let deadline = Self(Instant::now().checked_add(limit).map(|end| (end, timer)));
+        let deadline = Self { end: Instant::now().checked_add(limit).map(|end| (end, timer)), is_armed };
         // It can have passed already.
         if deadline.go_on() { Ok(deadline) } else { Err(ViolationKind::Deadline) }
     }
 
     /// Starts the timer for the time that is left; `false` if none is.
     fn go_on(&self) -> bool {
-        let Some((end, timer)) = self.0 else { return true };
+        let Some((end, timer)) = self.end else { return true };
         let left = end.saturating_duration_since(Instant::now());
+        self.is_armed.set(true);
         !left.is_zero() && sys::set_timer(timer, Some(left)).is_ok()
     }
 
     /// Stops the timer.
     fn pause(&self) {
-        if let Some((_, timer)) = self.0 {
+        if let Some((_, timer)) = self.end.filter(|_| self.is_armed.take()) {
             // It cannot fail for a timer that exists.
             let _ = sys::set_timer(timer, None);
         }

@@ -37,7 +37,7 @@ macro_rules! exits {
             /// None: it is C's.
             #[unsafe(no_mangle)]
             pub(crate) unsafe extern "C" fn $name(status: c_int) -> ! {
-                if tls::is_in_domain() {
+                if thread::is_in_domain() {
                     report::end_call(Report::Exit { status });
                 }
                 // SAFETY: it is the C library's function of this name.
@@ -67,7 +67,7 @@ exits! {
 /// None: it is the compiler's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn __stack_chk_fail() -> ! {
-    if tls::is_in_domain() {
+    if thread::is_in_domain() {
         report::end_call(Report::StackSmashed);
     }
     // SAFETY: it is the C library's function of this name.
@@ -89,7 +89,7 @@ pub(crate) unsafe extern "C" fn __assert_fail(
     function: *const c_char,
 ) -> ! {
     type Function = unsafe extern "C" fn(*const c_char, *const c_char, libc::c_uint, *const c_char) -> !;
-    if tls::is_in_domain() {
+    if thread::is_in_domain() {
         report::end_call(Report::Assertion { text: assertion.addr() });
     }
     // SAFETY: it is the C library's function of this name.
@@ -105,7 +105,7 @@ pub(crate) unsafe extern "C" fn __assert_fail(
 /// None: it is C++'s.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
-    if tls::is_in_domain() {
+    if thread::is_in_domain() {
         report::end_call(Report::Exception);
     }
     match Next::terminate.find() {
@@ -128,7 +128,7 @@ pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
 /// As for the C++ library.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _ZN10__cxxabiv111__terminateEPFvvE(handler: *mut c_void) -> ! {
-    if tls::is_in_domain() {
+    if thread::is_in_domain() {
         report::end_call(Report::Exception);
     }
     match Next::terminate_with.find() {
@@ -181,7 +181,7 @@ macro_rules! jumps {
             pub(crate) unsafe extern "C" fn $name(buffer: *mut c_void, value: c_int) -> ! {
                 // SAFETY: the caller answers for the buffer.
                 let target = unsafe { stack_of(buffer) };
-                if tls::is_in_domain() {
+                if thread::is_in_domain() {
                     if !tls::is_on_own_stack(target) {
                         report::end_call(Report::Jump { target });
                     }

@@ -7,15 +7,20 @@
 //! |---|---|---|
 //! | [`malloc`] | the malloc family | code in a domain allocates from the domain's heap |
 //! | [`thread_exit`] | `__cxa_thread_atexit_impl` | a domain's thread-locals have no destructors |
-//! | [`signals`] | `sigaction`, `signal`, `sigaltstack`, `sigprocmask`, `pthread_sigmask` | the program's handlers run with the program's rights |
-//! | [`endings`] | `abort`, `exit`, `longjmp`, … | code in a domain that ends the program, or leaves its frames, ends its call |
+//! | [`signals`] | `sigaction`, `signal` and its other names, `sigaltstack`, `sigprocmask`, `pthread_sigmask` | the program's handlers run with the program's rights |
+//! | [`signals`] | `pthread_kill` | in a domain it would fault with all signals blocked |
+//! | [`old_signals`] | `sigset`, `sigignore`, `sighold`, `sigblock`, `sigsetmask` | as for `sigaction` and `sigprocmask` |
+//! | [`endings`] | `abort`, `exit` and its like, `longjmp` and its like, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate` | code in a domain that ends the program, or leaves its frames, ends its call |
+//! | [`processes`] | `fork`, `posix_spawn`, `posix_spawnp`, `system`, `popen` | in a domain they fail, where their child would die or locks would be lost |
 
 pub(crate) mod endings;
 pub(crate) mod malloc;
+pub(crate) mod old_signals;
+pub(crate) mod processes;
 pub(crate) mod signals;
 pub(crate) mod thread_exit;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_int};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::monitor::monitored;
@@ -52,6 +57,12 @@ next! {
     _longjmp = c"_longjmp",
     siglongjmp = c"siglongjmp",
     __longjmp_chk = c"__longjmp_chk",
+    posix_spawn = c"posix_spawn",
+    posix_spawnp = c"posix_spawnp",
+    fork = c"fork",
+    system = c"system",
+    pthread_kill = c"pthread_kill",
+    popen = c"popen",
     malloc_usable_size = c"malloc_usable_size",
     __cxa_thread_atexit_impl = c"__cxa_thread_atexit_impl",
 }
@@ -66,6 +77,15 @@ pub(crate) fn find_all() {
     for next in Next::ALL {
         let _ = next.find();
     }
+}
+
+/// Fails as functions of the C library do.
+fn fail(errno: c_int) -> c_int {
+    // SAFETY: errno is a thread-local of the calling code.
+    let place = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    unsafe { place.write(errno) };
+    -1
 }
 
 impl Next {

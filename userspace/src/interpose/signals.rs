@@ -7,17 +7,10 @@
 use std::ffi::c_int;
 use std::mem;
 
+use super::{Next, fail};
 use crate::signal::{FAULTS, actions};
 use crate::sys::{self, Action, AlternateStack};
-use crate::{thread, tls};
-
-fn fail(errno: c_int) -> c_int {
-    // SAFETY: errno is a thread-local of the calling code.
-    let place = unsafe { libc::__errno_location() };
-    // SAFETY: as above.
-    unsafe { place.write(errno) };
-    -1
-}
+use crate::thread;
 
 fn checked(result: std::io::Result<()>) -> c_int {
     match result {
@@ -32,7 +25,7 @@ fn set(signal: c_int, new: Option<Action>) -> std::io::Result<Action> {
     if OF_THE_LIBRARY.contains(&signal) {
         return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
     }
-    if tls::is_in_domain() {
+    if thread::is_in_domain() {
         return Err(std::io::Error::from_raw_os_error(libc::EPERM));
     }
     if actions::is_in_force() && actions::is_kept(signal) {
@@ -81,7 +74,8 @@ pub(crate) unsafe extern "C" fn sigaction(
     }
 }
 
-fn install(signal: c_int, handler: libc::sighandler_t, flags: c_int, mask: u64) -> libc::sighandler_t {
+/// Sets a handler; returns the one before, or `SIG_ERR`.
+pub(super) fn install(signal: c_int, handler: libc::sighandler_t, flags: c_int, mask: u64) -> libc::sighandler_t {
     match set(signal, Some(Action::new(handler, u64::from(flags as u32), mask))) {
         Ok(old) => old.handler,
         Err(error) => {
@@ -141,7 +135,7 @@ pub(crate) unsafe extern "C" fn __sysv_signal(signal: c_int, handler: libc::sigh
 /// As C says.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut libc::stack_t) -> c_int {
-    if tls::is_in_domain() {
+    if thread::is_in_domain() {
         return fail(libc::EPERM);
     }
     let thread = thread::current();
@@ -184,7 +178,7 @@ pub(crate) unsafe extern "C" fn pthread_sigmask(
     if let Some(mask) = &mut mask {
         // Those two are the C library's own.
         let mut never = 1u64 << 31 | 1 << 32;
-        if tls::is_in_domain() || thread::current().is_some() {
+        if thread::is_in_domain() || thread::current().is_some() {
             never |= FAULTS.iter().fold(0, |all, signal| all | 1 << (signal - 1));
         }
         if how != libc::SIG_UNBLOCK {
@@ -206,4 +200,26 @@ pub(crate) unsafe extern "C" fn sigprocmask(how: c_int, new: *const libc::sigset
         0 => 0,
         errno => fail(errno),
     }
+}
+
+/// pthread_kill(3). A domain sends its own thread signals, and others none: for those the C library blocks every signal, and then takes a
+/// lock that a domain cannot write.
+///
+/// # Safety
+///
+/// As C says.
+///
+/// # References
+///
+/// glibc 2.36, `nptl/pthread_kill.c`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn pthread_kill(target: libc::pthread_t, signal: c_int) -> c_int {
+    type Function = unsafe extern "C" fn(libc::pthread_t, c_int) -> c_int;
+    if thread::is_in_domain() && target as usize != sys::thread_handle() {
+        return libc::EPERM;
+    }
+    // SAFETY: it is the C library's function of this name.
+    let next = unsafe { mem::transmute::<usize, Function>(Next::pthread_kill.get()) };
+    // SAFETY: the same contract.
+    unsafe { next(target, signal) }
 }

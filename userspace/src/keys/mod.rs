@@ -14,19 +14,18 @@
 
 mod slots;
 
-use std::cell::RefCell;
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pkru::ProtectionKey;
 
 use crate::monitor::monitored;
-use crate::signal::actions;
-use crate::thread::Thread;
+use crate::sys::BlockedSignals;
+use crate::thread::{self, Thread};
 use crate::{Error, sys};
 use slots::{Number, Slot};
 
@@ -40,6 +39,9 @@ pub(crate) struct Tagged {
     ranges: Box<[Range<usize>]>,
     /// The slot of the key it has. Changed under the lock of [`KEYS`].
     slot: AtomicPtr<Slot>,
+    /// Keys that some pages may carry since an attempt to tag them failed, one bit each. They are nobody's until all pages carry another.
+    /// Changed under that lock too.
+    stains: AtomicU16,
 }
 
 impl Tagged {
@@ -47,7 +49,7 @@ impl Tagged {
     pub(crate) fn new(ranges: Box<[Range<usize>]>) -> Arc<Self> {
         let number = Number::next();
         let slot = AtomicPtr::new(ptr::from_ref(Slot::NONE).cast_mut());
-        Arc::new(Self { number, ranges, slot })
+        Arc::new(Self { number, ranges, slot, stains: AtomicU16::new(0) })
     }
 
     /// Returns the key that it has at the moment.
@@ -75,28 +77,22 @@ impl Tagged {
     /// threads pin all of them.
     #[cold]
     pub(crate) fn bind(self: &Arc<Self>, thread: &Thread, want: Option<ProtectionKey>) -> Result<Pin, Error> {
-        let mut tries = 0u32;
+        let mut waiting = Waiting::new();
         loop {
             let mut keys = Keys::lock();
             // It can be pinned already: by a call that a signal handler has left by a jump.
-            if self.key().is_some() || keys.give(self, want)? {
+            if self.key().is_some() || keys.give(self, want, thread)? {
                 self.slot().give(self.number);
-                return self.pin(thread).ok_or(Error::KeysExhausted { limit: 0 });
+                return self.pin(thread).ok_or_else(|| keys.exhausted());
             }
-            if keys.only_pinned_by(thread) {
-                // By calls that this thread's signal handler has interrupted, which cannot end before this one.
-                return Err(keys.exhausted());
-            }
-            drop(keys);
-            tries += 1;
-            if tries < 100 { std::thread::yield_now() } else { std::thread::sleep(Duration::from_micros(100)) }
+            waiting.go_on(keys, Some(thread))?;
         }
     }
 
     /// Unmaps the memory by a function that says whether no page carries the key any more, and gives the key back if so. Nobody
     /// tags the memory meanwhile.
     pub(crate) fn leave(&self, unmap: impl FnOnce() -> bool) {
-        let key = {
+        let (key, stains) = {
             let mut keys = Keys::lock();
             let key = self.key();
             if let Some(key) = key {
@@ -105,17 +101,19 @@ impl Tagged {
                 keys.owners[key.index()] = None;
                 keys.leaving += 1;
             }
-            key
+            (key, self.take_stains())
         };
         let is_clean = unmap();
-        if let Some(key) = key {
-            let mut keys = Keys::lock();
-            keys.leaving -= 1;
-            // A key that pages still carry is lost with them.
-            if is_clean {
-                keys.put_back(key);
-            }
+        let mut keys = Keys::lock();
+        keys.leaving -= usize::from(key.is_some());
+        // A key that pages still carry is lost with them.
+        if is_clean {
+            keys.put_back_all(key.map_or(0, bit) | stains);
         }
+    }
+
+    fn take_stains(&self) -> u16 {
+        self.stains.swap(0, Ordering::Relaxed)
     }
 
     /// Gives all ranges this key.
@@ -138,8 +136,39 @@ impl Tagged {
     }
 }
 
+/// The time that a thread waits for a key.
+struct Waiting {
+    tries: u32,
+}
+
+impl Waiting {
+    /// How long a thread waits that itself pins keys, in tries of 100 microseconds.
+    const MOST: u32 = 5000;
+
+    const fn new() -> Self {
+        Self { tries: 0 }
+    }
+
+    /// Waits a little, for calls of other threads to end; an error if that is no use. A call that this thread's signal handler has
+    /// interrupted, or whose result it is receiving, cannot end before this one; and others may be waiting for that.
+    fn go_on(&mut self, keys: Locked, thread: Option<&Thread>) -> Result<(), Error> {
+        let pins = thread.is_some_and(|thread| keys.are_pinned_by(thread));
+        if pins && (self.tries > Self::MOST || thread.is_some_and(|thread| keys.are_only_pinned_by(thread))) {
+            return Err(keys.exhausted());
+        }
+        drop(keys);
+        self.tries = self.tries.saturating_add(1);
+        if self.tries < 100 {
+            std::thread::yield_now()
+        } else {
+            std::thread::sleep(Duration::from_micros(100))
+        }
+        Ok(())
+    }
+}
+
 /// Who has what, under one lock.
-struct Keys {
+pub(crate) struct Keys {
     /// The most keys to take from the kernel.
     limit: usize,
     /// Keys that this process has, one bit each: taken from the kernel, or handed in.
@@ -167,50 +196,63 @@ monitored! {
     });
 }
 
-/// The lock on [`KEYS`].
-struct Locked {
-    /// Invariant: it is there until this is dropped.
-    keys: Option<MutexGuard<'static, Keys>>,
-    /// The signals that were blocked before.
-    mask: u64,
+/// The lock on [`KEYS`], with every signal blocked: a handler on this thread that calls a domain would wait for it in vain.
+pub(crate) struct Locked {
+    // In this order they are dropped.
+    keys: MutexGuard<'static, Keys>,
+    _blocked: BlockedSignals,
 }
 
 impl Deref for Locked {
     type Target = Keys;
 
     fn deref(&self) -> &Keys {
-        self.keys.as_ref().expect("it is there until this is dropped")
+        &self.keys
     }
 }
 
 impl DerefMut for Locked {
     fn deref_mut(&mut self) -> &mut Keys {
-        self.keys.as_mut().expect("it is there until this is dropped")
+        &mut self.keys
     }
 }
 
-impl Drop for Locked {
-    fn drop(&mut self) {
-        self.keys = None;
-        sys::set_mask(self.mask);
+impl Locked {
+    /// In the child of a fork, whose thread has forked with this lock: what other threads were about is over.
+    pub(crate) fn adopt(&mut self, thread: Option<&Thread>) {
+        self.is_withholding = false;
+        self.leaving = 0;
+        for slot in ProtectionKey::all().map(Slot::of) {
+            if slot.is_pinned() && !thread.is_some_and(|thread| slot.is_pinned_by(thread)) {
+                slot.unpin();
+            }
+        }
     }
 }
 
 impl Keys {
-    /// Takes the lock, with every signal blocked: a handler on this thread that calls a domain would wait for it in vain.
-    fn lock() -> Locked {
-        let mask = sys::set_mask(u64::MAX);
-        Locked { keys: Some(KEYS.lock().unwrap_or_else(PoisonError::into_inner)), mask }
+    pub(crate) fn lock() -> Locked {
+        if thread::is_a_domains() {
+            // It is not for code in a domain to get here: let it fault at once, while the signals of faults are open.
+            drop(KEYS.lock());
+        }
+        let blocked = BlockedSignals::new();
+        Locked { keys: KEYS.lock().unwrap_or_else(PoisonError::into_inner), _blocked: blocked }
     }
 
     /// Gives memory that has none a key; `false` if calls pin all of them.
-    fn give(&mut self, memory: &Arc<Tagged>, want: Option<ProtectionKey>) -> Result<bool, Error> {
-        if self.is_withholding {
+    fn give(&mut self, memory: &Arc<Tagged>, want: Option<ProtectionKey>, thread: &Thread) -> Result<bool, Error> {
+        // Who withholds them waits for the calls that run to end, and those may need others to.
+        if self.is_withholding && !self.are_pinned_by(thread) {
             return Ok(false);
         }
         let Some(key) = self.obtain(want)? else { return Ok(false) };
-        // If this fails some pages may carry the key; then it is lost, for only their unmapping would free it.
-        memory.tag(key).map_err(Error::system("give a domain's memory a protection key"))?;
+        if let Err(error) = memory.tag(key) {
+            memory.stains.fetch_or(bit(key), Ordering::Relaxed);
+            return Err(Error::system("give a domain's memory a protection key")(error));
+        }
+        // Nothing carries those any more.
+        self.put_back_all(memory.take_stains() & !bit(key));
         memory.set_slot(Slot::of(key));
         self.owners[key.index()] = Some(memory.clone());
         slots::note_change();
@@ -269,6 +311,11 @@ impl Keys {
     fn put_back(&mut self, key: ProtectionKey) {
         Slot::of(key).free();
         self.free |= bit(key);
+    }
+
+    /// The same of several, one bit each.
+    fn put_back_all(&mut self, keys: u16) {
+        ProtectionKey::all().filter(|key| keys & bit(*key) != 0).for_each(|key| self.put_back(key));
     }
 
     const fn exhausted(&self) -> Error {
@@ -331,9 +378,12 @@ impl Keys {
             }
         };
         if let Err(error) = owner.tag(closed) {
-            // Back to where it was, or the key stays with what it tags, for ever.
+            // Back to where it was, or it has none now.
             if owner.tag(key).is_ok() {
                 slot.give(owner.number);
+            } else {
+                owner.stains.fetch_or(bit(key), Ordering::Relaxed);
+                self.lose(key, &owner);
             }
             return Err(Error::system("take a domain's protection key away")(error));
         }
@@ -342,10 +392,19 @@ impl Keys {
         Ok(true)
     }
 
+    /// The slots of the keys that domains have.
+    fn owned(&self) -> impl Iterator<Item = &'static Slot> {
+        ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).map(Slot::of)
+    }
+
+    /// Whether a call of this thread pins a key.
+    fn are_pinned_by(&self, thread: &Thread) -> bool {
+        self.owned().any(|slot| slot.is_pinned_by(thread))
+    }
+
     /// Whether every key that a domain has is pinned by a call of this thread.
-    fn only_pinned_by(&self, thread: &Thread) -> bool {
-        let mut slots = ProtectionKey::all().filter(|key| self.owners[key.index()].is_some()).map(Slot::of);
-        self.leaving == 0 && !self.is_withholding && slots.all(|slot| slot.is_pinned_by(thread))
+    fn are_only_pinned_by(&self, thread: &Thread) -> bool {
+        self.leaving == 0 && self.owned().all(|slot| slot.is_pinned_by(thread))
     }
 
     /// Takes the keys of all domains away; `false` if calls pin some.
@@ -397,14 +456,14 @@ pub(crate) fn while_none_has_a_key(thread: &Thread, function: impl FnOnce() -> R
 
 /// Takes a key for memory that keeps it for good, or until [`give_back`].
 pub(crate) fn take() -> Result<ProtectionKey, Error> {
+    let mut waiting = Waiting::new();
     loop {
         let mut keys = Keys::lock();
         if let Some(key) = keys.obtain(None)? {
             Slot::of(key).claim();
             return Ok(key);
         }
-        drop(keys);
-        std::thread::yield_now();
+        waiting.go_on(keys, thread::current())?;
     }
 }
 
@@ -464,45 +523,4 @@ pub unsafe fn hand_in_key(key: ProtectionKey) {
         keys.ours |= bit(key);
         keys.free |= bit(key);
     }
-}
-
-thread_local! {
-    /// The lock while this thread forks.
-    static HELD: RefCell<Option<Locked>> = const { RefCell::new(None) };
-}
-
-/// Before a fork: no other thread shall be changing anything at that moment, for in the child it would never finish.
-pub(crate) extern "C" fn before_fork() {
-    let keys = Keys::lock();
-    actions::before_fork();
-    let _ = HELD.try_with(|held| held.replace(Some(keys)));
-}
-
-/// After a fork, in the parent.
-pub(crate) extern "C" fn after_fork() {
-    actions::after_fork();
-    let _ = HELD.try_with(RefCell::take);
-}
-
-/// After a fork, in the child: calls of threads that are not in it any more pin nothing.
-pub(crate) extern "C" fn after_fork_in_child() {
-    let here = crate::thread::current();
-    if let Some(thread) = here {
-        // The kernel does not copy timers.
-        thread.timer().set(None);
-    }
-    let _ = HELD.try_with(|held| {
-        if let Some(keys) = &mut *held.borrow_mut() {
-            // Nobody is there any more who was about to change that.
-            keys.is_withholding = false;
-            keys.leaving = 0;
-        }
-    });
-    for slot in ProtectionKey::all().map(Slot::of) {
-        if slot.is_pinned() && !here.is_some_and(|thread| slot.is_pinned_by(thread)) {
-            slot.unpin();
-        }
-    }
-    actions::after_fork();
-    let _ = HELD.try_with(RefCell::take);
 }

@@ -139,6 +139,12 @@ pub(crate) struct Pin {
     domain: Number,
 }
 
+impl Pin {
+    pub(crate) fn key(&self) -> ProtectionKey {
+        self.slot.key().expect("what can be pinned is a key's slot")
+    }
+}
+
 impl Drop for Pin {
     #[inline]
     fn drop(&mut self) {

@@ -8,8 +8,9 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
 use super::{FAULTS, entry};
+use crate::fork;
 use crate::monitor::monitored;
-use crate::sys::{self, Action};
+use crate::sys::{self, Action, BlockedSignals};
 
 const SIGNALS: usize = 65;
 
@@ -25,8 +26,6 @@ struct Cell {
 struct Table {
     cells: [Cell; SIGNALS],
     writing: AtomicBool,
-    /// While a thread forks: the signals that it had blocked before.
-    mask: AtomicU64,
     is_in_force: AtomicBool,
 }
 
@@ -41,37 +40,33 @@ monitored! {
             }
         }; SIGNALS],
         writing: AtomicBool::new(false),
-        mask: AtomicU64::new(0),
         is_in_force: AtomicBool::new(false),
     };
 }
 
 /// Runs with the table to itself, and every signal blocked, for a handler on this thread would wait for it in vain.
 fn alone<R>(function: impl FnOnce() -> R) -> R {
-    let mask = sys::set_mask(u64::MAX);
-    while TABLE.writing.swap(true, Ordering::Acquire) {
-        std::hint::spin_loop();
+    if fork::is_here() {
+        // In another handler of forks. The lock is this thread's.
+        return function();
     }
+    let _blocked = BlockedSignals::new();
+    lock();
     let result = function();
-    TABLE.writing.store(false, Ordering::Release);
-    sys::set_mask(mask);
+    unlock();
     result
 }
 
-/// Before a fork: in the child nobody shall be writing the table who is not there.
-pub(crate) fn before_fork() {
-    let mask = sys::set_mask(u64::MAX);
+/// Lets nobody else write the table; every signal is blocked.
+pub(crate) fn lock() {
     while TABLE.writing.swap(true, Ordering::Acquire) {
         std::hint::spin_loop();
     }
-    TABLE.mask.store(mask, Ordering::Relaxed);
 }
 
-/// After it, in the parent and in the child.
-pub(crate) fn after_fork() {
-    let mask = TABLE.mask.load(Ordering::Relaxed);
+/// Ends that.
+pub(crate) fn unlock() {
     TABLE.writing.store(false, Ordering::Release);
-    sys::set_mask(mask);
 }
 
 fn write(signal: c_int, action: Action) {
@@ -142,13 +137,11 @@ pub(crate) fn replace(signal: c_int, new: Option<Action>) -> io::Result<Action> 
 
 /// Back to the default after one delivery; async-signal-safe, with every signal blocked.
 pub(super) fn reset(signal: c_int) {
-    while TABLE.writing.swap(true, Ordering::Acquire) {
-        std::hint::spin_loop();
-    }
+    lock();
     write(signal, Action::DEFAULT);
     // It cannot fail for a signal that has just been delivered.
     let _ = put_in_force(signal, &Action::DEFAULT);
-    TABLE.writing.store(false, Ordering::Release);
+    unlock();
 }
 
 /// Tells the kernel: to call this crate if there is a handler, or if the signal is one that a fault raises.

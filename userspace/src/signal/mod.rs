@@ -21,6 +21,7 @@ use std::arch::naked_asm;
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
+use std::ptr::NonNull;
 
 use pkru::gate::{Context, Gate};
 use pkru::instructions::{rdfsbase, wrfsbase};
@@ -28,7 +29,8 @@ use pkru::rights::Access;
 use pkru::{KeyRights, ProtectionKey};
 
 use crate::report::Report;
-use crate::{Error, globals, keys, process, sys};
+use crate::thread::{self, Thread};
+use crate::{Error, globals, keys, sys};
 use deliver::Interrupted;
 
 /// A call that runs in a domain, as the handler sees it. Domains can read it and not write it.
@@ -108,9 +110,10 @@ unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t, frame: *mu
 unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
     // SAFETY: the kernel passes a valid frame, and nobody else uses it while the handler runs.
     let context = unsafe { &mut *frame.cast::<libc::ucontext_t>() };
-    let running = keys::running_on(frame as usize);
     // SAFETY: the kernel passes a valid description of the signal.
-    if let Some(key) = globals::key().filter(|_| is_invitation(signal, unsafe { &*info })) {
+    let description = unsafe { &*info };
+    let running = keys::running_on(frame as usize);
+    if let Some(key) = globals::key().filter(|_| is_invitation(signal, description)) {
         match running {
             // SAFETY: the call is running, so its context is alive.
             Some(running) => unsafe { running.as_ref() }.grant_to_caller(key),
@@ -120,74 +123,117 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
         return;
     }
     let Some(running) = running else {
-        // SAFETY: the kernel passes a valid description of the signal.
-        if is_deadline(signal, unsafe { &*info }) {
-            // Of a call that has just ended, or has not begun.
-            return;
-        }
-        // SAFETY: as above.
-        let denied = unsafe { denying_key(signal, info) };
-        if let Some(key) = globals::key().filter(|key| denied == Some(*key)) {
-            // A thread that has not heard of the statics' key.
-            frame::grant(context, key);
-            return;
-        }
-        let from = deliver::outside(context);
-        if from.rights.get(ProtectionKey::DEFAULT).allow(Access::Write) || !FAULTS.contains(&signal) {
-            // SAFETY: these are the kernel's own arguments; FS base and rights are the program's.
-            unsafe { deliver::deliver(signal, info, frame, &from) };
-        } else {
-            // A domain's rights, but no call of this thread's: the program's handler could not run with what is in force.
-            // SAFETY: the default action calls nothing. The fault happens again, and ends the process.
-            let _ = unsafe { sys::set_action(signal, sys::Action::DEFAULT) };
-        }
+        // SAFETY: these are the kernel's own arguments, and no domain was interrupted.
+        unsafe { outside(signal, info, frame) };
         return;
     };
-    // SAFETY: every context that is entered by this crate is the head of a `Running`, alive while its call runs.
-    let call = unsafe { running.cast::<Running>().as_ref() };
-    // SAFETY: the kernel passes a valid description of the signal.
-    if ends_call(signal, unsafe { &*info }) {
-        // Code in the domain has duplicated the process: the copy must not go on as the program.
-        if !process::is_original() {
-            sys::exit_now();
-        }
-        // SAFETY: the kernel passes a valid description of the signal.
-        let trap = Trap { in_panic: call.in_panic.get(), ..unsafe { trap(signal, info, context) } };
-        // SAFETY: the frame is that of the page fault.
-        if panics::is_bookkeeping(&trap, call.learning.get()) && unsafe { panics::pass_over(context, trap.address) } {
-            call.in_panic.set(true);
-            return;
-        }
-        call.in_panic.set(false);
-        call.trap.set(Some(trap));
-        // SAFETY: the signal struck this context's call on this thread, and sigreturn resumes as it says.
-        let rewind = unsafe { Gate::Pkru.rewind(running) };
-        if frame::write(context, rewind) {
-            // SAFETY: the caller had this FS base, and the C library's return from a handler uses none.
-            unsafe { wrfsbase(rewind.fs_base) };
-            return;
-        }
-        // No way back to the caller: the kernel's frames have changed since the capability check.
-        sys::exit_now();
-    }
     // SAFETY: the process has domains, so it can read the FS base.
     let interrupted = unsafe { rdfsbase() };
-    // SAFETY: the caller had this FS base.
-    unsafe { wrfsbase(call.context.caller_fs_base()) };
+    // SAFETY: the call is running, so its context is alive.
+    let callers = unsafe { running.as_ref() }.caller_fs_base();
+    // SAFETY: the caller had this FS base, and has its thread-locals there.
+    unsafe { wrfsbase(callers) };
+    let goes_on = if ends_call(signal, description) {
+        // SAFETY: the signal struck this context's call on this thread.
+        unsafe { end_call(signal, info, context, running) }
+    } else {
+        // SAFETY: as above.
+        unsafe { hand_on(signal, info, frame, running) };
+        true
+    };
+    if goes_on {
+        // SAFETY: it was in force when the signal struck.
+        unsafe { wrfsbase(interrupted) };
+    }
+}
+
+/// Does what is to be done on a signal that has interrupted no domain.
+///
+/// # Safety
+///
+/// The arguments are those that the kernel passed; FS base is the program's.
+unsafe fn outside(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
+    // SAFETY: the caller answers for the arguments.
+    let context = unsafe { &*frame.cast::<libc::ucontext_t>() };
+    // SAFETY: as above.
+    if is_deadline(signal, unsafe { &*info }) {
+        // Of a call that has just ended, or has not begun.
+        return;
+    }
+    // SAFETY: as above.
+    let denied = unsafe { denying_key(signal, info) };
+    if let Some(key) = globals::key().filter(|key| denied == Some(*key)) {
+        // A thread that has not heard of the statics' key.
+        frame::grant(context, key);
+        return;
+    }
+    let from = deliver::outside(context);
+    if from.rights.get(ProtectionKey::DEFAULT).allow(Access::Write) || !FAULTS.contains(&signal) {
+        // SAFETY: these are the kernel's own arguments; FS base and rights are the program's.
+        unsafe { deliver::deliver(signal, info, frame, &from) };
+    } else {
+        // A domain's rights, but no call of this thread's: the program's handler could not run with what is in force.
+        // SAFETY: the default action calls nothing. The fault happens again, and ends the process.
+        let _ = unsafe { sys::set_action(signal, sys::Action::DEFAULT) };
+    }
+}
+
+/// Has the caller of a domain go on when the handler returns; `true` if the domain shall go on after all.
+///
+/// # Safety
+///
+/// The arguments are those that the kernel passed for a signal that struck in the call that is running. FS base is the caller's.
+unsafe fn end_call(
+    signal: c_int,
+    info: *mut libc::siginfo_t,
+    context: &mut libc::ucontext_t,
+    running: NonNull<Context>,
+) -> bool {
+    // SAFETY: every context that is entered by this crate is the head of a `Running`, alive while its call runs.
+    let call = unsafe { running.cast::<Running>().as_ref() };
+    // SAFETY: the caller answers for the arguments.
+    let trap = Trap { in_panic: call.in_panic.get(), ..unsafe { trap(signal, info, context) } };
+    if !thread::current().is_some_and(Thread::is_original) {
+        // Code in the domain has duplicated the process: the copy must not go on as the program, but it may end as it wants to.
+        sys::exit_with(if let Some(Report::Exit { status }) = trap.report { status } else { libc::EXIT_FAILURE });
+    }
+    // SAFETY: the frame is that of the page fault.
+    if panics::is_bookkeeping(&trap, call.learning.get()) && unsafe { panics::pass_over(context, trap.address) } {
+        call.in_panic.set(true);
+        return true;
+    }
+    call.in_panic.set(false);
+    call.trap.set(Some(trap));
+    // SAFETY: the signal struck this context's call on this thread, and sigreturn resumes as it says. The FS base is in force, which the
+    // C library's return from a handler does not use.
+    let rewind = unsafe { Gate::Pkru.rewind(running) };
+    if !frame::write(context, rewind) {
+        // No way back to the caller: the kernel's frames have changed since the capability check.
+        sys::exit_with(libc::EXIT_FAILURE);
+    }
+    false
+}
+
+/// Runs the program's handler in the middle of a domain's call.
+///
+/// # Safety
+///
+/// As for [`end_call`].
+unsafe fn hand_on(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void, running: NonNull<Context>) {
+    // SAFETY: the call is running, so its context is alive.
+    let context = unsafe { running.as_ref() };
+    let from = Interrupted {
+        stack: context.caller_stack() as usize,
+        rights: context.caller_rights(),
+        key: Some(context.key()),
+    };
     // What goes wrong in the program's handler is not the domain's doing.
     // SAFETY: the signal struck this context's call on this thread.
     unsafe { Gate::Pkru.hide(running) };
-    let from = Interrupted {
-        stack: call.context.caller_stack() as usize,
-        rights: call.context.caller_rights(),
-        key: Some(call.context.key()),
-    };
     // SAFETY: these are the kernel's own arguments; FS base and rights are the caller's.
     unsafe { deliver::deliver(signal, info, frame, &from) };
     // SAFETY: it goes on when this returns.
     unsafe { Gate::Pkru.show(running) };
-    // SAFETY: it was in force when the signal struck.
-    unsafe { wrfsbase(interrupted) };
 }
 
 /// Whether a signal that struck in a domain is about the code there: a fault, one that it has sent itself, or its deadline.

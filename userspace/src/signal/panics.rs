@@ -5,8 +5,8 @@
 //! fault handler does as if they were made: it sets the registers as the instruction would, and leaves memory alone. Then the
 //! hook runs in the domain, which is this crate's, and reports the message.
 //!
-//! Which instructions these are is learned from a panic in the first domain. One that may write statics does make those writes; there
-//! the hook takes them back.
+//! Which instructions these are is learned from a panic in the first domain. A domain with `Globals::Writable` does make those writes;
+//! there the hook takes them back.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -41,7 +41,7 @@ monitored! {
     }; 4];
 }
 
-/// Has panics in domains reported, and others go where they went.
+/// Installs a hook that reports panics in domains, and hands all others to the hook before it.
 pub(crate) fn install_hook() {
     // It cannot be replaced while this thread panics, as in a destructor; then panics in domains have no message.
     if std::thread::panicking() {

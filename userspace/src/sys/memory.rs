@@ -33,23 +33,6 @@ pub(crate) fn map_reserved(size: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(address.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
-/// Maps a page of zeros that is a page of zeros again in every copy of the process, however that is made.
-///
-/// # References
-///
-/// madvise(2), `MADV_WIPEONFORK`.
-pub(crate) fn map_wiped_in_copies() -> io::Result<NonNull<u8>> {
-    let page = map_reserved(page_size())?;
-    let start = page.as_ptr() as usize;
-    // SAFETY: the page was just mapped for this.
-    unsafe { protect(start..start + page_size(), ProtectionKey::DEFAULT) }?;
-    // SAFETY: as above.
-    match unsafe { libc::madvise(page.as_ptr().cast(), page_size(), libc::MADV_WIPEONFORK) } {
-        0 => Ok(page),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// Maps fresh pages, without access, in the place of others; locked pages too, whose contents cannot be dropped otherwise.
 ///
 /// # Safety

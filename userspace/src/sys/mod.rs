@@ -10,8 +10,7 @@ pub(crate) use loader::{
     touch_module,
 };
 pub(crate) use memory::{
-    DontNeed, discard, map_again, map_reserved, map_wiped_in_copies, page_size, physical_memory, pkey_alloc, protect,
-    unmap, use_small_pages,
+    DontNeed, discard, map_again, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
 };
 pub(crate) use probe::{
     Outcome, RSEQ_GIVEN_UP, RSEQ_NONE, answer_yes, fork_probe, free_all_keys, fsgsbase, kernel_release, keys_in_all,
@@ -19,7 +18,7 @@ pub(crate) use probe::{
 };
 pub(crate) use process::{
     Action, AlternateStack, BlockedSignals, SS_AUTODISARM, Timer, action, alternate_stack, around_forks, auxiliary,
-    change_mask, create_timer, delete_timer, exit_now, pause_timer, process_id, resend, restore_alternate_stack,
-    rseq_area, send_value, set_action, set_alternate_stack, set_for_thread, set_mask, set_timer, thread_exists,
-    thread_id, thread_key, threads, unblock, unregister_rseq,
+    change_mask, create_timer, delete_timer, exit_with, have_handlers_installed, pause_timer, process_id, resend,
+    restore_alternate_stack, rseq_area, send_value, set_action, set_alternate_stack, set_for_thread, set_mask,
+    set_timer, thread_exists, thread_handle, thread_id, thread_key, threads, unblock, unregister_rseq,
 };

@@ -5,6 +5,7 @@ use std::io;
 use std::mem;
 use std::ops::Range;
 use std::ptr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// What happens on a signal, as the kernel has it.
@@ -122,6 +123,54 @@ pub(crate) fn resend(signal: c_int) {
 pub(crate) fn thread_id() -> c_int {
     // SAFETY: the call touches no memory.
     unsafe { libc::syscall(libc::SYS_gettid) as c_int }
+}
+
+/// Returns what the C library calls the calling thread; in the child of a fork it is the same.
+pub(crate) fn thread_handle() -> usize {
+    // SAFETY: the call touches no memory.
+    unsafe { libc::pthread_self() as usize }
+}
+
+/// Starts a thread and cancels it, which the C library takes as the occasions to install the handlers that it has for two signals. The
+/// thread takes no notice, and ends.
+///
+/// # References
+///
+/// glibc 2.36, `nptl/pthread_create.c`, `late_init`, and `nptl/pthread_cancel.c`.
+pub(crate) fn have_handlers_installed() -> io::Result<()> {
+    unsafe extern "C" {
+        fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
+    }
+    const CANCEL_DISABLE: c_int = 1;
+    extern "C" fn take_no_notice(step: *mut c_void) -> *mut c_void {
+        // SAFETY: it is the starter's, who waits for this thread's end.
+        let step = unsafe { &*step.cast::<AtomicU32>() };
+        let mut old = 0;
+        // SAFETY: the integer is writable.
+        unsafe { pthread_setcancelstate(CANCEL_DISABLE, &raw mut old) };
+        step.store(1, Ordering::Release);
+        wait_for(step, 2);
+        ptr::null_mut()
+    }
+    fn wait_for(step: &AtomicU32, value: u32) {
+        while step.load(Ordering::Acquire) != value {
+            std::thread::yield_now();
+        }
+    }
+    let checked = |error| if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) };
+    let step = AtomicU32::new(0);
+    let argument = (&raw const step).cast_mut().cast();
+    let mut thread = mem::MaybeUninit::uninit();
+    // SAFETY: the handle is writable, and what the argument points to outlives the thread.
+    checked(unsafe { libc::pthread_create(thread.as_mut_ptr(), ptr::null(), take_no_notice, argument) })?;
+    // SAFETY: the thread was started.
+    let thread = unsafe { thread.assume_init() };
+    wait_for(&step, 1);
+    // SAFETY: the thread is there, and waits.
+    let cancelled = checked(unsafe { libc::pthread_cancel(thread) });
+    step.store(2, Ordering::Release);
+    // SAFETY: nobody else joins it.
+    checked(unsafe { libc::pthread_join(thread, ptr::null_mut()) }).and(cancelled)
 }
 
 /// Returns the numbers of the process's threads.
@@ -315,13 +364,9 @@ pub(crate) fn process_id() -> u32 {
     unsafe { libc::getpid() as u32 }
 }
 
-/// Ends this process and nothing else; async-signal-safe.
-pub(crate) fn exit_now() -> ! {
-    exit_with(libc::EXIT_FAILURE)
-}
-
-/// exit_group(2). The C library's function of that purpose is replaced by this crate's.
-pub(super) fn exit_with(status: c_int) -> ! {
+/// Ends this process and nothing else: exit_group(2); async-signal-safe. The C library's function of that purpose is replaced by
+/// this crate's.
+pub(crate) fn exit_with(status: c_int) -> ! {
     loop {
         // SAFETY: the call leaves without running anything of the process's.
         unsafe { libc::syscall(libc::SYS_exit_group, status) };

@@ -1,0 +1,177 @@
+//! Processes that code in a domain starts, and signals that it sends to other threads or holds back.
+
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+
+#[path = "../../userspace/tests/common/mod.rs"]
+#[macro_use]
+mod common;
+
+use std::ffi::CStr;
+use std::process::Command;
+use std::ptr;
+
+use common::{build, contain, domain, mistake, open_domain, works};
+use pkru_userspace::{Domain, ViolationKind, set_key_limit};
+
+const PROGRAM: &CStr = c"/proc/self/exe";
+
+unsafe extern "C" {
+    fn sighold(signal: i32) -> i32;
+    fn sigblock(mask: i32) -> i32;
+    fn sigset(signal: i32, handler: libc::sighandler_t) -> libc::sighandler_t;
+    fn system(command: *const libc::c_char) -> i32;
+    static environ: *const *mut libc::c_char;
+}
+
+fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap()
+}
+
+/// Starts this program to list its tests; returns the error number and the wait status.
+fn spawn() -> (i32, i32) {
+    let arguments = [PROGRAM.as_ptr().cast_mut(), c"--list".as_ptr().cast_mut(), ptr::null_mut()];
+    let (mut child, mut status) = (0, -1);
+    // SAFETY: all pointers are valid; the child is this process's.
+    unsafe {
+        let (no_actions, no_attributes) = (ptr::null(), ptr::null());
+        let error =
+            libc::posix_spawn(&raw mut child, PROGRAM.as_ptr(), no_actions, no_attributes, arguments.as_ptr(), environ);
+        if error == 0 {
+            libc::waitpid(child, &raw mut status, 0);
+        }
+        (error, status)
+    }
+}
+
+#[test]
+fn programs_are_not_started_from_domains() {
+    assert_eq!(spawn(), (0, 0), "control");
+    for mut domain in [need!(domain("closed")), open_domain("open").unwrap()] {
+        assert_eq!(domain.call(|| spawn().0).unwrap(), libc::EPERM);
+        // SAFETY: both are strings.
+        let popen = || unsafe { (libc::popen(c"true".as_ptr(), c"r".as_ptr()).is_null(), errno()) };
+        assert_eq!(domain.call(popen).unwrap(), (true, libc::EPERM));
+        // SAFETY: it is a string.
+        assert_eq!(domain.call(|| unsafe { (system(c"true".as_ptr()), errno()) }).unwrap(), (-1, libc::EPERM));
+        works(&mut domain);
+    }
+    let mut open = open_domain("open").unwrap();
+    let status = || i64::from(Command::new("/proc/self/exe").arg("--list").status().is_ok());
+    assert_eq!(status(), 1, "control");
+    assert_eq!(open.call(status).unwrap(), 0);
+    works(&mut open);
+}
+
+/// Starts a child that shares its parent's memory and exits with 3; returns its wait status.
+fn vforked() -> i32 {
+    unsafe extern "C" {
+        fn helper_vfork(status: i32) -> i32;
+    }
+    // SAFETY: the child exits at once.
+    unsafe { helper_vfork(3) }
+}
+
+#[test]
+fn code_in_a_domain_does_not_fork() {
+    assert_eq!(common::in_child(|| ()), 0, "control");
+    for mut domain in [need!(domain("closed")), open_domain("open").unwrap()] {
+        // SAFETY: there is no child.
+        assert_eq!(domain.call(|| unsafe { (libc::fork(), errno()) }).unwrap(), (-1, libc::EPERM));
+        works(&mut domain);
+    }
+}
+
+#[test]
+fn a_child_that_shares_memory_ends_as_it_wants_to() {
+    assert_eq!(vforked(), 3 << 8, "control");
+    for mut domain in [need!(domain("closed")), open_domain("open").unwrap()] {
+        assert_eq!(domain.call(vforked).unwrap(), 3 << 8);
+        contain(&mut domain, mistake);
+        assert_eq!(domain.call(vforked).unwrap(), 3 << 8);
+    }
+}
+
+#[test]
+fn a_safe_function_that_takes_the_lock_on_keys() {
+    let mut domain = need!(domain("limit"));
+    let violation = contain(&mut domain, || set_key_limit(3));
+    assert!(matches!(violation.kind(), ViolationKind::Key(_)), "{violation}");
+    let mut other = Domain::builder("other").build().unwrap();
+    works(&mut other);
+}
+
+#[test]
+fn another_thread_is_not_signalled() {
+    // SAFETY: the call touches no memory; the signal is none.
+    let poke = |thread| unsafe { libc::pthread_kill(thread, 0) };
+    // SAFETY: the call touches no memory.
+    let here = unsafe { libc::pthread_self() };
+    assert_eq!(poke(here), 0);
+    for mut domain in [need!(domain("closed")), open_domain("open").unwrap()] {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                assert_eq!(poke(here), 0, "control");
+                assert_eq!(domain.call(|| poke(here)).unwrap(), libc::EPERM);
+                // SAFETY: as above.
+                assert_eq!(domain.call(|| poke(unsafe { libc::pthread_self() })).unwrap(), 0, "its own");
+                works(&mut domain);
+            });
+        });
+    }
+}
+
+#[test]
+fn older_functions_leave_the_signals_of_faults_open() {
+    let mut domain = need!(domain("holder"));
+    // SAFETY: they take a signal, and a set of signals.
+    let hold = || unsafe { (sighold(libc::SIGSEGV), sigblock(-1)) };
+    assert_eq!(domain.call(hold).unwrap().0, 0);
+    contain(&mut domain, mistake);
+    contain(&mut domain, || {
+        hold();
+        mistake();
+    });
+    assert_eq!(hold().0, 0);
+    contain(&mut domain, mistake);
+}
+
+#[test]
+fn older_functions_set_handlers() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    extern "C" fn count(_: i32) {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+    let handler = count as *const () as usize;
+    let mut domain = need!(domain("raiser"));
+    // SAFETY: the handler only counts.
+    assert_eq!(unsafe { sigset(libc::SIGUSR1, handler) }, libc::SIG_DFL);
+    // SAFETY: sends this thread a signal.
+    let raise = || unsafe { libc::raise(libc::SIGUSR1) };
+    raise();
+    domain.call(raise).unwrap();
+    assert_eq!(COUNT.load(Ordering::Relaxed), 2);
+    const HOLD: usize = 2;
+    // SAFETY: as above.
+    assert_eq!(unsafe { sigset(libc::SIGUSR1, HOLD) }, handler);
+    raise();
+    assert_eq!(COUNT.load(Ordering::Relaxed), 2, "it is held");
+    // SAFETY: as above.
+    assert_eq!(unsafe { sigset(libc::SIGUSR1, handler) }, HOLD);
+    assert_eq!(COUNT.load(Ordering::Relaxed), 3);
+    works(&mut domain);
+}
+
+#[test]
+fn an_exit_of_code_that_has_lost_its_thread_locals() {
+    let mut domain = need!(build(Domain::builder("wiped")));
+    // SAFETY: none: this is the mistake.
+    let violation = contain(&mut domain, || unsafe {
+        let pointer: usize;
+        std::arch::asm!("mov {}, fs:0", out(reg) pointer);
+        // What lies below the thread pointer in its page.
+        ((pointer & !4095) as *mut u8).write_bytes(0, pointer & 4095);
+        libc::_exit(3)
+    });
+    assert_eq!(*violation.kind(), ViolationKind::Exit { status: Some(3) });
+}
