@@ -1,8 +1,8 @@
 //! From QEMU's entry to Rust.
 //!
-//! QEMU loads the ELF as it is and, by the PVH protocol, jumps to the address in its Xen note: 32-bit protected mode, paging
-//! off, EBX the physical address of the start info. The assembly here does nothing but switch modes; tables are Rust constants
-//! where they can be.
+//! QEMU loads the ELF as it is and, by the PVH protocol, jumps to the address in its Xen note: 32-bit protected mode,
+//! paging off, EBX the physical address of the start info. The assembly here does nothing but switch modes; tables are
+//! Rust constants where they can be.
 //!
 //! # References
 //!

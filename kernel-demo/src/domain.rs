@@ -94,8 +94,8 @@ impl Memory {
     }
 }
 
-// SAFETY: keys come from one allocator; memory is mapped with its key and unmapped before the key is free again; the gate
-// returns with the caller's rights.
+// SAFETY: keys come from one allocator; memory is mapped with its key and unmapped before the key is free again; the
+// gate returns with the caller's rights.
 unsafe impl Platform for Kernel {
     type Memory = Memory;
     type Trap = Trap;
@@ -119,7 +119,8 @@ unsafe impl Platform for Kernel {
     }
 
     unsafe fn enter(&self, memory: &mut Memory, entry: Entry, argument: u64) -> Result<u64, Trap> {
-        // SAFETY: the memory was mapped and made ready; the traps module rewinds; the caller answers for the entry point.
+        // SAFETY: the memory was mapped and made ready; the traps module rewinds; the caller answers for the entry
+        // point.
         match unsafe { Fence::current().gate().enter(&mut memory.context, entry, argument) } {
             Exit::Returned(value) => Ok(value),
             Exit::Rewound => Err(traps::take_last().expect("a call is rewound by a trap")),

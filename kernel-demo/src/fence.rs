@@ -5,8 +5,8 @@
 //! | PKS | PKRS, by WRMSR | supervisor, key 0 | its own pages, and the exception stacks (key 1) |
 //! | PKU | PKRU, by WRPKRU | user, key 0, though all code runs in ring 0 | its own pages, and the exception stacks, as supervisor pages |
 //!
-//! PKRU rules user pages at every privilege level, so it binds ring 0 too once the kernel's pages are user pages. Both fences
-//! contain mistakes. Neither stops code in ring 0 that sets out to escape: it can write the register itself.
+//! PKRU rules user pages at every privilege level, so it binds ring 0 too once the kernel's pages are user pages. Both
+//! fences contain mistakes. Neither stops code in ring 0 that sets out to escape: it can write the register itself.
 
 use core::sync::atomic::{AtomicU8, Ordering};
 

@@ -9,8 +9,8 @@ use crate::traps::Trap;
 
 static CAUGHT: Mutex<Option<Trap>> = Mutex::new(None);
 
-/// Makes one access of one byte, and returns the trap that it raised, if it did. A write writes 0xc3, the byte of `ret`; an
-/// execution calls the address, where a `ret` must stand.
+/// Makes one access of one byte, and returns the trap that it raised, if it did. A write writes 0xc3, the byte of
+/// `ret`; an execution calls the address, where a `ret` must stand.
 ///
 /// # Errors
 ///

@@ -1,9 +1,9 @@
 //! GDT, TSS and the exception stacks.
 //!
-//! Every trap runs on a stack of its own, for it may strike in a domain whose stack pointer is anything. With PKRS as the
-//! fence a domain must have write access to these stacks, because the CPU pushes a trap's frame with the rights in force
-//! (Intel SDM volume 3, "Protection Keys": PKRS applies to implicit accesses too). So they lie together in pages that
-//! [`fence`](crate::fence) tags with a key of their own. Nothing in them outlives a trap.
+//! Every trap runs on a stack of its own, for it may strike in a domain whose stack pointer is anything. With PKRS as
+//! the fence a domain must have write access to these stacks, because the CPU pushes a trap's frame with the rights in
+//! force (Intel SDM volume 3, "Protection Keys": PKRS applies to implicit accesses too). So they lie together in pages
+//! that [`fence`](crate::fence) tags with a key of their own. Nothing in them outlives a trap.
 
 use core::ops::Range;
 

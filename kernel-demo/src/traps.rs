@@ -1,9 +1,9 @@
 //! Exceptions and interrupts, and what they do with access rights.
 //!
-//! Each vector has a naked stub on a stack of its own that saves the registers and calls [`dispatch`]. That saves the rights
-//! in force, opens all, handles the trap, and restores the saved rights: a trap in a domain neither inherits the domain's
-//! rights nor lends it the kernel's. Three kinds of exception are expected: one in a domain, which is rewound; one of a
-//! [`probe`](crate::probe); and none else, which ends the run.
+//! Each vector has a naked stub on a stack of its own that saves the registers and calls [`dispatch`]. That saves the
+//! rights in force, opens all, handles the trap, and restores the saved rights: a trap in a domain neither inherits the
+//! domain's rights nor lends it the kernel's. Three kinds of exception are expected: one in a domain, which is rewound;
+//! one of a [`probe`](crate::probe); and none else, which ends the run.
 
 use core::arch::{asm, naked_asm};
 use core::fmt;
@@ -130,8 +130,8 @@ extern "C" fn dispatch(frame: &mut Frame) {
         }
         _ => exception(frame, &mut rights),
     }
-    // SAFETY: the interrupted code ran with these rights, or the rewound caller did; what is left of this handler uses its own
-    // stack, which every domain may write.
+    // SAFETY: the interrupted code ran with these rights, or the rewound caller did; what is left of this handler uses
+    // its own stack, which every domain may write.
     unsafe { fence::write(rights) };
 }
 
@@ -220,7 +220,8 @@ unsafe extern "C" fn common() {
     )
 }
 
-/// Defines a stub and returns its address. The CPU pushes an error code for some exceptions; for the others the stub does.
+/// Defines a stub and returns its address. The CPU pushes an error code for some exceptions; for the others the stub
+/// does.
 macro_rules! stub {
     ($vector:literal) => {{
         #[unsafe(naked)]
@@ -246,8 +247,8 @@ pub(crate) fn init() {
             ($entry:expr, $stub:expr, $stack:expr) => {{
                 // SAFETY: the stub saves and restores all registers and pops what the CPU pushed.
                 let options = unsafe { $entry.set_handler_addr($stub) };
-                // SAFETY: the stack is in the task state segment, and no trap handler runs on it meanwhile: handlers run with
-                // interrupts off and cause no exception that is not the end of the run.
+                // SAFETY: the stack is in the task state segment, and no trap handler runs on it meanwhile: handlers
+                // run with interrupts off and cause no exception that is not the end of the run.
                 unsafe { options.set_stack_index($stack as u16) };
             }};
         }

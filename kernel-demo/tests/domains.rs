@@ -276,8 +276,8 @@ mod suite {
         )
     }
 
-    /// Calls `function(argument, argument)` and returns a sum in which every callee-saved register, MXCSR, the x87 control word and the
-    /// flags AC, NT and DF take part: 0 if all are as they were.
+    /// Calls `function(argument, argument)` and returns a sum in which every callee-saved register, MXCSR, the x87
+    /// control word and the flags AC, NT and DF take part: 0 if all are as they were.
     #[unsafe(naked)]
     unsafe extern "C" fn changes(function: extern "C" fn(u64), argument: u64) -> u64 {
         naked_asm!(

@@ -6,8 +6,8 @@ use crate::ProtectionKey;
 
 /// A set of protection keys to hand out and take back.
 ///
-/// Only bookkeeping: whoever frees a key has untagged its pages before, for a key that still tags pages would give its next
-/// owner access to them.
+/// Only bookkeeping: whoever frees a key has untagged its pages before, for a key that still tags pages would give its
+/// next owner access to them.
 ///
 /// # Examples
 ///

@@ -96,8 +96,8 @@ mod tests {
         Features::decode(&answer)
     }
 
-    // The registers that the decoder reads, as these CPUs gave them. All but the last were read under Windows, which does not
-    // switch PKU on; the source of those is InstLatx64's collection, under the CPU's signature.
+    // The registers that the decoder reads, as these CPUs gave them. All but the last were read under Windows, which
+    // does not switch PKU on; the source of those is InstLatx64's collection, under the CPU's signature.
 
     /// 000306F2, Haswell-EP: no keys at all.
     const HASWELL_EP: &Dump = &[

@@ -10,8 +10,8 @@
 //!
 //! A discard costs more than the rewind itself, and so waits until the domain is entered again, or is asked for.
 //!
-//! A [`Platform`] provides keys, tagged memory and a gate: page tables and an interrupt descriptor table in a kernel, system
-//! calls and signals on Linux, vectors and plain calls in a host test.
+//! A [`Platform`] provides keys, tagged memory and a gate: page tables and an interrupt descriptor table in a kernel,
+//! system calls and signals on Linux, vectors and plain calls in a host test.
 
 use core::fmt;
 use core::mem::ManuallyDrop;
@@ -23,8 +23,8 @@ use crate::{AccessRights, KeyRights, ProtectionKey};
 /// # Safety
 ///
 /// [`Domain::enter`] is sound only if the platform keeps what its methods promise: a key belongs to one domain at a
-/// time, a domain's memory carries its key in all its pages when it is entered, and `enter` ends with the caller's rights in
-/// force.
+/// time, a domain's memory carries its key in all its pages when it is entered, and `enter` ends with the caller's
+/// rights in force.
 pub unsafe trait Platform {
     /// The memory of one domain.
     type Memory;
@@ -33,8 +33,8 @@ pub unsafe trait Platform {
     /// Why a key or memory was not to be had.
     type Error;
 
-    /// Maps a domain's memory, zeroed, with guard pages around the stack. It has a key of its own at the latest when it is
-    /// [prepared](Self::prepare).
+    /// Maps a domain's memory, zeroed, with guard pages around the stack. It has a key of its own at the latest when it
+    /// is [prepared](Self::prepare).
     ///
     /// # Errors
     ///
@@ -78,7 +78,8 @@ pub struct Sizes {
     pub heap: usize,
 }
 
-/// The rights of a domain under the default policy: it reads everything under key 0, and writes only what carries its own key.
+/// The rights of a domain under the default policy: it reads everything under key 0, and writes only what carries its
+/// own key.
 #[must_use]
 pub const fn default_rights(own: ProtectionKey) -> KeyRights {
     KeyRights::NONE.with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY).with(own, AccessRights::READ_WRITE)
@@ -145,8 +146,8 @@ impl<P: Platform> Domain<P> {
     }
 
     /// Notes that the word which [`enter`](Self::enter) returned was not the end of the call, but a
-    /// [suspension](crate::gate::suspend). The call goes on with [`resume`](Self::resume); if it never does, everything that the
-    /// domain's memory held is gone before the next call.
+    /// [suspension](crate::gate::suspend). The call goes on with [`resume`](Self::resume); if it never does, everything
+    /// that the domain's memory held is gone before the next call.
     pub fn suspended(&mut self) {
         self.state = State::Running;
     }

@@ -85,8 +85,8 @@ pub enum PageFault {
 impl PageFault {
     /// Decodes a fault from what the CPU and the page tables say of it.
     ///
-    /// `entry` is the leaf entry that maps `address`, and `rights` the register's value when the fault struck: PKRU for a
-    /// user page, PKRS for a supervisor page.
+    /// `entry` is the leaf entry that maps `address`, and `rights` the register's value when the fault struck: PKRU for
+    /// a user page, PKRS for a supervisor page.
     ///
     /// # Examples
     ///

@@ -1,26 +1,27 @@
 //! The call gate: the code that takes a call into a domain and out again.
 //!
-//! A round trip writes the rights register twice. On the way in the gate saves the caller's registers on the caller's stack,
-//! publishes the [`Context`] of the call, and switches rights, FS base and stack; on the way out the reverse. A trap in the
-//! domain ends at [`Gate::rewind`] instead, by way of the fault handler.
+//! A round trip writes the rights register twice. On the way in the gate saves the caller's registers on the caller's
+//! stack, publishes the [`Context`] of the call, and switches rights, FS base and stack; on the way out the reverse. A
+//! trap in the domain ends at [`Gate::rewind`] instead, by way of the fault handler.
 //!
 //! # What the way out trusts
 //!
-//! Nothing that a mistake in the domain could have set: not a register, not the domain's stack. The code in the domain comes back
-//! with the number of its key in RBX, a register that it was to preserve. That is a claim: it leads to a context through a table
-//! that no domain can write, and is believed only if the rights in force are that context's. A domain's own key is open to no other
-//! domain, and so the rights tell the running contexts apart. Where they do not fit, it traps with the domain's rights, and is
-//! rewound.
+//! Nothing that a mistake in the domain could have set: not a register, not the domain's stack. The code in the domain
+//! comes back with the number of its key in RBX, a register that it was to preserve. That is a claim: it leads to a
+//! context through a table that no domain can write, and is believed only if the rights in force are that context's. A
+//! domain's own key is open to no other domain, and so the rights tell the running contexts apart. Where they do not
+//! fit, it traps with the domain's rights, and is rewound.
 //!
-//! Each side also checks after its write of the register that the value written is the one that this context calls for, because
-//! code in the domain could have jumped at the instruction itself with a value of its choice; on a mismatch it stops with
-//! `ud2`. On the way out the FS base, which is the caller's by then, is compared too: it tells threads apart. Code that sets out
-//! to escape can still jump there with another running context's values, and its FS base set to match: this contains mistakes.
+//! Each side also checks after its write of the register that the value written is the one that this context calls for,
+//! because code in the domain could have jumped at the instruction itself with a value of its choice; on a mismatch it
+//! stops with `ud2`. On the way out the FS base, which is the caller's by then, is compared too: it tells threads
+//! apart. Code that sets out to escape can still jump there with another running context's values, and its FS base set
+//! to match: this contains mistakes.
 //!
 //! # Order
 //!
-//! On the way out the stack pointer and the FS base are the caller's before the rights are: an interrupt or signal that arrives
-//! between finds no moment in which the caller's rights are in force with the domain's stack or thread-locals.
+//! On the way out the stack pointer and the FS base are the caller's before the rights are: an interrupt or signal that
+//! arrives between finds no moment in which the caller's rights are in force with the domain's stack or thread-locals.
 //!
 //! # Registers
 //!
@@ -34,9 +35,10 @@
 //! | return | | | | restored | result; RDX: 0 returned, 1 rewound | |
 //!
 //! On the way in the general registers that carry nothing are cleared. The vector registers are not: by the calling
-//! convention they carry nothing, but what they hold can be read in the domain. On the way out RBX and RBP, FS and GS base,
-//! MXCSR and the x87 control word are the caller's, the flags DF, AC and NT are clear, and the x87 stack is empty, whatever the
-//! domain did. R12 to R15 are saved by the code that calls the gate, which is inlined, so that they are saved once.
+//! convention they carry nothing, but what they hold can be read in the domain. On the way out RBX and RBP, FS and GS
+//! base, MXCSR and the x87 control word are the caller's, the flags DF, AC and NT are clear, and the x87 stack is
+//! empty, whatever the domain did. R12 to R15 are saved by the code that calls the gate, which is inlined, so that they
+//! are saved once.
 //!
 //! # References
 //!
@@ -64,8 +66,8 @@ pub struct Context {
     rights: u32,
     /// Invariant: below 16, for it indexes [`Active`].
     key: u32,
-    /// The bits of `rights` that tell the domain apart: those of key 0 and of its own key. Code may change the others with reason:
-    /// Linux does when it makes memory executable only.
+    /// The bits of `rights` that tell the domain apart: those of key 0 and of its own key. Code may change the others
+    /// with reason: Linux does when it makes memory executable only.
     identity: u32,
     caller: UnsafeCell<Caller>,
 }
@@ -93,8 +95,8 @@ const CALLER_X87: usize = CALLER + offset_of!(Caller, x87_control);
 impl Context {
     /// Describes a domain.
     ///
-    /// `stack` is the address one past its stack, rounded down here to a multiple of 16; `fs_base` the FS base it runs with.
-    /// `rights` gives all rights to `key`, which is the domain's own, and no right to write under key 0.
+    /// `stack` is the address one past its stack, rounded down here to a multiple of 16; `fs_base` the FS base it runs
+    /// with. `rights` gives all rights to `key`, which is the domain's own, and no right to write under key 0.
     ///
     /// # Panics
     ///
@@ -174,7 +176,8 @@ impl Context {
     /// Gives the caller more rights than it had when it last entered, in force when it gets control back.
     pub fn grant_to_caller(&self, key: ProtectionKey) {
         let rights = self.caller_rights().with(key, AccessRights::READ_WRITE);
-        // SAFETY: this type is not Sync, so no other thread is there, and the gate reads the cell only when the call ends.
+        // SAFETY: this type is not Sync, so no other thread is there, and the gate reads the cell only when the call
+        // ends.
         unsafe { (*self.caller.get()).rights = rights.bits() };
     }
 
@@ -207,8 +210,9 @@ pub enum Exit {
 
 /// The state with which execution resumes when a call is rewound.
 ///
-/// The fault handler writes all of it but the FS base into the frame that it returns through, and the FS base, which frames do not
-/// hold, into the register: another interrupt or signal may arrive before the gate has run an instruction.
+/// The fault handler writes all of it but the FS base into the frame that it returns through, and the FS base, which
+/// frames do not hold, into the register: another interrupt or signal may arrive before the gate has run an
+/// instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rewind {
     /// The instruction pointer.
@@ -233,8 +237,8 @@ impl Active {
     }
 
     fn find(&self, rights: KeyRights) -> Option<NonNull<Context>> {
-        // No domain has write access to key 0. Without this, a caller's own rights would send the search into the contexts of
-        // other threads, which can go away while it looks.
+        // No domain has write access to key 0. Without this, a caller's own rights would send the search into the
+        // contexts of other threads, which can go away while it looks.
         if rights.get(ProtectionKey::DEFAULT).is_empty() {
             return None;
         }
@@ -245,8 +249,8 @@ impl Active {
             // Code in a domain has opened the key of another that is running, too; which one this is cannot be told.
             return None;
         }
-        // SAFETY: rights to write under a domain's own key, and not under key 0, are in force only while that domain runs, here;
-        // so its context is alive.
+        // SAFETY: rights to write under a domain's own key, and not under key 0, are in force only while that domain
+        // runs, here; so its context is alive.
         let context = unsafe { found.as_ref() };
         ((context.rights ^ rights.bits()) & context.identity == 0).then_some(found)
     }
@@ -270,10 +274,10 @@ impl Gate {
     /// # Safety
     ///
     /// - The register of this gate is usable, CR4.FSGSBASE is 1, and for PKRS the CPU runs in ring 0.
-    /// - The context's stack is mapped, writable with the context's rights, and used by nothing else meanwhile; its FS base is
-    ///   one with which `entry` can run.
-    /// - No other call is running with the context's own key, and no code outside it has rights to write that key's pages
-    ///   that it could use to change this call's.
+    /// - The context's stack is mapped, writable with the context's rights, and used by nothing else meanwhile; its FS
+    ///   base is one with which `entry` can run.
+    /// - No other call is running with the context's own key, and no code outside it has rights to write that key's
+    ///   pages that it could use to change this call's.
     /// - A fault handler is in place that hands traps in the domain to [`Gate::rewind`].
     /// - What is read of the domain's memory afterwards is treated as hostile.
     #[inline]
@@ -281,7 +285,8 @@ impl Gate {
         let (value, rewound): (u64, u64);
         macro_rules! call {
             ($enter:path) => {
-                // SAFETY: the caller answers for the context. The assembly keeps RBX and RBP, and says what else it changes.
+                // SAFETY: the caller answers for the context. The assembly keeps RBX and RBP, and says what else it
+                // changes.
                 unsafe {
                     asm!(
                         "call {enter}",
@@ -327,8 +332,8 @@ impl Gate {
     ///
     /// # Safety
     ///
-    /// [`Gate::running`] or [`Gate::running_with`] gave the context for a trap that struck on this CPU and thread, and the handler
-    /// resumes there with exactly that state.
+    /// [`Gate::running`] or [`Gate::running_with`] gave the context for a trap that struck on this CPU and thread, and
+    /// the handler resumes there with exactly that state.
     #[must_use]
     pub unsafe fn rewind(self, context: NonNull<Context>) -> Rewind {
         // SAFETY: the call is running, so its context is alive.
@@ -343,12 +348,13 @@ impl Gate {
         }
     }
 
-    /// Takes a running call out of sight, while its CPU or thread runs other code in the middle of it, such as a signal handler of
-    /// the program's: what happens there is not the domain's doing. [`show`](Self::show) brings it back.
+    /// Takes a running call out of sight, while its CPU or thread runs other code in the middle of it, such as a signal
+    /// handler of the program's: what happens there is not the domain's doing. [`show`](Self::show) brings it back.
     ///
     /// # Safety
     ///
-    /// As for [`rewind`](Self::rewind), for the trap or interrupt that makes that code run. Without `show` the call must not go on.
+    /// As for [`rewind`](Self::rewind), for the trap or interrupt that makes that code run. Without `show` the call
+    /// must not go on.
     pub unsafe fn hide(self, context: NonNull<Context>) {
         // SAFETY: the call is running, so its context is alive.
         let key = unsafe { context.as_ref() }.key();
@@ -383,10 +389,10 @@ impl Gate {
 
 /// In a domain: leaves as if the entry point had returned `word`, with the stack as it is.
 ///
-/// The caller can [enter](Gate::enter) the domain again with an entry point that takes the stack up where this left it: one that
-/// touches no stack before it has set the stack pointer, for what it is called on is the top of the same stack. So code in a
-/// domain asks its caller for something in the middle of its work. `key` is the domain's own and `stack` the end of its stack, as in
-/// its context.
+/// The caller can [enter](Gate::enter) the domain again with an entry point that takes the stack up where this left it:
+/// one that touches no stack before it has set the stack pointer, for what it is called on is the top of the same
+/// stack. So code in a domain asks its caller for something in the middle of its work. `key` is the domain's own and
+/// `stack` the end of its stack, as in its context.
 ///
 /// # Safety
 ///
@@ -424,8 +430,8 @@ macro_rules! leave {
     };
 }
 
-/// Defines the gate of one register. `select` puts the register's selector into ECX; `read` reads the register into EAX and
-/// clears EDX; `write` writes it from EAX with EDX = 0.
+/// Defines the gate of one register. `select` puts the register's selector into ECX; `read` reads the register into EAX
+/// and clears EDX; `write` writes it from EAX with EDX = 0.
 macro_rules! gate {
     ($module:ident, $active:ident, select: $select:literal, read: $read:literal, write: $write:literal) => {
         mod $module {

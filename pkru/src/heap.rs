@@ -1,8 +1,9 @@
 //! A domain's heap, with the semantics of C's malloc family.
 //!
-//! It lives inside the domain's memory, bookkeeping included, and only code in the domain calls it: the caller's side never
-//! acts on anything that it finds there. Large blocks come from `linked_list_allocator`; small ones are kept on lists by size
-//! when they are freed, so that the common pair of a small allocation and its release costs a few instructions.
+//! It lives inside the domain's memory, bookkeeping included, and only code in the domain calls it: the caller's side
+//! never acts on anything that it finds there. Large blocks come from `linked_list_allocator`; small ones are kept on
+//! lists by size when they are freed, so that the common pair of a small allocation and its release costs a few
+//! instructions.
 
 use core::alloc::Layout;
 use core::fmt;
@@ -96,8 +97,8 @@ impl DomainHeap {
         Self { large, small: [ptr::null_mut(); LISTS], bottom, top: bottom + size, failed: 0 }
     }
 
-    /// Allocates `size` bytes aligned to `align` and to [`ALIGNMENT`]; `None` if they cannot be had, or if `align` is not a
-    /// power of two. A size of 0 gives a block of its own that may not be accessed.
+    /// Allocates `size` bytes aligned to `align` and to [`ALIGNMENT`]; `None` if they cannot be had, or if `align` is
+    /// not a power of two. A size of 0 gives a block of its own that may not be accessed.
     pub fn allocate(&mut self, size: usize, align: usize) -> Option<NonNull<u8>> {
         if align <= ALIGNMENT && size <= SMALL - HEADER {
             let chunk = size.max(1).next_multiple_of(ALIGNMENT) + HEADER;
@@ -143,8 +144,8 @@ impl DomainHeap {
     ///
     /// # Errors
     ///
-    /// If the pointer does not lead to a live block of this heap; then nothing is changed. A forged header in the domain's
-    /// memory can hide that: what follows stays in the domain.
+    /// If the pointer does not lead to a live block of this heap; then nothing is changed. A forged header in the
+    /// domain's memory can hide that: what follows stays in the domain.
     ///
     /// # Safety
     ///
@@ -166,8 +167,8 @@ impl DomainHeap {
         Ok(())
     }
 
-    /// Returns whether a block looks like one of some domain's heap, free or not. Code outside any domain asks this about what it is
-    /// about to free, for another allocator would take a domain's bytes for its own.
+    /// Returns whether a block looks like one of some domain's heap, free or not. Code outside any domain asks this
+    /// about what it is about to free, for another allocator would take a domain's bytes for its own.
     ///
     /// # Safety
     ///
@@ -181,7 +182,8 @@ impl DomainHeap {
         state == LIVE || state == FREE
     }
 
-    /// Changes the size of a block, moving it if it must; `None`, with the block untouched, if the memory cannot be had.
+    /// Changes the size of a block, moving it if it must; `None`, with the block untouched, if the memory cannot be
+    /// had.
     ///
     /// # Errors
     ///

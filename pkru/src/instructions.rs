@@ -30,7 +30,8 @@ pub unsafe fn rdpkru() -> u32 {
 ///
 /// # Safety
 ///
-/// CR4.PKE is 1, and every access that follows is one that the new rights allow, down to the compiler's own to the stack.
+/// CR4.PKE is 1, and every access that follows is one that the new rights allow, down to the compiler's own to the
+/// stack.
 #[inline]
 pub unsafe fn wrpkru(value: u32) {
     // SAFETY: the caller has CR4.PKE set; ECX and EDX are 0 as the instruction demands.
@@ -83,8 +84,8 @@ pub unsafe fn rdfsbase() -> u64 {
 ///
 /// # Safety
 ///
-/// CR4.FSGSBASE is 1, and `base` is a canonical address at which everything that reads through FS finds what it expects:
-/// thread-local variables, the stack protector's canary.
+/// CR4.FSGSBASE is 1, and `base` is a canonical address at which everything that reads through FS finds what it
+/// expects: thread-local variables, the stack protector's canary.
 #[inline]
 pub unsafe fn wrfsbase(base: u64) {
     // SAFETY: the caller has CR4.FSGSBASE set and answers for the base.

@@ -24,7 +24,8 @@ use core::fmt;
 ///
 /// # References
 ///
-/// Intel SDM volume 3, section "Protection Keys"; AMD APM volume 2, section "Page-Protection by Memory Protection Keys".
+/// Intel SDM volume 3, section "Protection Keys"; AMD APM volume 2, section "Page-Protection by Memory Protection
+/// Keys".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProtectionKey(
     // Invariant: below `COUNT`.

@@ -2,8 +2,8 @@
 //!
 //! A *domain* is a compartment of an address space: code running in it can write only its own memory, because the CPU
 //! checks every access against the protection key of the page. When such code misbehaves the CPU traps, the domain is
-//! discarded, and execution *rewinds* to the call that entered it. This crate is the mechanism, without std: the same code
-//! serves an operating-system kernel (with its own page tables and interrupt handlers) and the Linux adapter
+//! discarded, and execution *rewinds* to the call that entered it. This crate is the mechanism, without std: the same
+//! code serves an operating-system kernel (with its own page tables and interrupt handlers) and the Linux adapter
 //! `pkru-userspace`.
 //!
 //! # Terms
@@ -23,8 +23,8 @@
 //!
 //! # Modules
 //!
-//! Values, which build for every target: [`key`], [`rights`], [`cpuid`], [`allocator`], [`fault`], [`model`], and with its
-//! feature [`heap`]. Parts that execute instructions, for x86-64: [`registers`], [`instructions`], [`gate`],
+//! Values, which build for every target: [`key`], [`rights`], [`cpuid`], [`allocator`], [`fault`], [`model`], and with
+//! its feature [`heap`]. Parts that execute instructions, for x86-64: [`registers`], [`instructions`], [`gate`],
 //! [`domain`], and with its feature [`paging`].
 //!
 //! # Features

@@ -1,12 +1,12 @@
 //! A software model of the architecture's access check, page walk included.
 //!
-//! Host tests run against it where the CPU has no keys, and the bare-metal suite compares it with the machine, access by
-//! access.
+//! Host tests run against it where the CPU has no keys, and the bare-metal suite compares it with the machine, access
+//! by access.
 //!
 //! # References
 //!
-//! Intel SDM volume 3, sections "4-Level Paging and 5-Level Paging" (four levels here), "Determination of Access Rights" and
-//! "Protection Keys".
+//! Intel SDM volume 3, sections "4-Level Paging and 5-Level Paging" (four levels here), "Determination of Access
+//! Rights" and "Protection Keys".
 
 use crate::fault::ErrorCode;
 use crate::rights::Access;
@@ -21,8 +21,8 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// The control bits and registers that decide on an access.
 ///
-/// [`Mode::default`] is ring 0 as kernels run it, with CR0.WP, EFER.NXE, CR4.PKE and CR4.PKS set, SMEP and SMAP not, and
-/// all rights to all keys.
+/// [`Mode::default`] is ring 0 as kernels run it, with CR0.WP, EFER.NXE, CR4.PKE and CR4.PKS set, SMEP and SMAP not,
+/// and all rights to all keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mode {
     /// The access is made at privilege level 3.

@@ -34,8 +34,8 @@ impl Leaf {
         ProtectionKey::of_entry(self.entry)
     }
 
-    /// Returns whether the page is a user page by its leaf entry, so that PKRU and not PKRS rules it. The entries above it
-    /// must be user entries too for that; [`model::walk`](crate::model::walk) looks at all of them.
+    /// Returns whether the page is a user page by its leaf entry, so that PKRU and not PKRS rules it. The entries above
+    /// it must be user entries too for that; [`model::walk`](crate::model::walk) looks at all of them.
     #[must_use]
     pub const fn is_user(&self) -> bool {
         self.entry & PageTableFlags::USER_ACCESSIBLE.bits() != 0
@@ -147,7 +147,8 @@ pub unsafe fn leaf(table: &PageTable, mapping: &impl PageTableFrameMapping, addr
 ///
 /// # Safety
 ///
-/// - `table` is the top of a valid hierarchy of four levels whose frames `mapping` maps, and nothing else changes it meanwhile.
+/// - `table` is the top of a valid hierarchy of four levels whose frames `mapping` maps, and nothing else changes it
+///   meanwhile.
 /// - The rights in force, and those of every context that will run, allow what code needs to do with these pages.
 pub unsafe fn tag(
     table: &mut PageTable,
@@ -183,7 +184,8 @@ pub unsafe fn tag(
     Ok(Flush { start: range.start, length })
 }
 
-/// Replaces the large leaf that maps an address by a table of 512 leaves of the next smaller size, with the same flags and key.
+/// Replaces the large leaf that maps an address by a table of 512 leaves of the next smaller size, with the same flags
+/// and key.
 ///
 /// # Errors
 ///
@@ -224,7 +226,8 @@ pub unsafe fn split(
     for (index, leaf) in unsafe { &mut *leaves }.iter_mut().enumerate() {
         set_bits(leaf, |_| first + index as u64 * smaller);
     }
-    // Rights narrow from level to level: the new entry gives everything, and its leaves decide, each for itself from now on.
+    // Rights narrow from level to level: the new entry gives everything, and its leaves decide, each for itself from
+    // now on.
     let flags = PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::USER_ACCESSIBLE;
     set_bits(entry, |_| frame.start_address().as_u64() | flags.bits());
     Ok(Flush { start: align_down(address, size), length: size })
@@ -321,7 +324,8 @@ mod tests {
     const FLAGS: PageTableFlags =
         PageTableFlags::PRESENT.union(PageTableFlags::WRITABLE).union(PageTableFlags::USER_ACCESSIBLE);
 
-    /// Maps 0..2 MiB by small pages, 2..4 MiB by a large one and 1..2 GiB by a huge one, all to the same physical addresses.
+    /// Maps 0..2 MiB by small pages, 2..4 MiB by a large one and 1..2 GiB by a huge one, all to the same physical
+    /// addresses.
     fn tables() -> &'static mut PageTable {
         let table = || Box::leak(Box::new(PageTable::new()));
         let address = |table: &PageTable| PhysAddr::new(core::ptr::from_ref(table) as u64);

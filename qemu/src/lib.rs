@@ -15,8 +15,8 @@
 //! # What counts as a pass
 //!
 //! A run ends well only if two independent signs agree: QEMU left through the `isa-debug-exit` device with
-//! [`machine::EXIT_ORDERLY`], and the console carried a sentinel line. A guest that resets, hangs, is killed or prints the
-//! line and then fails does not pass.
+//! [`machine::EXIT_ORDERLY`], and the console carried a sentinel line. A guest that resets, hangs, is killed or prints
+//! the line and then fails does not pass.
 
 pub mod error;
 pub mod init;

@@ -1,7 +1,7 @@
 //! Booting a Linux guest that runs one program of the host.
 //!
-//! The guest has three serial ports: the kernel's console with the verdict of [`init`](crate::init), the program's standard
-//! output, and its standard error.
+//! The guest has three serial ports: the kernel's console with the verdict of [`init`](crate::init), the program's
+//! standard output, and its standard error.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -141,8 +141,8 @@ fn disorderly(reason: &str, console: &str) -> Error {
     Error::Disorderly { reason: format!("{reason}; the console's last line: {last}") }
 }
 
-/// Makes a file under the build folder without a name, which goes away with this process however that ends. QEMU opens it by
-/// its descriptor's name under /proc.
+/// Makes a file under the build folder without a name, which goes away with this process however that ends. QEMU opens
+/// it by its descriptor's name under /proc.
 fn nameless_file() -> Result<File, Error> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);

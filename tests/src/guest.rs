@@ -1,5 +1,5 @@
-//! The suites that need Linux with protection keys, run in a guest: one boot for each kernel, and one in which instructions are
-//! counted.
+//! The suites that need Linux with protection keys, run in a guest: one boot for each kernel, and one in which
+//! instructions are counted.
 
 use std::ffi::OsString;
 use std::time::Duration;

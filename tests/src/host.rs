@@ -45,7 +45,8 @@ pub(crate) fn cargo_test(suite: &str, package: &str, kinds: &[&str]) -> Result<R
     stream(suite, Command::new("cargo").args(["test", "-p", package]).args(kinds).current_dir(build::workspace()))
 }
 
-/// Runs a command, passes its output on, and counts it. A command that fails without a failed test is a failure of its own.
+/// Runs a command, passes its output on, and counts it. A command that fails without a failed test is a failure of its
+/// own.
 fn stream(suite: &str, command: &mut Command) -> Result<Row, String> {
     println!("\n== {suite} ==");
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();

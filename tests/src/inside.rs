@@ -86,7 +86,8 @@ fn run_bounded(command: &mut Command) -> io::Result<Output> {
     let watchdog = thread::spawn(move || {
         if expired.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
             println!("killed after {} s", LIMIT.as_secs());
-            // SAFETY: the call touches no memory. The child is not reaped before this thread has ended, unless it ends just now.
+            // SAFETY: the call touches no memory. The child is not reaped before this thread has ended, unless it ends
+            // just now.
             unsafe { libc::kill(process as libc::pid_t, libc::SIGKILL) };
         }
     });

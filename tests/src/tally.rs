@@ -47,8 +47,8 @@ impl Tally {
     }
 }
 
-/// Counts what a suite printed: lines that end a test (`… ok`, `… FAILED`), as cargo's harness, the kernel's and `inside` print
-/// them.
+/// Counts what a suite printed: lines that end a test (`… ok`, `… FAILED`), as cargo's harness, the kernel's and
+/// `inside` print them.
 pub(crate) fn count(suite: &str, output: &str) -> Row {
     let mut row = Row { suite: suite.into(), ..Row::default() };
     let mut open = false;

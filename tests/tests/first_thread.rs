@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pkru_userspace::Domain;
 
-/// A signal that the C library sends each thread, for all to change their user or group at once, does not disturb a domain.
+/// A signal that the C library sends each thread, for all to change their user or group at once, does not disturb a
+/// domain.
 fn all_threads_change_their_user() {
     static IS_OVER: AtomicBool = AtomicBool::new(false);
     let mut domain = Domain::builder("first").build().unwrap();

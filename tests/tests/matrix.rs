@@ -1,5 +1,5 @@
-//! The containment matrix: writes from a domain to everything that is not its own, by every way to write. Each is refused, and nothing
-//! changes; the same write outside a domain lands.
+//! The containment matrix: writes from a domain to everything that is not its own, by every way to write. Each is
+//! refused, and nothing changes; the same write outside a domain lands.
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
@@ -96,7 +96,8 @@ struct Target {
     address: *mut u64,
     /// A domain may read it.
     readable: bool,
-    /// The page is read-only for everybody, and is made writable for the test, so that only the domain's rights are in the way.
+    /// The page is read-only for everybody, and is made writable for the test, so that only the domain's rights are in
+    /// the way.
     read_only: bool,
     /// The calling thread has rights to it, so that the control can be made directly.
     control: Control,

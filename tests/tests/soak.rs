@@ -107,6 +107,7 @@ fn a_million_calls_and_a_hundred_thousand_rewinds() {
     println!("figure: at the end:            {after:?}");
     assert!(rewinds >= CALLS / FAULTY);
     assert_eq!((after.mappings, after.keys), (before.mappings, before.keys));
-    // What the kernel maps around a page of a file that is touched late is 64 KiB; a byte lost in each call would make a thousand.
+    // What the kernel maps around a page of a file that is touched late is 64 KiB; a byte lost in each call would make
+    // a thousand.
     assert!(after.resident <= before.resident + 128, "{before:?}, then {after:?}");
 }

@@ -2,9 +2,9 @@
 //!
 //!     cargo run --release --example contain_png -- FILE…
 //!
-//! A decoder is told where to write by its caller. Here it is told four wrong places, one after the other: the caller's heap,
-//! its stack, a static, and the memory of another domain. Each time libpng's own write is stopped, the caller's memory is
-//! as it was, and the next file decodes.
+//! A decoder is told where to write by its caller. Here it is told four wrong places, one after the other: the caller's
+//! heap, its stack, a static, and the memory of another domain. Each time libpng's own write is stopped, the caller's
+//! memory is as it was, and the next file decodes.
 
 use std::cell::UnsafeCell;
 use std::fmt;

@@ -1,7 +1,8 @@
 //! Binding the functions that libraries call, before a domain calls them.
 //!
 //! A library that is bound lazily finds a function at its first call, by the loader, which takes a lock and writes the
-//! library's table. A domain may do neither. So each slot that is still unbound is bound here, as the loader would do it.
+//! library's table. A domain may do neither. So each slot that is still unbound is bound here, as the loader would do
+//! it.
 //!
 //! # References
 //!
@@ -112,8 +113,8 @@ fn bind(library: &Library, unversioned: &[&Library]) {
     }
 }
 
-/// Whether the code at an address is where an unbound slot leads: it pushes the number of the slot's relocation, and goes on to the
-/// loader. A slot that is bound to a function of its own library leads to something else.
+/// Whether the code at an address is where an unbound slot leads: it pushes the number of the slot's relocation, and
+/// goes on to the loader. A slot that is bound to a function of its own library leads to something else.
 fn is_linkage_stub(address: usize, index: usize) -> bool {
     const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
     const PUSH: u8 = 0x68;
@@ -190,7 +191,8 @@ impl Tables {
         let symbol: Symbol = unsafe { load(self.symbols + index * size_of::<Symbol>()) };
         let name = self.string(symbol.name as usize);
         let first = library.resolve(name, None).map(|found| found.as_ptr() as usize);
-        // `dlvsym` passes over definitions without a version, which the loader takes if they come first: malloc is such a one.
+        // `dlvsym` passes over definitions without a version, which the loader takes if they come first: malloc is such
+        // a one.
         if let Some(first) = first.filter(|first| unversioned.iter().any(|library| library.contains(*first))) {
             return Some(first);
         }

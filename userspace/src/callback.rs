@@ -1,9 +1,9 @@
 //! Callbacks: code in a domain asks its caller for something in the middle of a call.
 //!
-//! A callback's C function leaves the domain through the gate as if the call had ended, with the address of a request on the
-//! domain's stack as its result. The caller copies the request, checks it, runs the closure, and enters the domain again at a
-//! place that takes its stack up where it was left. So the gate knows nothing of callbacks, and while the closure runs no domain
-//! does: it may call any other.
+//! A callback's C function leaves the domain through the gate as if the call had ended, with the address of a request
+//! on the domain's stack as its result. The caller copies the request, checks it, runs the closure, and enters the
+//! domain again at a place that takes its stack up where it was left. So the gate knows nothing of callbacks, and while
+//! the closure runs no domain does: it may call any other.
 
 use std::arch::naked_asm;
 use std::ffi::c_void;
@@ -31,7 +31,8 @@ pub struct Callback {
 }
 
 impl Callback {
-    /// Returns the address of a C function that takes up to six integers or pointers and returns one; an `int` is its low half.
+    /// Returns the address of a C function that takes up to six integers or pointers and returns one; an `int` is its
+    /// low half.
     ///
     /// To call it outside a domain aborts the program.
     #[must_use]
@@ -52,9 +53,9 @@ pub(crate) fn pointers(count: usize) -> Vec<Callback> {
 
 /// What code in a domain has called a callback with: hostile until it is checked.
 ///
-/// The words are whatever it has put into six registers; C code that calls with fewer leaves anything in the others. One
-/// that stands for a pointer must not be used as one: what it points to is read with [`read`](Self::read) and written with
-/// [`write`](Self::write), which refuse everything but the domain's own memory.
+/// The words are whatever it has put into six registers; C code that calls with fewer leaves anything in the others.
+/// One that stands for a pointer must not be used as one: what it points to is read with [`read`](Self::read) and
+/// written with [`write`](Self::write), which refuse everything but the domain's own memory.
 pub struct CallbackArguments<'a> {
     words: [u64; 6],
     memory: &'a mut Memory,
@@ -85,7 +86,8 @@ impl<'a> CallbackArguments<'a> {
         self.check(address, length)?;
         let mut bytes = vec![0; length];
         let target = bytes.as_mut_ptr();
-        // SAFETY: the range is in the domain's memory, which this thread can use while the key is pinned; nothing runs in the domain.
+        // SAFETY: the range is in the domain's memory, which this thread can use while the key is pinned; nothing runs
+        // in the domain.
         self.with_memory(|| unsafe { std::ptr::copy_nonoverlapping(address as *const u8, target, length) })?;
         Ok(bytes)
     }

@@ -42,9 +42,11 @@ monitored! {
     static ABORT_MESSAGE: Place = Place::new();
     /// What libstdc++ does about an exception that nobody catches; it notes that, so as not to do it twice.
     static TERMINATE: Place = Place::new();
-    /// The functions through which a check of glibc's fails. What they call puts the message into memory of its own first.
+    /// The functions through which a check of glibc's fails. What they call puts the message into memory of its own
+    /// first.
     static FAILED_CHECKS: [Place; 3] = [const { Place::new() }; 3];
-    /// The code of the C library, and the statics of the program: what endings that are worth a closer look have to do with.
+    /// The code of the C library, and the statics of the program: what endings that are worth a closer look have to do
+    /// with.
     static LIBRARY_CODE: Place = Place::new();
     static PROGRAM_DATA: Place = Place::new();
 }

@@ -5,8 +5,8 @@ use std::io;
 
 /// Why a domain could not be made.
 ///
-/// That code in a domain misbehaved is no error but a [`Violation`](crate::Violation). `Debug` writes the same message as
-/// `Display`, for a `main` that returns it.
+/// That code in a domain misbehaved is no error but a [`Violation`](crate::Violation). `Debug` writes the same message
+/// as `Display`, for a `main` that returns it.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {
@@ -16,13 +16,16 @@ pub enum Error {
     PkuOff,
     /// The system does not let programs write the FS base, which domains need for their thread-locals.
     NoFsgsbase,
-    /// No way was found to take a signal in a domain: neither on a stack that domains cannot write nor on one that they can.
+    /// No way was found to take a signal in a domain: neither on a stack that domains cannot write nor on one that they
+    /// can.
     NoSignalFrame,
-    /// The program's `malloc`, or Rust's global allocator, does not lead to this crate, so code in a domain could not allocate.
+    /// The program's `malloc`, or Rust's global allocator, does not lead to this crate, so code in a domain could not
+    /// allocate.
     MallocNotRouted,
     /// The calling code runs in a domain, which cannot make or call another.
     InDomain,
-    /// No protection key is left: the program, [regions](crate::Region) and the [limit](crate::set_key_limit) leave too few.
+    /// No protection key is left: the program, [regions](crate::Region) and the [limit](crate::set_key_limit) leave too
+    /// few.
     KeysExhausted {
         /// How many keys there are for domains and regions.
         limit: usize,

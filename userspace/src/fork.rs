@@ -29,14 +29,16 @@ monitored! {
     static FORKING: AtomicUsize = AtomicUsize::new(0);
 }
 
-/// Whether the calling thread is in the middle of a fork, as in another handler of forks. It has the table of actions to itself.
+/// Whether the calling thread is in the middle of a fork, as in another handler of forks. It has the table of actions
+/// to itself.
 pub(crate) fn is_here() -> bool {
     FORKING.load(Ordering::Relaxed) == sys::thread_handle()
 }
 
 /// Before a fork.
 ///
-/// Code in a domain can get here too, by functions of the C library's that fork without being asked to. Nothing is made ready for its child.
+/// Code in a domain can get here too, by functions of the C library's that fork without being asked to. Nothing is made
+/// ready for its child.
 pub(crate) extern "C" fn before() {
     if thread::is_in_domain() {
         return;

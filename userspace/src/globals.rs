@@ -1,9 +1,10 @@
 //! Opening the statics of the whole program to domains that ask for it.
 //!
-//! The writable data of the program and of the libraries that are loaded gets a key of its own: the program goes on with all rights to
-//! it, domains may read it as before, and those built with [`Globals::Writable`] may write it. Rights are each thread's own, and one that
-//! had none to this key could not touch a static any more. So each thread is first sent a signal whose handler gives it the rights; the
-//! threads that it starts inherit them. One that was missed gets them when it faults.
+//! The writable data of the program and of the libraries that are loaded gets a key of its own: the program goes on
+//! with all rights to it, domains may read it as before, and those built with [`Globals::Writable`] may write it.
+//! Rights are each thread's own, and one that had none to this key could not touch a static any more. So each thread is
+//! first sent a signal whose handler gives it the rights; the threads that it starts inherit them. One that was missed
+//! gets them when it faults.
 
 use std::ffi::c_int;
 use std::ops::Range;
@@ -24,14 +25,15 @@ pub enum Globals {
     Protected,
     /// Read and write them.
     ///
-    /// For C code that keeps state in statics all over the program, such as the C library's `rand` and `localtime_r`. This is the level of
-    /// protection of SDRaD: a mistake in the domain can corrupt the statics of every library, the C library included, and is not undone
-    /// when the domain is discarded. Worse, what the C library allocates in the domain and keeps in a static (a `FILE`, its buffer, `environ`
-    /// after `setenv`, the time zone's data) lies on the domain's heap: once that is discarded or dropped the program must not use it any
-    /// more, so keep the domain, or have the program use such things first; and what the program has allocated there the domain cannot
-    /// free. A lock that code in the domain holds when its call ends in a violation stays
-    /// locked for the program. The program's heap, stacks and thread-locals stay closed, and so do libraries that are loaded later,
-    /// and what this crate relies on. The first such domain gives the statics a protection key of their own, for good.
+    /// For C code that keeps state in statics all over the program, such as the C library's `rand` and `localtime_r`.
+    /// This is the level of protection of SDRaD: a mistake in the domain can corrupt the statics of every library, the
+    /// C library included, and is not undone when the domain is discarded. Worse, what the C library allocates in the
+    /// domain and keeps in a static (a `FILE`, its buffer, `environ` after `setenv`, the time zone's data) lies on the
+    /// domain's heap: once that is discarded or dropped the program must not use it any more, so keep the domain, or
+    /// have the program use such things first; and what the program has allocated there the domain cannot free. A lock
+    /// that code in the domain holds when its call ends in a violation stays locked for the program. The program's
+    /// heap, stacks and thread-locals stay closed, and so do libraries that are loaded later, and what this crate
+    /// relies on. The first such domain gives the statics a protection key of their own, for good.
     Writable,
 }
 
@@ -58,7 +60,8 @@ pub(crate) fn key() -> Option<ProtectionKey> {
     ProtectionKey::new(KEY.load(Ordering::Relaxed)).filter(|key| *key != ProtectionKey::DEFAULT)
 }
 
-/// Returns whether memory with this key is memory that no domain writes by default: the statics, or what nobody has tagged.
+/// Returns whether memory with this key is memory that no domain writes by default: the statics, or what nobody has
+/// tagged.
 pub(crate) fn is_of_the_program(of: ProtectionKey) -> bool {
     of == ProtectionKey::DEFAULT || Some(of) == key()
 }

@@ -1,7 +1,7 @@
 //! Isolated domains for ordinary Linux programs.
 //!
-//! A [`Domain`] runs C and unsafe Rust in the process, fenced by memory protection keys, so that a mistake there ends one call
-//! and not the program. The mechanism is the crate `pkru`; this crate brings it to Linux.
+//! A [`Domain`] runs C and unsafe Rust in the process, fenced by memory protection keys, so that a mistake there ends
+//! one call and not the program. The mechanism is the crate `pkru`; this crate brings it to Linux.
 //!
 //! ```
 //! use pkru_userspace::Domain;
@@ -22,22 +22,24 @@
 //! | [`capability`] | what this machine and kernel can do |
 //! | [`Error`] | why there is no domain |
 //!
-//! Inside: `platform` is Linux as `pkru`'s platform; `process` and `thread` get those two ready; `keys` says which domain has
-//! which protection key; `signal` handles faults and hands other signals on; `mapping` maps memory; `tls` lays out thread-locals;
-//! `interpose` has the functions of the C library that this crate replaces; `binding` binds libraries, `library` gives their data
-//! away; `report`, `ending` and `symbol` say what went wrong; `sys` has every system call.
+//! Inside: `platform` is Linux as `pkru`'s platform; `process` and `thread` get those two ready; `keys` says which
+//! domain has which protection key; `signal` handles faults and hands other signals on; `mapping` maps memory; `tls`
+//! lays out thread-locals; `interpose` has the functions of the C library that this crate replaces; `binding` binds
+//! libraries, `library` gives their data away; `report`, `ending` and `symbol` say what went wrong; `sys` has every
+//! system call.
 //!
 //! # What linking this crate does
 //!
-//! It defines functions of the C library for the whole executable: `malloc` and its family; `sigaction`, `signal`, `sigset` and their
-//! like, `sigaltstack`, `sigprocmask` and `pthread_sigmask`, `pthread_kill`; `abort`, `exit`, `longjmp` and their like,
-//! `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`; `fork`, `posix_spawn`, `system`, `popen`; `__cxa_thread_atexit_impl`. Outside
-//! domains they do what they always do.
+//! It defines functions of the C library for the whole executable: `malloc` and its family; `sigaction`, `signal`,
+//! `sigset` and their like, `sigaltstack`, `sigprocmask` and `pthread_sigmask`, `pthread_kill`; `abort`, `exit`,
+//! `longjmp` and their like, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`; `fork`, `posix_spawn`, `system`,
+//! `popen`; `__cxa_thread_atexit_impl`. Outside domains they do what they always do.
 //!
-//! The first domain, vault or region takes over the handling of signals: the kernel then calls this crate, which calls the program's
-//! handlers. It sets a panic hook, which hands panics outside domains on to the hook before it; set your own earlier, or panics in domains
-//! come without their message. It registers handlers of forks, and starts a thread which ends at once. A thread that enters its first
-//! domain has the signals of faults unblocked for good, gets an alternate signal stack, and gives up restartable sequences.
+//! The first domain, vault or region takes over the handling of signals: the kernel then calls this crate, which calls
+//! the program's handlers. It sets a panic hook, which hands panics outside domains on to the hook before it; set your
+//! own earlier, or panics in domains come without their message. It registers handlers of forks, and starts a thread
+//! which ends at once. A thread that enters its first domain has the signals of faults unblocked for good, gets an
+//! alternate signal stack, and gives up restartable sequences.
 //!
 //! # Features
 //!

@@ -52,7 +52,8 @@ impl Given {
     ///
     /// # Errors
     ///
-    /// If there is no such library, if another domain has it, or if it is one that the program itself cannot do without.
+    /// If there is no such library, if another domain has it, or if it is one that the program itself cannot do
+    /// without.
     pub(crate) fn new(name: &str) -> Result<Self, Error> {
         let library = sys::libraries().into_iter().find(|library| is_called(library, name));
         let library = library.ok_or_else(|| Error::NoLibrary { name: name.into() })?;
@@ -69,8 +70,8 @@ impl Given {
         }
         taken.extend(ranges.iter().cloned());
         let contents = |range: &Range<usize>| {
-            // SAFETY: the pages are the library's data, which is mapped while this value holds it. A library of which other threads
-            // make use at this moment could change it; that is excluded by the builder's contract.
+            // SAFETY: the pages are the library's data, which is mapped while this value holds it. A library of which
+            // other threads make use at this moment could change it; that is excluded by the builder's contract.
             unsafe { std::slice::from_raw_parts(range.start as *const u8, range.len()) }.to_vec()
         };
         let parts = ranges.into_iter().map(|range| Part { contents: contents(&range), addresses: range }).collect();

@@ -8,8 +8,8 @@ use pkru::ProtectionKey;
 
 use crate::{Error, sys};
 
-/// Parts of memory with a page without access before each and after the last. They have no access either until something
-/// [tags](crate::keys::Tagged) or [opens](Self::open) them.
+/// Parts of memory with a page without access before each and after the last. They have no access either until
+/// something [tags](crate::keys::Tagged) or [opens](Self::open) them.
 #[derive(Debug)]
 pub(crate) struct Mapping<const PARTS: usize> {
     start: NonNull<u8>,
@@ -24,7 +24,8 @@ pub(crate) struct Mapping<const PARTS: usize> {
 unsafe impl<const PARTS: usize> Send for Mapping<PARTS> {}
 
 impl<const PARTS: usize> Mapping<PARTS> {
-    /// The size in bytes of the guard before the first part, which is where a stack is: beyond the reach of most local variables.
+    /// The size in bytes of the guard before the first part, which is where a stack is: beyond the reach of most local
+    /// variables.
     const FIRST_GUARD: usize = 1 << 20;
 
     /// Maps parts of these sizes in bytes, rounded up to pages. They read as zeros.
@@ -68,8 +69,8 @@ impl<const PARTS: usize> Mapping<PARTS> {
         (start..start + self.size).contains(&address) && !self.parts.iter().any(|part| part.contains(&address))
     }
 
-    /// Drops everything that the memory holds: it reads as zeros afterwards. Returns whether pages were mapped anew for that, and
-    /// so have no access and no key.
+    /// Drops everything that the memory holds: it reads as zeros afterwards. Returns whether pages were mapped anew for
+    /// that, and so have no access and no key.
     ///
     /// The cost is in proportion to the pages that were touched.
     #[must_use]

@@ -1,7 +1,7 @@
 //! Statics that no domain may write, whatever else is opened to it.
 //!
-//! [`Globals::Writable`](crate::Globals::Writable) opens the statics of the whole program to a domain, page by page. This crate's own lie in a
-//! section of their own, on pages that nothing else is on, which are left out.
+//! [`Globals::Writable`](crate::Globals::Writable) opens the statics of the whole program to a domain, page by page.
+//! This crate's own lie in a section of their own, on pages that nothing else is on, which are left out.
 
 use std::ops::{Deref, Range};
 

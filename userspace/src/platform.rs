@@ -35,8 +35,8 @@ pub(crate) struct Linux {
 pub(crate) struct Memory {
     mapping: Mapping<3>,
     tagged: Arc<Tagged>,
-    /// Boxed, so that the gate and the fault handler can rely on its address. Invariant: while the domain has a key, the context has
-    /// the same.
+    /// Boxed, so that the gate and the fault handler can rely on its address. Invariant: while the domain has a key,
+    /// the context has the same.
     running: Box<Running>,
     rights: KeyRights,
     globals: Globals,
@@ -69,7 +69,8 @@ impl Memory {
         let pin = pin.map_or_else(|| self.bind(thread, None), Ok)?;
         if self.thread != thread.number() {
             self.open(pin.key());
-            // What code has left in thread-locals belongs to the thread that it ran on, like what it has left in others there.
+            // What code has left in thread-locals belongs to the thread that it ran on, like what it has left in others
+            // there.
             if let Some(template) = &self.thread_locals {
                 // SAFETY: it is of this memory, where nothing runs.
                 unsafe { template.lay_out() };
@@ -197,16 +198,17 @@ impl Memory {
         words
     }
 
-    /// Returns how many bytes the last allocation asked for that failed in the domain, as its heap says; the calling thread can read
-    /// the memory.
+    /// Returns how many bytes the last allocation asked for that failed in the domain, as its heap says; the calling
+    /// thread can read the memory.
     pub(crate) fn failed_allocation(&self) -> usize {
         let heap = self.heap().start as *const DomainHeap;
-        // SAFETY: the heap's bookkeeping is there, in mapped memory, where nothing runs. Only an integer in it is looked at, of which
-        // any bytes are a value.
+        // SAFETY: the heap's bookkeeping is there, in mapped memory, where nothing runs. Only an integer in it is
+        // looked at, of which any bytes are a value.
         unsafe { DomainHeap::last_failed_of(heap) }
     }
 
-    /// Copies a text that code in the domain has left there, as far as it is one; the calling thread can read the memory.
+    /// Copies a text that code in the domain has left there, as far as it is one; the calling thread can read the
+    /// memory.
     pub(crate) fn text(&self, address: usize, length: usize) -> Option<String> {
         const MOST: usize = 4096;
         let length = length.min(MOST);
@@ -224,8 +226,8 @@ impl Memory {
     }
 }
 
-// SAFETY: keys come from one list, and a call pins the one that tags its domain's memory; memory is unmapped before its key is free
-// again; the gate returns with the caller's rights.
+// SAFETY: keys come from one list, and a call pins the one that tags its domain's memory; memory is unmapped before its
+// key is free again; the gate returns with the caller's rights.
 unsafe impl Platform for Linux {
     type Memory = Memory;
     type Trap = Trap;
@@ -281,8 +283,8 @@ unsafe impl Platform for Linux {
 
     #[inline]
     unsafe fn enter(&self, memory: &mut Memory, entry: Entry, argument: u64) -> Result<u64, Trap> {
-        // SAFETY: the memory was mapped and made ready, its key is pinned, the thread is ready; the fault handler is installed; the
-        // caller answers for the entry point.
+        // SAFETY: the memory was mapped and made ready, its key is pinned, the thread is ready; the fault handler is
+        // installed; the caller answers for the entry point.
         match unsafe { Gate::Pkru.enter(&mut memory.running.context, entry, argument) } {
             Exit::Returned(value) => Ok(value),
             Exit::Rewound => {

@@ -53,7 +53,8 @@ impl Pool {
         Self { builder, most, state: Mutex::default(), returned: Condvar::new() }
     }
 
-    /// Takes a domain, which goes back when it is dropped. It waits while all of them are in use, also if that is by the calling thread.
+    /// Takes a domain, which goes back when it is dropped. It waits while all of them are in use, also if that is by
+    /// the calling thread.
     ///
     /// A domain keeps what calls leave in it, also from one thread to the next, unless the builder makes it
     /// [transient](Builder::transient). One that is [retired](Builder::retire_after) is replaced by a new one.

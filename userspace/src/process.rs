@@ -20,8 +20,8 @@ monitored! {
 /// The process, ready for domains.
 #[derive(Debug)]
 pub(crate) struct Process {
-    /// The key of the signal stacks, on kernels that write a signal's frame with the domain's rights: every domain may write
-    /// them.
+    /// The key of the signal stacks, on kernels that write a signal's frame with the domain's rights: every domain may
+    /// write them.
     signal_stack_key: Option<ProtectionKey>,
 }
 

@@ -12,8 +12,8 @@ use crate::{Error, keys, sys, thread, tls};
 
 /// Memory with a protection key of its own, for domains that are named: each may read it, or read and write it.
 ///
-/// Other domains have no access. The program itself reads and writes it by copying, for domains on other threads may be changing
-/// it; it has no meaning but bytes. A region takes one of the 15 keys for as long as it lives.
+/// Other domains have no access. The program itself reads and writes it by copying, for domains on other threads may be
+/// changing it; it has no meaning but bytes. A region takes one of the 15 keys for as long as it lives.
 ///
 /// # Examples
 ///
@@ -108,7 +108,8 @@ impl Region {
     /// If they are not all in it.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) {
         let from = self.place(offset, bytes.len()) as *const u8;
-        // SAFETY: the range is mapped, and this thread has rights to it. Bytes that a domain changes meanwhile come as they come.
+        // SAFETY: the range is mapped, and this thread has rights to it. Bytes that a domain changes meanwhile come as
+        // they come.
         self.with_rights(|| unsafe { copy(from, bytes.as_mut_ptr(), bytes.len()) });
     }
 

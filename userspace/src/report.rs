@@ -1,7 +1,7 @@
 //! How code of this crate that runs in a domain reports what it has found wrong there.
 //!
-//! It raises an invalid instruction at a place that the fault handler knows, with what was found in registers. Code in the
-//! domain can do the same: then it only accuses itself.
+//! It raises an invalid instruction at a place that the fault handler knows, with what was found in registers. Code in
+//! the domain can do the same: then it only accuses itself.
 
 use std::arch::naked_asm;
 

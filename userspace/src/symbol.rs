@@ -23,8 +23,8 @@ pub struct Symbol {
 }
 
 impl Symbol {
-    /// Returns the name, if the file's symbol tables have one for the address: as the source has it for Rust, as the linker has it for
-    /// C++.
+    /// Returns the name, if the file's symbol tables have one for the address: as the source has it for Rust, as the
+    /// linker has it for C++.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
@@ -35,7 +35,8 @@ impl Symbol {
         Self { name: Some(name.into()), ..self }
     }
 
-    /// Returns the distance of the address from the symbol in bytes; from where the object was loaded, if there is no name.
+    /// Returns the distance of the address from the symbol in bytes; from where the object was loaded, if there is no
+    /// name.
     #[must_use]
     pub const fn offset(&self) -> u64 {
         self.offset

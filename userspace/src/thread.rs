@@ -1,5 +1,5 @@
-//! What a thread needs before it enters a domain: no restartable sequences, an alternate signal stack, the signals of faults
-//! unblocked.
+//! What a thread needs before it enters a domain: no restartable sequences, an alternate signal stack, the signals of
+//! faults unblocked.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
@@ -109,7 +109,8 @@ pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
     Ok(unsafe { &*thread })
 }
 
-/// Has the record freed when the calling thread ends, after the destructors of its thread-locals, which may call domains.
+/// Has the record freed when the calling thread ends, after the destructors of its thread-locals, which may call
+/// domains.
 fn at_end_of_thread(thread: *const Thread) -> Result<(), Error> {
     monitored! { static KEY: OnceLock<Option<libc::pthread_key_t>> = OnceLock::new(); }
     unsafe extern "C" fn free(thread: *mut c_void) {
@@ -132,7 +133,8 @@ pub(crate) fn is_a_domains() -> bool {
     !has_rights(ProtectionKey::DEFAULT)
 }
 
-/// Returns whether code in a domain asks, as the rights say. What [`tls::is_in_domain`] says code there can change by mistake.
+/// Returns whether code in a domain asks, as the rights say. What [`tls::is_in_domain`] says code there can change by
+/// mistake.
 pub(crate) fn is_in_domain() -> bool {
     Process::is_ready() && is_a_domains()
 }
@@ -145,12 +147,14 @@ pub(crate) fn open(key: ProtectionKey) {
     }
     // SAFETY: the process's capability check has found PKU.
     let register = unsafe { Pkru::assume() };
-    // SAFETY: more rights than before forbid nothing, and the key's pages are this crate's, which expects them open here.
+    // SAFETY: more rights than before forbid nothing, and the key's pages are this crate's, which expects them open
+    // here.
     unsafe { register.write(register.read().with(key, AccessRights::READ_WRITE)) };
 }
 
 impl Thread {
-    /// Room for frames, of which the largest take some 11 KiB, and for handlers that the program wants on no stack of its own.
+    /// Room for frames, of which the largest take some 11 KiB, and for handlers that the program wants on no stack of
+    /// its own.
     const STACK_SIZE: usize = 256 * 1024;
 
     /// Returns a number that no other thread of the process has had.
@@ -211,9 +215,9 @@ impl Thread {
     /// The most handlers within each other that are told apart.
     const MOST_HANDLERS: usize = 16;
 
-    /// Before one of the program's handlers runs, with `here` the stack in use: lets further signals be taken below. The kernel
-    /// has switched the signal stack off until this one is over. `interrupted` is the program's stack pointer, and `key` what the call
-    /// of a domain has pinned that is interrupted.
+    /// Before one of the program's handlers runs, with `here` the stack in use: lets further signals be taken below.
+    /// The kernel has switched the signal stack off until this one is over. `interrupted` is the program's stack
+    /// pointer, and `key` what the call of a domain has pinned that is interrupted.
     pub(crate) fn begin_handler(&self, interrupted: usize, here: usize, key: Option<ProtectionKey>) {
         let depth = self.depth.get();
         if let Some(handler) = self.handlers.get(depth) {
@@ -282,7 +286,8 @@ impl Drop for Thread {
         if let Some(timer) = self.timer.get() {
             sys::delete_timer(timer);
         }
-        // The program's own stack is in force again. If that fails the thread is on its stack, which is not the case here.
+        // The program's own stack is in force again. If that fails the thread is on its stack, which is not the case
+        // here.
         let _ = sys::restore_alternate_stack(self.programs_stack.get());
     }
 }

@@ -1,8 +1,9 @@
 //! A domain's thread-local variables.
 //!
-//! A domain runs with an FS base of its own: thread-locals of C and Rust, `errno` among them, are found through it, so those
-//! of the caller are out of reach. The block is laid out as the loader lays out a new thread's: the initial contents of each
-//! library's variables below the thread pointer, the C library's thread descriptor above it, and a vector of block addresses.
+//! A domain runs with an FS base of its own: thread-locals of C and Rust, `errno` among them, are found through it, so
+//! those of the caller are out of reach. The block is laid out as the loader lays out a new thread's: the initial
+//! contents of each library's variables below the thread pointer, the C library's thread descriptor above it, and a
+//! vector of block addresses.
 //!
 //! ```text
 //!   ┌─ lowest address                         thread pointer = FS base
@@ -30,7 +31,8 @@ use crate::{Error, sys};
 /// The bytes of a domain that are set aside for this.
 pub(crate) const SIZE: usize = 256 * 1024;
 
-/// Offsets in the thread descriptor's head, which the ABI fixes: the descriptor's own address, the vector's, and again its own.
+/// Offsets in the thread descriptor's head, which the ABI fixes: the descriptor's own address, the vector's, and again
+/// its own.
 const TCB_SELF: usize = 0;
 const TCB_VECTOR: usize = 8;
 const TCB_THREAD: usize = 16;
@@ -64,8 +66,8 @@ pub(crate) fn current_heap() -> *mut DomainHeap {
     LOCALS.with(|locals| locals.heap.get())
 }
 
-/// Returns whether the calling code runs in a domain. It asks a variable that the domain can change: for mistakes, not for
-/// attacks.
+/// Returns whether the calling code runs in a domain. It asks a variable that the domain can change: for mistakes, not
+/// for attacks.
 pub(crate) fn is_in_domain() -> bool {
     !current_heap().is_null()
 }
@@ -123,8 +125,8 @@ impl Template {
         });
         // SAFETY: the bytes were copied from there.
         unsafe { copy(start, self.start, before) };
-        // SAFETY: the calling thread's descriptor has that size. What the copy says of the thread (its id, the stack protector's canary, the
-        // pointer guard) stays true in the domain.
+        // SAFETY: the calling thread's descriptor has that size. What the copy says of the thread (its id, the stack
+        // protector's canary, the pointer guard) stays true in the domain.
         unsafe { copy(thread_pointer(), self.pointer, self.descriptor) };
         // SAFETY: as for the first.
         unsafe { copy(start + after, self.start + after, self.bytes.len() - after) };
@@ -135,7 +137,8 @@ impl Template {
     }
 }
 
-/// Lays out a domain's thread-locals, from the template if there is one that still fits, and returns the FS base to run with.
+/// Lays out a domain's thread-locals, from the template if there is one that still fits, and returns the FS base to run
+/// with.
 ///
 /// # Errors
 ///
@@ -164,8 +167,8 @@ pub(crate) unsafe fn lay_out(
     Ok(pointer as u64)
 }
 
-/// Writes the thread-locals of a new thread into zeroed memory of a domain; returns the thread pointer to run with, and the number of
-/// bytes used.
+/// Writes the thread-locals of a new thread into zeroed memory of a domain; returns the thread pointer to run with, and
+/// the number of bytes used.
 ///
 /// # Errors
 ///
@@ -223,8 +226,8 @@ unsafe fn build(
         unsafe { copy(module.image.0, *block, module.image.1) };
     }
 
-    // The vector: its length, then the generation of the loader's list, then two words for each module: the block, and null
-    // because there is nothing to free.
+    // The vector: its length, then the generation of the loader's list, then two words for each module: the block, and
+    // null because there is nothing to free.
     // SAFETY: the thread descriptor's head has the address of the caller's vector.
     let callers_vector: usize = unsafe { load(caller + TCB_VECTOR) };
     // SAFETY: its first entry is the generation.

@@ -2,8 +2,8 @@
 //!
 //! Whatever comes out of a domain is hostile until checked. So a result crosses in two halves. In the domain
 //! [`Transfer::lend`] turns it into plain words, its *wire*, and leaves what they refer to in the domain's memory. The
-//! caller copies the wire once and then builds a value of its own with [`Transfer::receive`], which checks every address,
-//! length and tag, and copies everything.
+//! caller copies the wire once and then builds a value of its own with [`Transfer::receive`], which checks every
+//! address, length and tag, and copies everything.
 //!
 //! Arguments need no such thing: a closure that runs in a domain reads what it has captured in place.
 
@@ -209,7 +209,8 @@ impl<'a> DomainMemory<'a> {
         let mut values = Vec::<W>::new();
         values.try_reserve_exact(length).map_err(|_| InvalidResult::TooLarge)?;
         let target = values.as_mut_ptr().cast::<u8>();
-        // SAFETY: the source is in the domain's memory, which can be read and is not written meanwhile; the target has room.
+        // SAFETY: the source is in the domain's memory, which can be read and is not written meanwhile; the target has
+        // room.
         unsafe { std::ptr::copy_nonoverlapping(address as *const u8, target, bytes) };
         // SAFETY: all elements were copied, and any bytes are a value.
         unsafe { values.set_len(length) };

@@ -11,9 +11,9 @@ use crate::{Error, keys, thread, tls};
 
 /// A value that no domain can read, such as a private key.
 ///
-/// It lies in memory with a protection key to which domains have no rights. The program's threads give themselves rights within
-/// [`with`](Self::with) and [`with_mut`](Self::with_mut); a thread that is started there has them for good. All vaults of a process share
-/// one key. What the value refers to is not in
+/// It lies in memory with a protection key to which domains have no rights. The program's threads give themselves
+/// rights within [`with`](Self::with) and [`with_mut`](Self::with_mut); a thread that is started there has them for
+/// good. All vaults of a process share one key. What the value refers to is not in
 /// the vault: keep a secret in an array, not in a `Vec`.
 ///
 /// # Examples

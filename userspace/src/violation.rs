@@ -18,9 +18,10 @@ use crate::{Error, ending, globals};
 
 /// The outcome of a call whose code misbehaved.
 ///
-/// Everything outside the domain is as it was, but for [regions](crate::Region) and what [`Globals::Writable`](crate::Globals::Writable)
-/// opens, and the next call finds the domain empty and works. What code in a domain had done with the outside world by system calls is not
-/// undone. `Debug` writes the same message as `Display`, which `unwrap` shows.
+/// Everything outside the domain is as it was, but for [regions](crate::Region) and what
+/// [`Globals::Writable`](crate::Globals::Writable) opens, and the next call finds the domain empty and works. What code
+/// in a domain had done with the outside world by system calls is not undone. `Debug` writes the same message as
+/// `Display`, which `unwrap` shows.
 #[derive(Clone)]
 pub struct Violation(
     // Boxed, so that a result which may be one is small.
@@ -78,7 +79,8 @@ pub enum ViolationKind {
     Breakpoint,
     /// It aborted: by abort(3), by SIGABRT, or by a check of the C library's.
     Abort,
-    /// It aborted after an allocation had failed. C code that handles a null pointer goes on; Rust code and C++ code end here.
+    /// It aborted after an allocation had failed. C code that handles a null pointer goes on; Rust code and C++ code
+    /// end here.
     OutOfMemory {
         /// The bytes of the allocation.
         size: usize,
@@ -95,8 +97,8 @@ pub enum ViolationKind {
     },
     /// Rust code panicked.
     Panic {
-        /// The message with its place in the source, if it could be had: a hook that the program sets after its first domain sees the panic
-        /// instead, in the domain.
+        /// The message with its place in the source, if it could be had: a hook that the program sets after its first
+        /// domain sees the panic instead, in the domain.
         message: Option<String>,
     },
     /// A C++ exception was about to leave the domain, or C++ code terminated.
@@ -108,7 +110,8 @@ pub enum ViolationKind {
     },
     /// It took longer than the domain's [deadline](crate::Builder::deadline).
     Deadline,
-    /// It was sent a signal, by its own process, that otherwise means a fault. (That may have been another thread of the program.)
+    /// It was sent a signal, by its own process, that otherwise means a fault. (That may have been another thread of
+    /// the program.)
     Raised {
         /// The signal's number.
         signal: i32,
@@ -267,8 +270,8 @@ impl ViolationKind {
     }
 }
 
-/// Whether an access is one that code makes which has run out of its stack: near a stack pointer that is below the stack's end or
-/// almost so. A large local variable can take the stack pointer far beyond the guard.
+/// Whether an access is one that code makes which has run out of its stack: near a stack pointer that is below the
+/// stack's end or almost so. A large local variable can take the stack pointer far beyond the guard.
 fn is_overflow(memory: &Memory, address: u64, pointer: u64) -> bool {
     const NEAR: u64 = 64 * 1024;
     const FAR: u64 = 1 << 30;
@@ -277,7 +280,8 @@ fn is_overflow(memory: &Memory, address: u64, pointer: u64) -> bool {
     let below = start.saturating_sub(FAR)..start + NEAR;
     let in_guard = memory.is_guard(address as usize);
     let ran_out = below.contains(&pointer) && (in_guard || address < start) && address.abs_diff(pointer) < NEAR;
-    // A call pushes below what `sub rsp` has reserved; and a function may touch its frame page by page before it moves the pointer.
+    // A call pushes below what `sub rsp` has reserved; and a function may touch its frame page by page before it moves
+    // the pointer.
     ran_out || (in_guard && address < start && (start..end).contains(&pointer) && pointer.abs_diff(address) < FAR)
 }
 

@@ -1,7 +1,7 @@
 //! What calls cost, in instructions.
 //!
-//! The guest runs with `-icount shift=0,sleep=off`, where the time-stamp counter counts instructions, the kernel's included. A
-//! second count, by single steps, sees those of the program alone and looks at each.
+//! The guest runs with `-icount shift=0,sleep=off`, where the time-stamp counter counts instructions, the kernel's
+//! included. A second count, by single steps, sees those of the program alone and looks at each.
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
@@ -216,8 +216,8 @@ fn in_marker(instruction: u64) -> bool {
     (0..2).contains(&instruction.wrapping_sub(marker as *const () as usize as u64))
 }
 
-/// Runs an empty call step by step, in a child; returns the number of instructions between two calls of `marker`, and how many of
-/// them begin with these three bytes.
+/// Runs an empty call step by step, in a child; returns the number of instructions between two calls of `marker`, and
+/// how many of them begin with these three bytes.
 fn steps(domain: &mut Domain, bytes: u64) -> (u64, u64) {
     // SAFETY: the child makes system calls and the call to be counted, and exits.
     let child = unsafe { libc::fork() };

@@ -196,8 +196,9 @@ fn locked_memory_is_discarded_from_any_thread() {
     contain(&mut domain, mistake);
 }
 
-/// Compresses something; returns zlib's result and the size. zlib, which Debian links lazily, calls malloc and memcpy through slots that
-/// nothing has bound before: unbound, the first call would have the loader write what a domain may not.
+/// Compresses something; returns zlib's result and the size. zlib, which Debian links lazily, calls malloc and memcpy
+/// through slots that nothing has bound before: unbound, the first call would have the loader write what a domain may
+/// not.
 fn compress_something() -> (i32, u64) {
     #[link(name = "z")]
     unsafe extern "C" {

@@ -328,7 +328,8 @@ fn a_spoiled_fs_base() {
 #[test]
 fn a_jump_to_32_bit_code() {
     let mut domain = need!(domain("far"));
-    // Offset and selector of Linux's 32-bit code segment. A far return would do too, but QEMU 7.2 reads its stack as the kernel.
+    // Offset and selector of Linux's 32-bit code segment. A far return would do too, but QEMU 7.2 reads its stack as
+    // the kernel.
     let target = [0x1000_u32, 0x23];
     // SAFETY: none: this is the mistake.
     let violation =

@@ -1,7 +1,7 @@
 //! Physical and virtual memory: frames, page tables, the kernel's heap.
 //!
-//! The first 4 GiB are mapped to themselves; the kernel, its heap and all page tables lie there. Domains' memory is mapped
-//! apart from it, page by page.
+//! The first 4 GiB are mapped to themselves; the kernel, its heap and all page tables lie there. Domains' memory is
+//! mapped apart from it, page by page.
 
 mod frames;
 mod heap;

@@ -6,8 +6,8 @@ use crate::instructions::{rdpkrs, wrpkrs};
 
 /// IA32_PKRS, the protection-key rights register for supervisor pages, usable.
 ///
-/// It rules accesses to pages with U/S=0. Only ring 0 can read or write it; `detect` cannot see the privilege level, and so
-/// is unsafe.
+/// It rules accesses to pages with U/S=0. Only ring 0 can read or write it; `detect` cannot see the privilege level,
+/// and so is unsafe.
 ///
 /// ```text
 ///  63                    32 31                          0
@@ -55,8 +55,8 @@ impl Pkrs {
     ///
     /// # Safety
     ///
-    /// Every access that follows is one that the new rights allow, down to the compiler's own to the stack and the CPU's to
-    /// the stacks that it delivers interrupts on.
+    /// Every access that follows is one that the new rights allow, down to the compiler's own to the stack and the
+    /// CPU's to the stacks that it delivers interrupts on.
     #[inline]
     pub unsafe fn write(self, rights: KeyRights) {
         // SAFETY: a value of this type exists only in ring 0 of a CPU with PKS; the caller answers for the rights.

@@ -6,8 +6,8 @@ use crate::instructions::{rdpkru, wrpkru};
 
 /// PKRU, the protection-key rights register for user pages, usable.
 ///
-/// It rules accesses to pages with U/S=1 at every privilege level, so ring 0 is bound by it too. It is a register of the
-/// logical CPU: Linux keeps it per thread.
+/// It rules accesses to pages with U/S=1 at every privilege level, so ring 0 is bound by it too. It is a register of
+/// the logical CPU: Linux keeps it per thread.
 ///
 /// # Examples
 ///

@@ -67,7 +67,8 @@ const PICTURES: [&[u8]; 3] = [
 fn decode(file: &[u8], format: u32, place: Option<*mut u8>) -> (u32, u32, Vec<u8>) {
     // SAFETY: zeroes are the empty image that libpng asks for.
     let mut image = Image { version: VERSION, ..unsafe { std::mem::zeroed() } };
-    // SAFETY: the file lives across both calls, and the buffer has room for the picture. The target is where it must not write.
+    // SAFETY: the file lives across both calls, and the buffer has room for the picture. The target is where it must
+    // not write.
     unsafe {
         assert_ne!(png_image_begin_read_from_memory(&raw mut image, file.as_ptr(), file.len()), 0);
         image.format = format;
@@ -81,7 +82,8 @@ fn decode(file: &[u8], format: u32, place: Option<*mut u8>) -> (u32, u32, Vec<u8
 fn encode(width: u32, height: u32, pixels: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 64 * 1024];
     let mut size = file.len();
-    // SAFETY: zeroes are the empty image that libpng asks for; there are as many pixels as it is told, and as much room.
+    // SAFETY: zeroes are the empty image that libpng asks for; there are as many pixels as it is told, and as much
+    // room.
     unsafe {
         let mut image = Image { version: VERSION, width, height, format: FORMAT_RGBA, ..std::mem::zeroed() };
         let (file, pixels) = (file.as_mut_ptr(), pixels.as_ptr());
@@ -143,7 +145,8 @@ unsafe extern "C" fn read(png: *mut c_void, buffer: *mut u8, length: usize) {
     }
 }
 
-/// Decodes a PNG file row by row; the first read for a row makes the mistake. Returns how many reads there were, and the rows.
+/// Decodes a PNG file row by row; the first read for a row makes the mistake. Returns how many reads there were, and
+/// the rows.
 fn decode_rows(file: &[u8], mistake: Option<*mut u8>) -> (u32, Vec<u8>) {
     let mut source = Source { rest: file, reads: 0, mistake: None };
     let source = &raw mut source;

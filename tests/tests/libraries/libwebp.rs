@@ -131,11 +131,13 @@ unsafe extern "C" fn count_written(_: *const u8, size: usize, picture: *const Pi
     1
 }
 
-/// Encodes with callbacks, of which one makes the mistake half way. Returns how often it was called, and the file's size.
+/// Encodes with callbacks, of which one makes the mistake half way. Returns how often it was called, and the file's
+/// size.
 fn encode_with_callbacks(pixels: &[u8], mistake: Option<*mut u8>) -> (u32, u64) {
     let mut report = Progress { steps: 0, written: 0, mistake };
     let report = &raw mut report;
-    // SAFETY: zeroes are plain values that libwebp replaces; there are as many pixels as it is told, and the report lives.
+    // SAFETY: zeroes are plain values that libwebp replaces; there are as many pixels as it is told, and the report
+    // lives.
     unsafe {
         let mut config: Config = std::mem::zeroed();
         let mut picture: Picture = std::mem::zeroed();
@@ -152,7 +154,8 @@ fn encode_with_callbacks(pixels: &[u8], mistake: Option<*mut u8>) -> (u32, u64) 
     }
 }
 
-/// Debian's libwebp locks a mutex in a static before each look at a table that is filled at first use, whether it is filled or not.
+/// Debian's libwebp locks a mutex in a static before each look at a table that is filled at first use, whether it is
+/// filled or not.
 #[test]
 fn without_its_data_it_cannot_work() {
     let pixels = picture();

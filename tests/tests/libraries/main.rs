@@ -1,8 +1,9 @@
-//! Debian's libraries in a domain, unmodified: each does real work there, is stopped by a mistake in the middle of it, and works
-//! again.
+//! Debian's libraries in a domain, unmodified: each does real work there, is stopped by a mistake in the middle of it,
+//! and works again.
 //!
-//! Each result is compared with that of the same work outside a domain. Each mistake is made with the library's own code on the
-//! stack: in a write of the library's, or in a function that the library calls back. Its control is the same mistake outside.
+//! Each result is compared with that of the same work outside a domain. Each mistake is made with the library's own
+//! code on the stack: in a write of the library's, or in a function that the library calls back. Its control is the
+//! same mistake outside.
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 

@@ -54,7 +54,8 @@ fn compresses_and_uncompresses() {
     println!("figure: {} bytes to {}", text.len(), expected.0.len());
     works_as_outside(&mut domain, &expected, work);
 
-    // Long texts are put together with memcpy and memmove; up to 64 bytes at the end of a text snappy writes itself if it can.
+    // Long texts are put together with memcpy and memmove; up to 64 bytes at the end of a text snappy writes itself if
+    // it can.
     let short = [b"rewind".repeat(4), prose(36)].concat();
     let target = Target::new();
     for (text, library) in [(&text, "libc.so"), (&short, "libsnappy.so")] {
@@ -91,7 +92,8 @@ fn reads_beyond_its_input() {
         _ => panic!("{violation}"),
     }
     works_as_outside(&mut domain, &expected, work);
-    // SAFETY: nothing refers to what follows the text. The control: the same act is good once there is something to read.
+    // SAFETY: nothing refers to what follows the text. The control: the same act is good once there is something to
+    // read.
     unsafe { assert_eq!(libc::mprotect(start.byte_add(SIZE).cast(), SIZE, libc::PROT_READ), 0) };
     let longer = snap(start, SIZE + 100_000);
     assert_eq!(unsnap(&longer, None).len(), SIZE + 100_000);

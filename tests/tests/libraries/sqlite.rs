@@ -96,7 +96,8 @@ impl Database {
         assert_eq!(self.run_and_tell(sql, null_mut()), OK);
     }
 
-    /// Runs statements; at the end SQLite writes at `message` what was wrong with them, or null, unless that is null itself.
+    /// Runs statements; at the end SQLite writes at `message` what was wrong with them, or null, unless that is null
+    /// itself.
     fn run_and_tell(&self, sql: &CStr, message: *mut u8) -> c_int {
         // SAFETY: the database is open, or SQLite finds that it is not. The target is where it must not write.
         unsafe { sqlite3_exec(self.0, sql.as_ptr(), null(), null_mut(), message.cast()) }
@@ -125,7 +126,8 @@ impl Database {
         rows
     }
 
-    /// Defines a function in SQL which returns its argument, and makes the mistake, if there is one, in the middle of the table.
+    /// Defines a function in SQL which returns its argument, and makes the mistake, if there is one, in the middle of
+    /// the table.
     fn define_identity(&self, mistake: *mut u8) {
         unsafe extern "C" fn identity(context: *mut c_void, _: c_int, arguments: *mut *mut c_void) {
             // SAFETY: it has one argument, and the data is the pointer that was given.

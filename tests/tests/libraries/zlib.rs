@@ -61,7 +61,8 @@ fn unpack(packed: &[u8], length: usize) -> Vec<u8> {
 /// The bytes that zlib puts out at a time.
 const CHUNK: usize = 16 * 1024;
 
-/// Inflates in chunks; those from the fourth on go where they are told to. zlib allocates by an allocator of ours, if there is one.
+/// Inflates in chunks; those from the fourth on go where they are told to. zlib allocates by an allocator of ours, if
+/// there is one.
 fn inflate_in_chunks(packed: &[u8], place: Option<*mut u8>, allocator: Option<&mut Allocator>) -> Vec<u8> {
     let mut text = Vec::new();
     // SAFETY: zeroes are the stream that zlib asks for; input and output have as many bytes as it is told.

@@ -19,7 +19,8 @@ use crate::{Error, Globals, globals, sys, thread, tls};
 
 /// Chooses what a [`Domain`] is made of.
 ///
-/// It can be cloned, and makes as many domains as are wanted, except with a [`library`](Self::library), which only one can have.
+/// It can be cloned, and makes as many domains as are wanted, except with a [`library`](Self::library), which only one
+/// can have.
 #[derive(Clone)]
 #[must_use]
 pub struct Builder {
@@ -58,14 +59,15 @@ impl Builder {
         self
     }
 
-    /// Sets the size of the heap in bytes, rounded up to pages: 64 MiB if it is not set. Memory is used as it is touched.
+    /// Sets the size of the heap in bytes, rounded up to pages: 64 MiB if it is not set. Memory is used as it is
+    /// touched.
     pub const fn heap_size(mut self, bytes: usize) -> Self {
         self.heap = bytes;
         self
     }
 
-    /// Makes the domain transient: each call finds it empty. Otherwise it is persistent: state lasts from call to call, until a
-    /// violation.
+    /// Makes the domain transient: each call finds it empty. Otherwise it is persistent: state lasts from call to call,
+    /// until a violation.
     pub const fn transient(mut self) -> Self {
         self.limits.transient = true;
         self
@@ -73,8 +75,8 @@ impl Builder {
 
     /// Ends each call that takes longer than this, callbacks included, with [`ViolationKind::Deadline`].
     ///
-    /// It is real time, and costs two system calls for each call. Code that waits with the signal SIGFPE blocked by a system call of its
-    /// own (`ppoll` with a mask) is not ended before it wakes.
+    /// It is real time, and costs two system calls for each call. Code that waits with the signal SIGFPE blocked by a
+    /// system call of its own (`ppoll` with a mask) is not ended before it wakes.
     pub const fn deadline(mut self, time: Duration) -> Self {
         self.limits.deadline = Some(time);
         self
@@ -98,8 +100,8 @@ impl Builder {
         self
     }
 
-    /// Runs a function now, and not at each build, outside any domain: one that has code fill the tables that it keeps in statics,
-    /// which it could not in a domain. What it returns is dropped.
+    /// Runs a function now, and not at each build, outside any domain: one that has code fill the tables that it keeps
+    /// in statics, which it could not in a domain. What it returns is dropped.
     ///
     /// # Examples
     ///
@@ -116,17 +118,17 @@ impl Builder {
         self
     }
 
-    /// Gives the domain the writable data of a loaded shared library, by the name of its file: `libfoo.so`, or with a version
-    /// `libfoo.so.1`.
+    /// Gives the domain the writable data of a loaded shared library, by the name of its file: `libfoo.so`, or with a
+    /// version `libfoo.so.1`.
     ///
-    /// Code in the domain can then write the library's statics. What they are when the domain is built is kept, and comes back when
-    /// the domain is discarded or dropped. No other domain can use the library meanwhile.
+    /// Code in the domain can then write the library's statics. What they are when the domain is built is kept, and
+    /// comes back when the domain is discarded or dropped. No other domain can use the library meanwhile.
     ///
     /// # Safety
     ///
-    /// From now on, until the domain is dropped, the program calls nothing in the library outside the domain: what it would find in
-    /// its data is whatever code in the domain has left there, function pointers included. That holds also for other libraries which
-    /// use this one.
+    /// From now on, until the domain is dropped, the program calls nothing in the library outside the domain: what it
+    /// would find in its data is whatever code in the domain has left there, function pointers included. That holds
+    /// also for other libraries which use this one.
     pub unsafe fn library(mut self, name: &str) -> Self {
         self.libraries.push(name.into());
         self
@@ -136,9 +138,9 @@ impl Builder {
     ///
     /// # Safety
     ///
-    /// With [`Globals::Writable`] the program relies on what code in the domain leaves in statics, also safe code, and after a
-    /// violation: it is what their types allow, and the program uses nothing that they point to on the domain's heap once that is
-    /// discarded or dropped, and frees none of it. [`Globals::Protected`] asks for nothing.
+    /// With [`Globals::Writable`] the program relies on what code in the domain leaves in statics, also safe code, and
+    /// after a violation: it is what their types allow, and the program uses nothing that they point to on the domain's
+    /// heap once that is discarded or dropped, and frees none of it. [`Globals::Protected`] asks for nothing.
     pub const unsafe fn globals(mut self, globals: Globals) -> Self {
         self.globals = globals;
         self
@@ -152,8 +154,8 @@ impl Builder {
 
     /// Makes the domain.
     ///
-    /// The first time in a process this finds out what the machine can do, and takes over the handling of signals. Each time it binds
-    /// what libraries loaded since then call, and tries a first call.
+    /// The first time in a process this finds out what the machine can do, and takes over the handling of signals. Each
+    /// time it binds what libraries loaded since then call, and tries a first call.
     ///
     /// # Errors
     ///
@@ -164,7 +166,8 @@ impl Builder {
         static LEARNED: Once = Once::new();
         LEARNED.call_once(|| match globals {
             Globals::Protected => domain.try_a_panic(),
-            // It has to be one that may not write statics. Without it panics have no message, which is no reason to give up.
+            // It has to be one that may not write statics. Without it panics have no message, which is no reason to
+            // give up.
             Globals::Writable => drop(Self::new("trial").assemble().map(|mut domain| domain.try_a_panic())),
         });
         domain.set_limits(limits, hook);
@@ -205,8 +208,8 @@ impl Builder {
 }
 
 impl Domain {
-    /// A first call, to see whether the program's allocator leads to the domain's heap: it may have a `#[global_allocator]` that is
-    /// not the system's.
+    /// A first call, to see whether the program's allocator leads to the domain's heap: it may have a
+    /// `#[global_allocator]` that is not the system's.
     fn try_out(&mut self) -> Result<(), Error> {
         let heap = self.core.memory().heap();
         match self.call(|| std::ptr::from_ref(&*Box::new(0u64)) as usize) {

@@ -26,12 +26,12 @@ use crate::{Error, sys};
 
 /// A compartment of this process in which C and unsafe Rust can run without endangering the rest.
 ///
-/// Code in a domain has a stack, a heap and thread-locals of its own. It can read everything that the program can, except
-/// other domains and [vaults](crate::Vault), and write nothing but its own memory. What it does wrong ends its call with a
-/// [`Violation`]; the next call finds the domain empty, and works.
+/// Code in a domain has a stack, a heap and thread-locals of its own. It can read everything that the program can,
+/// except other domains and [vaults](crate::Vault), and write nothing but its own memory. What it does wrong ends its
+/// call with a [`Violation`]; the next call finds the domain empty, and works.
 ///
-/// State that code leaves on the domain's heap lasts from call to call until a violation. Its thread-locals do too, while one thread makes
-/// the calls; a call from another finds new ones.
+/// State that code leaves on the domain's heap lasts from call to call until a violation. Its thread-locals do too,
+/// while one thread makes the calls; a call from another finds new ones.
 ///
 /// # Examples
 ///
@@ -113,22 +113,23 @@ impl Domain {
 
     /// Runs a function in the domain.
     ///
-    /// The function reads what it has captured in place, in the caller's memory. It is [`Fn`], because it cannot write there:
-    /// a `Cell`, a lock or an atomic of the caller's ends in a violation, and so does what writes statics of the C library
-    /// or of std (`println!`, `std::env`). Its result is [`Transfer`]red: the caller copies and checks it. What the result is made of
-    /// besides vectors and strings can have at most 4096 bytes.
+    /// The function reads what it has captured in place, in the caller's memory. It is [`Fn`], because it cannot write
+    /// there: a `Cell`, a lock or an atomic of the caller's ends in a violation, and so does what writes statics of the
+    /// C library or of std (`println!`, `std::env`). Its result is [`Transfer`]red: the caller copies and checks it.
+    /// What the result is made of besides vectors and strings can have at most 4096 bytes.
     ///
-    /// A panic ends the call, also within `catch_unwind`. Code in a domain starts no threads (a violation) and no processes (`fork`,
-    /// `posix_spawn`, `system` and `popen` fail with `EPERM`), sets no signal handlers and sends other threads no signals (`EPERM`). Functions
-    /// that write the C library's own state, or std's, end in a violation: `localtime_r`, `setlocale`, `dlopen`, `pthread_once`,
-    /// `std::thread::current`; see [`Builder`] for the ways out.
+    /// A panic ends the call, also within `catch_unwind`. Code in a domain starts no threads (a violation) and no
+    /// processes (`fork`, `posix_spawn`, `system` and `popen` fail with `EPERM`), sets no signal handlers and sends
+    /// other threads no signals (`EPERM`). Functions that write the C library's own state, or std's, end in a
+    /// violation: `localtime_r`, `setlocale`, `dlopen`, `pthread_once`, `std::thread::current`; see [`Builder`] for the
+    /// ways out.
     ///
-    /// A mistake shows when memory outside is touched, not when it is made: what code does to its own domain's heap may end a
-    /// later call.
+    /// A mistake shows when memory outside is touched, not when it is made: what code does to its own domain's heap may
+    /// end a later call.
     ///
-    /// If calls of other threads have all protection keys at that moment, this waits for one of them to end; in the middle of another call,
-    /// as in a signal handler, only for half a second or so. A signal handler may call a domain as far as it may allocate memory: what it
-    /// interrupts must not be in the middle of that.
+    /// If calls of other threads have all protection keys at that moment, this waits for one of them to end; in the
+    /// middle of another call, as in a signal handler, only for half a second or so. A signal handler may call a domain
+    /// as far as it may allocate memory: what it interrupts must not be in the middle of that.
     ///
     /// # Examples
     ///
@@ -149,9 +150,9 @@ impl Domain {
     ///
     /// # Errors
     ///
-    /// How the code misbehaved. Nothing outside the domain was written, and it can be called again; the next call finds it empty.
-    /// Destructors of what lived in the domain do not run. Code in a domain cannot call a domain, but it can ask its caller to, by
-    /// a [callback](Self::call_with).
+    /// How the code misbehaved. Nothing outside the domain was written, and it can be called again; the next call finds
+    /// it empty. Destructors of what lived in the domain do not run. Code in a domain cannot call a domain, but it can
+    /// ask its caller to, by a [callback](Self::call_with).
     #[inline]
     pub fn call<F: Fn() -> R, R: Transfer>(&mut self, function: F) -> Result<R, Violation> {
         const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result this large goes in a Vec") };
@@ -168,8 +169,8 @@ impl Domain {
         };
         let mailbox = self.core.memory().mailbox().start;
         let call = Call { function: &function, mailbox, to_free: self.core.memory().to_free() };
-        // SAFETY: the thread is ready. What `run` does in the domain is what the domain is there to contain; its result is not
-        // trusted. The call's data and what it refers to outlive it, and the domain cannot write them.
+        // SAFETY: the thread is ready. What `run` does in the domain is what the domain is there to contain; its result
+        // is not trusted. The call's data and what it refers to outlive it, and the domain cannot write them.
         let result = unsafe { self.core.enter(run::<F, R>, &raw const call as u64) };
         let received = match result {
             Ok(_) => self.receive(mailbox),
@@ -179,13 +180,13 @@ impl Domain {
         received.map_err(|violation| self.report(violation))
     }
 
-    /// Runs a function in the domain that can call back: each closure in `callbacks` becomes a C function, which code in the domain
-    /// can call by the pointer that the function is given for it.
+    /// Runs a function in the domain that can call back: each closure in `callbacks` becomes a C function, which code
+    /// in the domain can call by the pointer that the function is given for it.
     ///
-    /// A callback runs as ordinary code of the caller, with the caller's rights, on the caller's stack: it may change what it has captured,
-    /// and call other domains. What it is called with, and when, is up to the code in the domain, and not to be trusted: see
-    /// [`CallbackArguments`]. The pointers mean nothing after this call: code that keeps one and uses it in a later call has a
-    /// violation, unless that call has as many callbacks.
+    /// A callback runs as ordinary code of the caller, with the caller's rights, on the caller's stack: it may change
+    /// what it has captured, and call other domains. What it is called with, and when, is up to the code in the domain,
+    /// and not to be trusted: see [`CallbackArguments`]. The pointers mean nothing after this call: code that keeps one
+    /// and uses it in a later call has a violation, unless that call has as many callbacks.
     ///
     /// # Examples
     ///
@@ -341,8 +342,8 @@ impl Domain {
         core.0.memory().open_after_call();
         core.0.memory_mut().clear_to_free();
         let mut wire = MaybeUninit::<R::Wire>::uninit();
-        // SAFETY: the mailbox is in the domain's memory, which this thread can read; nothing runs in the domain. The copy is the
-        // only one: what is checked is what is used.
+        // SAFETY: the mailbox is in the domain's memory, which this thread can read; nothing runs in the domain. The
+        // copy is the only one: what is checked is what is used.
         unsafe { std::ptr::copy_nonoverlapping(mailbox as *const R::Wire, wire.as_mut_ptr(), 1) };
         // SAFETY: any bytes are a value of a plain type.
         let wire = unsafe { wire.assume_init() };
@@ -449,7 +450,8 @@ pub(crate) fn is_entry(name: &str) -> bool {
 #[cold]
 fn free(blocks: &[usize]) {
     for block in blocks {
-        // SAFETY: the block was lent to the caller by the call before. Whether it really was is for the domain's heap to check.
+        // SAFETY: the block was lent to the caller by the call before. Whether it really was is for the domain's heap
+        // to check.
         unsafe { libc::free(*block as *mut libc::c_void) };
     }
 }

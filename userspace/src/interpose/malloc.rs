@@ -1,7 +1,8 @@
-//! The C library's malloc family, replaced: in a domain it serves the domain's heap, outside it forwards to the C library.
+//! The C library's malloc family, replaced: in a domain it serves the domain's heap, outside it forwards to the C
+//! library.
 //!
-//! Rust's default allocator calls these too. Which heap a call is for is read from a thread-local, of which each domain has a
-//! copy of its own; so a switch of domains costs nothing here.
+//! Rust's default allocator calls these too. Which heap a call is for is read from a thread-local, of which each domain
+//! has a copy of its own; so a switch of domains costs nothing here.
 //!
 //! In a domain a pointer that is not a live block of its heap ends the call with a violation.
 
@@ -26,8 +27,8 @@ unsafe extern "C" {
 /// Returns the heap of the domain that is running, or `None` outside.
 #[inline]
 fn domain_heap<'a>() -> Option<&'a mut DomainHeap> {
-    // SAFETY: the pointer is null, or in a domain leads to its heap, which only the one call that is running there uses; the
-    // functions here return before another takes it.
+    // SAFETY: the pointer is null, or in a domain leads to its heap, which only the one call that is running there
+    // uses; the functions here return before another takes it.
     unsafe { tls::current_heap().as_mut() }
 }
 
@@ -156,7 +157,8 @@ unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
     }
 }
 
-/// Outside domains: ends the program if a block is a domain's. The C library would act on whatever the domain has left there.
+/// Outside domains: ends the program if a block is a domain's. The C library would act on whatever the domain has left
+/// there.
 #[inline]
 fn refuse_of_domain(block: NonNull<u8>) {
     // SAFETY: the C library keeps 16 bytes of its own before each block.

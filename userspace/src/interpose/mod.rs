@@ -1,7 +1,7 @@
 //! Functions of the C library that this crate replaces for the whole program.
 //!
-//! An executable that links this crate exports these symbols, and the loader binds every library's calls to them. Outside
-//! domains they forward to the C library.
+//! An executable that links this crate exports these symbols, and the loader binds every library's calls to them.
+//! Outside domains they forward to the C library.
 //!
 //! | module | functions | why |
 //! |---|---|---|
@@ -72,7 +72,8 @@ monitored! {
     static ADDRESSES: [AtomicUsize; NAMES.len()] = [const { AtomicUsize::new(0) }; NAMES.len()];
 }
 
-/// Finds all of them: code in a domain could not note where they are, and the child of a fork could wait for the loader in vain.
+/// Finds all of them: code in a domain could not note where they are, and the child of a fork could wait for the loader
+/// in vain.
 pub(crate) fn find_all() {
     for next in Next::ALL {
         let _ = next.find();

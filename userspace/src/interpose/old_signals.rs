@@ -1,5 +1,5 @@
-//! The functions for signals that are older than sigaction(2). The C library has them go past the ones that [`signals`](super::signals)
-//! replaces.
+//! The functions for signals that are older than sigaction(2). The C library has them go past the ones that
+//! [`signals`](super::signals) replaces.
 
 use std::ffi::c_int;
 use std::ptr;

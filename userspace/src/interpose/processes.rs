@@ -1,9 +1,9 @@
 //! Functions that start a program, which code in a domain may not.
 //!
-//! The C library runs the child on memory that it maps for that, until it is another program. A domain cannot write such memory, and the
-//! child would die there without a word. Nor may it fork: the C library takes locks of its own for that, and a domain that may write some
-//! of them fails at the next, with the first locked for good. `vfork` takes none: its child runs in the domain too, and can end or become
-//! another program.
+//! The C library runs the child on memory that it maps for that, until it is another program. A domain cannot write
+//! such memory, and the child would die there without a word. Nor may it fork: the C library takes locks of its own for
+//! that, and a domain that may write some of them fails at the next, with the first locked for good. `vfork` takes
+//! none: its child runs in the domain too, and can end or become another program.
 
 use std::ffi::{c_char, c_int};
 use std::mem;

@@ -1,8 +1,9 @@
 //! What the program says about signals, kept so that its handlers can be called as it asked.
 //!
-//! Before the first domain everything goes to the kernel. Then this crate takes over the handlers that there are, and from then
-//! on the kernel has this crate's handler for all of them, and each thread that enters domains has this crate's alternate stack.
-//! A program that makes these system calls itself, past the C library, changes that behind this crate's back.
+//! Before the first domain everything goes to the kernel. Then this crate takes over the handlers that there are, and
+//! from then on the kernel has this crate's handler for all of them, and each thread that enters domains has this
+//! crate's alternate stack. A program that makes these system calls itself, past the C library, changes that behind
+//! this crate's back.
 
 use std::ffi::c_int;
 use std::mem;
@@ -20,7 +21,8 @@ fn checked(result: std::io::Result<()>) -> c_int {
 }
 
 fn set(signal: c_int, new: Option<Action>) -> std::io::Result<Action> {
-    /// The C library keeps two signals for itself (glibc 2.36, `nptl/libc_start_call_main.h`, `SIGCANCEL` and `SIGSETXID`).
+    /// The C library keeps two signals for itself (glibc 2.36, `nptl/libc_start_call_main.h`, `SIGCANCEL` and
+    /// `SIGSETXID`).
     const OF_THE_LIBRARY: [c_int; 2] = [32, 33];
     if OF_THE_LIBRARY.contains(&signal) {
         return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
@@ -202,8 +204,8 @@ pub(crate) unsafe extern "C" fn sigprocmask(how: c_int, new: *const libc::sigset
     }
 }
 
-/// pthread_kill(3). A domain sends its own thread signals, and others none: for those the C library blocks every signal, and then takes a
-/// lock that a domain cannot write.
+/// pthread_kill(3). A domain sends its own thread signals, and others none: for those the C library blocks every
+/// signal, and then takes a lock that a domain cannot write.
 ///
 /// # Safety
 ///

@@ -1,8 +1,9 @@
 //! Destructors of thread-locals, of which a domain runs none.
 //!
-//! A thread-local with a destructor registers it, when it is first used, with the C library, which notes that in data of its
-//! own and in the loader's. A domain may write neither. Its thread-locals are dropped without a destructor when the domain is
-//! discarded, so in a domain there is nothing to note. Outside, registration goes to the C library as ever.
+//! A thread-local with a destructor registers it, when it is first used, with the C library, which notes that in data
+//! of its own and in the loader's. A domain may write neither. Its thread-locals are dropped without a destructor when
+//! the domain is discarded, so in a domain there is nothing to note. Outside, registration goes to the C library as
+//! ever.
 
 use std::ffi::{c_int, c_void};
 

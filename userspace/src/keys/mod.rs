@@ -1,10 +1,10 @@
 //! The protection keys of this process, and which domain has which.
 //!
-//! There are fewer keys than a program may want domains, so a domain has a key only while it needs one. A call *pins* the key of its
-//! domain; what nobody pins can be taken away: the pages of the domain that has gone longest without a call are given the *closed*
-//! key, which no domain has rights to, and its own key goes to the domain that is called. Keys are taken from the kernel when they
-//! are first needed and never given back: `pkey_free` does not untag pages, and a key that still tags some would give its next
-//! owner access to them.
+//! There are fewer keys than a program may want domains, so a domain has a key only while it needs one. A call *pins*
+//! the key of its domain; what nobody pins can be taken away: the pages of the domain that has gone longest without a
+//! call are given the *closed* key, which no domain has rights to, and its own key goes to the domain that is called.
+//! Keys are taken from the kernel when they are first needed and never given back: `pkey_free` does not untag pages,
+//! and a key that still tags some would give its next owner access to them.
 //!
 //! Pinning is one compare-and-swap on a cache line of the key's own; only a domain that has lost its key takes a lock.
 //!
@@ -39,8 +39,8 @@ pub(crate) struct Tagged {
     ranges: Box<[Range<usize>]>,
     /// The slot of the key it has. Changed under the lock of [`KEYS`].
     slot: AtomicPtr<Slot>,
-    /// Keys that some pages may carry since an attempt to tag them failed, one bit each. They are nobody's until all pages carry another.
-    /// Changed under that lock too.
+    /// Keys that some pages may carry since an attempt to tag them failed, one bit each. They are nobody's until all
+    /// pages carry another. Changed under that lock too.
     stains: AtomicU16,
 }
 
@@ -73,8 +73,8 @@ impl Tagged {
         self.slot().pin(self.number, thread)
     }
 
-    /// Pins a key for a call on this thread, which it has to be given first: this one if `want` says so. Waits while calls of other
-    /// threads pin all of them.
+    /// Pins a key for a call on this thread, which it has to be given first: this one if `want` says so. Waits while
+    /// calls of other threads pin all of them.
     #[cold]
     pub(crate) fn bind(self: &Arc<Self>, thread: &Thread, want: Option<ProtectionKey>) -> Result<Pin, Error> {
         let mut waiting = Waiting::new();
@@ -89,8 +89,8 @@ impl Tagged {
         }
     }
 
-    /// Unmaps the memory by a function that says whether no page carries the key any more, and gives the key back if so. Nobody
-    /// tags the memory meanwhile.
+    /// Unmaps the memory by a function that says whether no page carries the key any more, and gives the key back if
+    /// so. Nobody tags the memory meanwhile.
     pub(crate) fn leave(&self, unmap: impl FnOnce() -> bool) {
         let (key, stains) = {
             let mut keys = Keys::lock();
@@ -149,8 +149,9 @@ impl Waiting {
         Self { tries: 0 }
     }
 
-    /// Waits a little, for calls of other threads to end; an error if that is no use. A call that this thread's signal handler has
-    /// interrupted, or whose result it is receiving, cannot end before this one; and others may be waiting for that.
+    /// Waits a little, for calls of other threads to end; an error if that is no use. A call that this thread's signal
+    /// handler has interrupted, or whose result it is receiving, cannot end before this one; and others may be waiting
+    /// for that.
     fn go_on(&mut self, keys: Locked, thread: Option<&Thread>) -> Result<(), Error> {
         let pins = thread.is_some_and(|thread| keys.are_pinned_by(thread));
         if pins && (self.tries > Self::MOST || thread.is_some_and(|thread| keys.are_only_pinned_by(thread))) {
@@ -196,7 +197,8 @@ monitored! {
     });
 }
 
-/// The lock on [`KEYS`], with every signal blocked: a handler on this thread that calls a domain would wait for it in vain.
+/// The lock on [`KEYS`], with every signal blocked: a handler on this thread that calls a domain would wait for it in
+/// vain.
 pub(crate) struct Locked {
     // In this order they are dropped.
     keys: MutexGuard<'static, Keys>,
@@ -431,8 +433,8 @@ const fn bit(key: ProtectionKey) -> u16 {
     1 << key.number()
 }
 
-/// Runs a function at a moment when no domain has a key, so that each learns of what the function does to rights when it is next given
-/// one. Waits for calls of other threads to end.
+/// Runs a function at a moment when no domain has a key, so that each learns of what the function does to rights when
+/// it is next given one. Waits for calls of other threads to end.
 ///
 /// # Errors
 ///
@@ -503,11 +505,13 @@ pub(crate) fn closed() -> Result<ProtectionKey, Error> {
     }
 }
 
-/// Sets how many protection keys this crate takes from the kernel at most, for all domains together: 15 if this is not called.
+/// Sets how many protection keys this crate takes from the kernel at most, for all domains together: 15 if this is not
+/// called.
 ///
-/// A program that uses keys itself leaves itself some by this. Domains beyond the number of keys take turns: a domain that is called
-/// while others have all keys takes the key of the one that was called longest ago, which costs some system calls. One key is
-/// needed for closing those, so at least 2 keys make for any number of domains. Keys that have been taken are kept.
+/// A program that uses keys itself leaves itself some by this. Domains beyond the number of keys take turns: a domain
+/// that is called while others have all keys takes the key of the one that was called longest ago, which costs some
+/// system calls. One key is needed for closing those, so at least 2 keys make for any number of domains. Keys that have
+/// been taken are kept.
 pub fn set_key_limit(limit: usize) {
     Keys::lock().limit = limit.min(ProtectionKey::COUNT - 1);
 }

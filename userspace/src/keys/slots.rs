@@ -12,7 +12,8 @@ use crate::thread::Thread;
 /// What one key is doing. Domains must not be able to write it.
 #[repr(align(64))]
 pub(super) struct Slot {
-    /// The number of the domain that has the key, shifted left by one, and bit 0 if a call pins it. 0: no domain has it.
+    /// The number of the domain that has the key, shifted left by one, and bit 0 if a call pins it. 0: no domain has
+    /// it.
     owner: AtomicU64,
     /// The value of [`Slots::epoch`] when it was last pinned.
     used: AtomicU64,
@@ -157,11 +158,13 @@ pub(crate) fn abandon(key: ProtectionKey) {
     Slot::of(key).unpin();
 }
 
-/// Finds the call that runs on the thread whose signal stack a frame lies on: the context, if it is in the domain just now.
+/// Finds the call that runs on the thread whose signal stack a frame lies on: the context, if it is in the domain just
+/// now.
 pub(crate) fn running_on(frame: usize) -> Option<NonNull<Context>> {
     ProtectionKey::all().find_map(|key| {
-        // The context first: a slot keeps the stack of the thread that pinned it last, and another may be pinning it just now. If there
-        // is a context, the stack is that of its thread, or by now of a later one, which is not this.
+        // The context first: a slot keeps the stack of the thread that pinned it last, and another may be pinning it
+        // just now. If there is a context, the stack is that of its thread, or by now of a later one, which is not
+        // this.
         let context = Gate::Pkru.running_with(key)?;
         fence(Ordering::Acquire);
         let stack = Slot::of(key).signal_stack.load(Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! What the program wants to happen on each signal.
 //!
-//! The kernel calls this crate for every signal that has a handler, on this crate's signal stack; what the program asked for
-//! stands here. See [`crate::interpose::signals`] for how it gets here.
+//! The kernel calls this crate for every signal that has a handler, on this crate's signal stack; what the program
+//! asked for stands here. See [`crate::interpose::signals`] for how it gets here.
 
 use std::ffi::c_int;
 use std::io;

@@ -1,8 +1,8 @@
 //! Running the program's own handlers.
 //!
-//! A signal is taken on this crate's stack, with every signal blocked. The program's handler shall find what it would without
-//! this crate: its thread-locals, its rights, the mask and the stack that it asked for. If a domain was interrupted the stack is
-//! the caller's, below the call.
+//! A signal is taken on this crate's stack, with every signal blocked. The program's handler shall find what it would
+//! without this crate: its thread-locals, its rights, the mask and the stack that it asked for. If a domain was
+//! interrupted the stack is the caller's, below the call.
 
 use std::arch::naked_asm;
 use std::ffi::{c_int, c_void};

@@ -2,7 +2,8 @@
 //!
 //! # References
 //!
-//! Linux 6.12, `arch/x86/kernel/fpu/signal.c`, `arch/x86/include/uapi/asm/sigcontext.h`; Intel SDM volume 1, section "XSAVE Area".
+//! Linux 6.12, `arch/x86/kernel/fpu/signal.c`, `arch/x86/include/uapi/asm/sigcontext.h`; Intel SDM volume 1, section
+//! "XSAVE Area".
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,7 +26,8 @@ pub(super) fn set_pkru_offset(offset: usize) {
 pub(super) fn write(context: &mut libc::ucontext_t, rewind: Rewind) -> bool {
     /// TF, DF, NT and AC.
     const FLAGS: i64 = 1 << 8 | 1 << 10 | 1 << 14 | 1 << 18;
-    /// The word holds CS, GS, FS and SS, from the lowest bits up. A far jump in the domain can have changed the first and the last.
+    /// The word holds CS, GS, FS and SS, from the lowest bits up. A far jump in the domain can have changed the first
+    /// and the last.
     const CS_AND_SS: u64 = 0xffff_0000_0000_ffff;
     /// `__USER_CS` and `__USER_DS` (Linux 6.12, `arch/x86/include/asm/segment.h`).
     const USER_CS_AND_SS: u64 = 0x002b_0000_0000_0033;

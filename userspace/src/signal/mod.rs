@@ -1,12 +1,13 @@
 //! Signals: the handler that ends a call whose code has faulted, and what it leaves alone.
 //!
 //! A handler starts with the kernel's initial rights, which allow key 0 alone, and with the FS base of whatever was
-//! interrupted. So the entry is a few instructions that touch no memory and open the rights; the rest is Rust that uses no
-//! thread-local. For a fault in a domain it writes the rewind's state into the signal frame, and sigreturn resumes there with
-//! the caller's rights in one step. Any other signal goes to the program's own handler, see [`deliver`].
+//! interrupted. So the entry is a few instructions that touch no memory and open the rights; the rest is Rust that uses
+//! no thread-local. For a fault in a domain it writes the rewind's state into the signal frame, and sigreturn resumes
+//! there with the caller's rights in one step. Any other signal goes to the program's own handler, see [`deliver`].
 //!
-//! Whether a domain was interrupted is told by the stack that the frame lies on: each thread has one that the kernel uses for
-//! nothing else, and the slot of a key says on which thread it was pinned. No register that the domain could have set is asked.
+//! Whether a domain was interrupted is told by the stack that the frame lies on: each thread has one that the kernel
+//! uses for nothing else, and the slot of a key says on which thread it was pinned. No register that the domain could
+//! have set is asked.
 //!
 //! # References
 //!
@@ -182,7 +183,8 @@ unsafe fn outside(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void)
 ///
 /// # Safety
 ///
-/// The arguments are those that the kernel passed for a signal that struck in the call that is running. FS base is the caller's.
+/// The arguments are those that the kernel passed for a signal that struck in the call that is running. FS base is the
+/// caller's.
 unsafe fn end_call(
     signal: c_int,
     info: *mut libc::siginfo_t,
@@ -194,7 +196,8 @@ unsafe fn end_call(
     // SAFETY: the caller answers for the arguments.
     let trap = Trap { in_panic: call.in_panic.get(), ..unsafe { trap(signal, info, context) } };
     if !thread::current().is_some_and(Thread::is_original) {
-        // Code in the domain has duplicated the process: the copy must not go on as the program, but it may end as it wants to.
+        // Code in the domain has duplicated the process: the copy must not go on as the program, but it may end as it
+        // wants to.
         sys::exit_with(if let Some(Report::Exit { status }) = trap.report { status } else { libc::EXIT_FAILURE });
     }
     // SAFETY: the frame is that of the page fault.
@@ -204,8 +207,8 @@ unsafe fn end_call(
     }
     call.in_panic.set(false);
     call.trap.set(Some(trap));
-    // SAFETY: the signal struck this context's call on this thread, and sigreturn resumes as it says. The FS base is in force, which the
-    // C library's return from a handler does not use.
+    // SAFETY: the signal struck this context's call on this thread, and sigreturn resumes as it says. The FS base is in
+    // force, which the C library's return from a handler does not use.
     let rewind = unsafe { Gate::Pkru.rewind(running) };
     if !frame::write(context, rewind) {
         // No way back to the caller: the kernel's frames have changed since the capability check.
@@ -236,7 +239,8 @@ unsafe fn hand_on(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void,
     unsafe { Gate::Pkru.show(running) };
 }
 
-/// Whether a signal that struck in a domain is about the code there: a fault, one that it has sent itself, or its deadline.
+/// Whether a signal that struck in a domain is about the code there: a fault, one that it has sent itself, or its
+/// deadline.
 fn ends_call(signal: c_int, info: &libc::siginfo_t) -> bool {
     if !FAULTS.contains(&signal) {
         return false;

@@ -1,12 +1,12 @@
 //! Rust panics in a domain.
 //!
-//! Before std calls the panic hook it counts the panic, and takes a lock that keeps the hook from being replaced: two writes to
-//! statics, which a domain cannot make. The call is lost in any case, and nothing else looks at those statics on its behalf, so the
-//! fault handler does as if they were made: it sets the registers as the instruction would, and leaves memory alone. Then the
-//! hook runs in the domain, which is this crate's, and reports the message.
+//! Before std calls the panic hook it counts the panic, and takes a lock that keeps the hook from being replaced: two
+//! writes to statics, which a domain cannot make. The call is lost in any case, and nothing else looks at those statics
+//! on its behalf, so the fault handler does as if they were made: it sets the registers as the instruction would, and
+//! leaves memory alone. Then the hook runs in the domain, which is this crate's, and reports the message.
 //!
-//! Which instructions these are is learned from a panic in the first domain. A domain with `Globals::Writable` does make those writes;
-//! there the hook takes them back.
+//! Which instructions these are is learned from a panic in the first domain. A domain with `Globals::Writable` does
+//! make those writes; there the hook takes them back.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -101,8 +101,8 @@ fn take_back() {
     }
 }
 
-/// Does as if the instruction at which a domain has faulted had been executed, but for its write; `false` if it is none that this
-/// knows.
+/// Does as if the instruction at which a domain has faulted had been executed, but for its write; `false` if it is none
+/// that this knows.
 ///
 /// # Safety
 ///

@@ -123,8 +123,8 @@ pub(crate) fn libraries() -> Vec<Library> {
     let mut libraries: Vec<Library> = Vec::new();
     // SAFETY: `collect` gets back the vector that is passed here, which lives across the call.
     unsafe { libc::dl_iterate_phdr(Some(collect), (&raw mut libraries).cast()) };
-    // Outside the iteration, during which the loader holds a lock: another thread may be closing some of them by now, which
-    // then are not to be had any more.
+    // Outside the iteration, during which the loader holds a lock: another thread may be closing some of them by now,
+    // which then are not to be had any more.
     libraries.retain_mut(|library| {
         library.pin = Pin::new(&library.name);
         library.pin.is_some() || library.name.is_empty()
@@ -229,8 +229,8 @@ impl Library {
     }
 }
 
-/// Returns the addresses of a function or variable that a library exports, with this version if one is named, past a definition
-/// in this object.
+/// Returns the addresses of a function or variable that a library exports, with this version if one is named, past a
+/// definition in this object.
 pub(crate) fn next_symbol(name: &CStr, version: Option<&CStr>) -> Option<Range<usize>> {
     /// Asks `dladdr1` for the symbol's entry in the table.
     const RTLD_DL_SYMENT: c_int = 1;

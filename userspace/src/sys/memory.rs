@@ -33,7 +33,8 @@ pub(crate) fn map_reserved(size: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(address.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
-/// Maps fresh pages, without access, in the place of others; locked pages too, whose contents cannot be dropped otherwise.
+/// Maps fresh pages, without access, in the place of others; locked pages too, whose contents cannot be dropped
+/// otherwise.
 ///
 /// # Safety
 ///

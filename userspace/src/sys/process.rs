@@ -131,8 +131,8 @@ pub(crate) fn thread_handle() -> usize {
     unsafe { libc::pthread_self() as usize }
 }
 
-/// Starts a thread and cancels it, which the C library takes as the occasions to install the handlers that it has for two signals. The
-/// thread takes no notice, and ends.
+/// Starts a thread and cancels it, which the C library takes as the occasions to install the handlers that it has for
+/// two signals. The thread takes no notice, and ends.
 ///
 /// # References
 ///
@@ -364,8 +364,8 @@ pub(crate) fn process_id() -> u32 {
     unsafe { libc::getpid() as u32 }
 }
 
-/// Ends this process and nothing else: exit_group(2); async-signal-safe. The C library's function of that purpose is replaced by
-/// this crate's.
+/// Ends this process and nothing else: exit_group(2); async-signal-safe. The C library's function of that purpose is
+/// replaced by this crate's.
 pub(crate) fn exit_with(status: c_int) -> ! {
     loop {
         // SAFETY: the call leaves without running anything of the process's.
@@ -373,7 +373,8 @@ pub(crate) fn exit_with(status: c_int) -> ! {
     }
 }
 
-/// Has functions called around each fork that the C library makes: before it, and after it in the parent and in the child.
+/// Has functions called around each fork that the C library makes: before it, and after it in the parent and in the
+/// child.
 pub(crate) fn around_forks(
     before: extern "C" fn(),
     in_parent: extern "C" fn(),
@@ -400,8 +401,8 @@ pub(crate) fn rseq_area() -> Option<usize> {
 
 /// Unregisters a restartable-sequences area of the calling thread; async-signal-safe.
 ///
-/// The kernel writes that area whenever it returns to the thread, with the rights in force; in a domain, which cannot write
-/// it, that write would kill the process.
+/// The kernel writes that area whenever it returns to the thread, with the rights in force; in a domain, which cannot
+/// write it, that write would kill the process.
 ///
 /// # References
 ///
@@ -415,7 +416,8 @@ pub(crate) fn unregister_rseq(area: usize) -> io::Result<()> {
     let wanted = (auxiliary(AT_RSEQ_FEATURE_SIZE) as u32).next_multiple_of(LENGTH);
     let mut refused = io::Error::from_raw_os_error(libc::EINVAL);
     for length in [LENGTH, wanted] {
-        // SAFETY: the arguments are those with which glibc registered the area; without it nothing is written there any more.
+        // SAFETY: the arguments are those with which glibc registered the area; without it nothing is written there any
+        // more.
         if unsafe { libc::syscall(libc::SYS_rseq, area, length, UNREGISTER, SIGNATURE) } == 0 {
             return Ok(());
         }
@@ -424,8 +426,8 @@ pub(crate) fn unregister_rseq(area: usize) -> io::Result<()> {
     match refused.raw_os_error() {
         // The kernel has no such call.
         Some(libc::ENOSYS) => Ok(()),
-        // Nothing is registered, because the thread has undone it itself; or something is, in a way that is not known here. An area
-        // of another address is refused with EINVAL in the first case too, if its length is wrong.
+        // Nothing is registered, because the thread has undone it itself; or something is, in a way that is not known
+        // here. An area of another address is refused with EINVAL in the first case too, if its length is wrong.
         _ => match super::probe::register_rseq() {
             Ok(()) => super::probe::unregister_own_rseq(),
             Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),

@@ -71,7 +71,8 @@ pub(crate) fn mistake() {
 /// An address at which nothing is mapped.
 pub(crate) const NOWHERE: usize = 0x120;
 
-/// Runs something in a child that the C library forks, and returns its wait status: 0 if it came to an end, 256 if it panicked.
+/// Runs something in a child that the C library forks, and returns its wait status: 0 if it came to an end, 256 if it
+/// panicked.
 pub(crate) fn in_child(function: impl FnOnce()) -> i32 {
     // SAFETY: the child runs the function and exits.
     let child = unsafe { libc::fork() };

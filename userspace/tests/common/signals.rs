@@ -77,7 +77,8 @@ pub(crate) fn wait_in(domain: &mut Domain) {
     assert!(COUNT.load(Ordering::Relaxed) > before, "the handler ran while the domain did");
 }
 
-/// Runs a function, which the handler [`leave`] leaves once, while a domain runs: to jump out of a function of the C library's is an error.
+/// Runs a function, which the handler [`leave`] leaves once, while a domain runs: to jump out of a function of the C
+/// library's is an error.
 ///
 /// A frame of its own: the compiler does not know that this goes on twice, so nothing may be done after the jump.
 #[inline(never)]
