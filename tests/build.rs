@@ -5,6 +5,7 @@ fn main() {
     cc::Build::new()
         .file("c/helper.c")
         .flag("-fstack-protector-all")
+        .flag("-fexceptions")
         .define("_FORTIFY_SOURCE", "2")
         .opt_level(1)
         .warnings_into_errors(true)

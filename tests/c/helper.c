@@ -2,6 +2,7 @@
 
 #include <alloca.h>
 #include <assert.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -125,4 +126,34 @@ int helper_vfork(int status)
         _exit(status);
     waitpid(child, &result, 0);
     return result;
+}
+
+static int cleaned;
+
+static void clean(int *unused)
+{
+    (void)unused;
+    cleaned++;
+}
+
+static void *read_for_ever(void *descriptor)
+{
+    __attribute__((cleanup(clean))) int guard = 0;
+    char byte;
+    while (read(*(int *)descriptor, &byte, 1) >= 0)
+        guard++;
+    return 0;
+}
+
+/* Cancels a thread that reads from a pipe to which nobody writes; returns how many of its variables were cleaned up. */
+int helper_cancel(void)
+{
+    int ends[2];
+    pthread_t thread;
+    if (pipe(ends) || pthread_create(&thread, 0, read_for_ever, &ends[0]))
+        return -1;
+    usleep(100000);
+    if (pthread_cancel(thread) || pthread_join(thread, 0))
+        return -1;
+    return cleaned;
 }

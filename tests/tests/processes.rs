@@ -121,6 +121,18 @@ fn another_thread_is_not_signalled() {
 }
 
 #[test]
+fn threads_are_cancelled_as_before() {
+    unsafe extern "C" {
+        fn helper_cancel() -> i32;
+    }
+    let mut domain = need!(domain("bystander"));
+    works(&mut domain);
+    // SAFETY: it has no preconditions.
+    assert_eq!(unsafe { helper_cancel() }, 1);
+    contain(&mut domain, mistake);
+}
+
+#[test]
 fn older_functions_leave_the_signals_of_faults_open() {
     let mut domain = need!(domain("holder"));
     // SAFETY: they take a signal, and a set of signals.

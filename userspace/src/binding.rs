@@ -10,10 +10,11 @@
 //! Linux Standard Base, "Symbol Versioning".
 
 use std::ffi::CStr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::monitor::monitored;
 use crate::sys::{self, Library};
+use crate::turn::{Taken, Turn};
 use crate::{ending, library};
 
 const DT_PLTRELSZ: u64 = 2;
@@ -31,20 +32,17 @@ const DF_1_NOW: u64 = 1;
 const R_X86_64_JUMP_SLOT: u32 = 7;
 
 monitored! {
+    static BINDING: Turn = Turn::new();
     /// How many libraries had been loaded when all of them were bound last.
-    static DONE: Mutex<u64> = Mutex::new(0);
-}
-
-/// Lets nobody bind libraries meanwhile. Signals are to be blocked, for their handlers may fork.
-pub(crate) fn lock() -> MutexGuard<'static, u64> {
-    DONE.lock().unwrap_or_else(PoisonError::into_inner)
+    static DONE: AtomicU64 = AtomicU64::new(0);
 }
 
 /// Binds every slot of every library that is not bound yet. Does nothing if nothing was loaded since the last time.
-pub(crate) fn bind_all() {
-    let mut done = lock();
+/// Nobody else binds any before what this returns is dropped; signals are to be blocked until then.
+pub(crate) fn bind_all() -> Taken<'static> {
+    let alone = BINDING.take();
     let loaded = sys::loaded_count();
-    if *done != loaded {
+    if DONE.load(Ordering::Relaxed) != loaded {
         let libraries = sys::libraries();
         // Objects that define symbols without versions, as executables do: these serve a reference to any version.
         let unversioned: Vec<_> = libraries.iter().filter(|library| entry(library, DT_VERDEF).is_none()).collect();
@@ -55,8 +53,9 @@ pub(crate) fn bind_all() {
             bind(library, &unversioned);
         }
         ending::prepare(&libraries);
-        *done = loaded;
+        DONE.store(loaded, Ordering::Relaxed);
     }
+    alone
 }
 
 #[derive(Clone, Copy)]

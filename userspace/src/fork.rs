@@ -7,11 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::keys::{Keys, Locked};
 use crate::monitor::monitored;
 use crate::signal::actions;
-use crate::{binding, library, sys, thread};
+use crate::{library, sys, thread};
 
 /// What no other thread may be changing at the moment of a fork, for in the child it would never finish.
 struct Held {
-    _binding: MutexGuard<'static, u64>,
     _libraries: MutexGuard<'static, library::Taken>,
     // Last, for signals are blocked until it is dropped.
     keys: Locked,
@@ -44,7 +43,7 @@ pub(crate) extern "C" fn before() {
         return;
     }
     let keys = Keys::lock();
-    let held = Held { _binding: binding::lock(), _libraries: library::lock(), keys };
+    let held = Held { _libraries: library::lock(), keys };
     actions::lock();
     FORKING.store(sys::thread_handle(), Ordering::Relaxed);
     // SAFETY: this thread has just got the lock on the keys.

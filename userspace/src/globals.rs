@@ -8,13 +8,14 @@
 
 use std::ffi::c_int;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pkru::{AccessRights, KeyRights, ProtectionKey};
 
 use crate::monitor::{self, monitored};
 use crate::thread::Thread;
+use crate::turn::Turn;
 use crate::{Error, keys, library, sys, thread};
 
 /// What a domain may do with the statics of the program and its libraries.
@@ -43,8 +44,7 @@ monitored! {
     /// How many threads have followed the invitation.
     static FOLLOWED: AtomicUsize = AtomicUsize::new(0);
     static IS_OPEN: AtomicBool = AtomicBool::new(false);
-    /// The process that is about it, 0 if none is. In the copy that a fork makes the thread that was may not be there.
-    static OPENING_IN: AtomicU32 = AtomicU32::new(0);
+    static OPENING: Turn = Turn::new();
 }
 
 /// The signal by which threads are told; it is one that is not blocked where domains are called.
@@ -82,7 +82,7 @@ pub(crate) fn follow() {
 
 /// Gives the statics a key of their own, if they have none yet.
 pub(crate) fn open(thread: &Thread) -> Result<(), Error> {
-    let _alone = Opening::alone();
+    let _alone = OPENING.take();
     if IS_OPEN.load(Ordering::Acquire) {
         return Ok(());
     }
@@ -107,26 +107,6 @@ pub(crate) fn open(thread: &Thread) -> Result<(), Error> {
     })?;
     IS_OPEN.store(true, Ordering::Release);
     Ok(())
-}
-
-/// The one thread of the process that is about it.
-struct Opening;
-
-impl Opening {
-    fn alone() -> Self {
-        let here = sys::process_id();
-        let take = |before| if before == here { None } else { Some(here) };
-        while OPENING_IN.fetch_update(Ordering::Acquire, Ordering::Relaxed, take).is_err() {
-            std::thread::yield_now();
-        }
-        Self
-    }
-}
-
-impl Drop for Opening {
-    fn drop(&mut self) {
-        OPENING_IN.store(0, Ordering::Release);
-    }
 }
 
 /// Has every thread of the process give itself rights to the key.

@@ -76,6 +76,7 @@ mod sys;
 mod thread;
 mod tls;
 pub mod transfer;
+mod turn;
 mod vault;
 mod violation;
 

@@ -63,7 +63,7 @@ impl Given {
         let ranges = library.writable_pages();
         let _quiet = BlockedSignals::new();
         // What is kept of the data is bound, for nobody else may write it from now on.
-        binding::bind_all();
+        let _alone = binding::bind_all();
         let mut taken = lock();
         if ranges.iter().any(|range| taken.iter().any(|other| other.start == range.start)) {
             return Err(Error::LibraryInUse { name: name.into() });

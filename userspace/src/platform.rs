@@ -68,6 +68,7 @@ impl Memory {
     fn prepare_for(&mut self, thread: &Thread, pin: Option<Pin>) -> Result<Pin, Error> {
         let pin = pin.map_or_else(|| self.bind(thread, None), Ok)?;
         if self.thread != thread.number() {
+            self.mapping.check()?;
             self.open(pin.key());
             // What code has left in thread-locals belongs to the thread that it ran on, like what it has left in others
             // there.
@@ -262,7 +263,7 @@ unsafe impl Platform for Linux {
         let _quiet = sys::BlockedSignals::new();
         // The key is pinned, and this thread is about to write what it tags.
         memory.open(memory.running.context.key());
-        binding::bind_all();
+        drop(binding::bind_all());
         self.libraries.iter().for_each(Given::restore);
         let range = memory.heap();
         let heap = NonNull::new(range.start as *mut DomainHeap).expect("a heap does not start at 0");

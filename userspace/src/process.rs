@@ -71,7 +71,7 @@ impl Process {
             NOTICES_FORKS.store(true, Ordering::Relaxed);
         }
         // If this fails once it fails each time; the signals taken over so far stay so.
-        sys::have_handlers_installed().map_err(Error::system("start a thread")).map_err(undo)?;
+        sys::start_a_thread().map_err(Error::system("start a thread")).map_err(undo)?;
         signal::install(pkru_offset).map_err(undo)?;
         signal::panics::install_hook();
         Ok(Self { signal_stack_key })

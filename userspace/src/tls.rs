@@ -159,6 +159,11 @@ pub(crate) unsafe fn lay_out(
         unsafe { template.lay_out() };
         return Ok(template.pointer as u64);
     }
+    if let Some(old) = template.take() {
+        // It may have been laid out there for another thread.
+        // SAFETY: the caller answers for the memory.
+        unsafe { ptr::write_bytes(old.start as *mut u8, 0, old.bytes.len()) };
+    }
     // SAFETY: the caller answers for the memory.
     let (pointer, length) = unsafe { build(memory, heap, stack) }?;
     // SAFETY: the memory is mapped, and `build` has written that much of it.

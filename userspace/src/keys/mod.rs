@@ -92,6 +92,8 @@ impl Tagged {
     /// Unmaps the memory by a function that says whether no page carries the key any more, and gives the key back if
     /// so. Nobody tags the memory meanwhile.
     pub(crate) fn leave(&self, unmap: impl FnOnce() -> bool) {
+        // A handler that forks in the middle would find a key that is about to come back.
+        let _quiet = BlockedSignals::new();
         let (key, stains) = {
             let mut keys = Keys::lock();
             let key = self.key();
@@ -181,8 +183,9 @@ pub(crate) struct Keys {
     owners: [Option<Arc<Tagged>>; ProtectionKey::COUNT],
     /// How many keys are about to come back, of memory that is being unmapped.
     leaving: usize,
-    /// No domain is given a key at the moment.
-    is_withholding: bool,
+    /// The [number](Thread::number) of the thread that has no domain given a key at the moment, but in calls of its own;
+    /// 0 if none does.
+    withheld_by: u64,
 }
 
 monitored! {
@@ -193,7 +196,7 @@ monitored! {
         closed: None,
         owners: [const { None }; ProtectionKey::COUNT],
         leaving: 0,
-        is_withholding: false,
+        withheld_by: 0,
     });
 }
 
@@ -222,7 +225,7 @@ impl DerefMut for Locked {
 impl Locked {
     /// In the child of a fork, whose thread has forked with this lock: what other threads were about is over.
     pub(crate) fn adopt(&mut self, thread: Option<&Thread>) {
-        self.is_withholding = false;
+        self.withheld_by = 0;
         self.leaving = 0;
         for slot in ProtectionKey::all().map(Slot::of) {
             if slot.is_pinned() && !thread.is_some_and(|thread| slot.is_pinned_by(thread)) {
@@ -234,7 +237,7 @@ impl Locked {
 
 impl Keys {
     pub(crate) fn lock() -> Locked {
-        if thread::is_a_domains() {
+        if thread::is_in_domain() {
             // It is not for code in a domain to get here: let it fault at once, while the signals of faults are open.
             drop(KEYS.lock());
         }
@@ -245,7 +248,8 @@ impl Keys {
     /// Gives memory that has none a key; `false` if calls pin all of them.
     fn give(&mut self, memory: &Arc<Tagged>, want: Option<ProtectionKey>, thread: &Thread) -> Result<bool, Error> {
         // Who withholds them waits for the calls that run to end, and those may need others to.
-        if self.is_withholding && !self.are_pinned_by(thread) {
+        let is_withheld = self.withheld_by != 0 && self.withheld_by != thread.number();
+        if is_withheld && !self.are_pinned_by(thread) {
             return Ok(false);
         }
         let Some(key) = self.obtain(want)? else { return Ok(false) };
@@ -440,7 +444,7 @@ const fn bit(key: ProtectionKey) -> u16 {
 ///
 /// The function's, and [`Error::InDomain`] if the calling thread is itself in the middle of a call.
 pub(crate) fn while_none_has_a_key(thread: &Thread, function: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
-    Keys::lock().is_withholding = true;
+    Keys::lock().withheld_by = thread.number();
     let result = loop {
         let mut keys = Keys::lock();
         match keys.take_all_away(thread) {
@@ -452,7 +456,7 @@ pub(crate) fn while_none_has_a_key(thread: &Thread, function: impl FnOnce() -> R
         drop(keys);
         std::thread::yield_now();
     };
-    Keys::lock().is_withholding = false;
+    Keys::lock().withheld_by = 0;
     result
 }
 
@@ -512,6 +516,13 @@ pub(crate) fn closed() -> Result<ProtectionKey, Error> {
 /// that is called while others have all keys takes the key of the one that was called longest ago, which costs some
 /// system calls. One key is needed for closing those, so at least 2 keys make for any number of domains. Keys that have
 /// been taken are kept.
+///
+/// # Examples
+///
+/// ```
+/// // Before the first domain, on any machine.
+/// pkru_userspace::set_key_limit(8);
+/// ```
 pub fn set_key_limit(limit: usize) {
     Keys::lock().limit = limit.min(ProtectionKey::COUNT - 1);
 }

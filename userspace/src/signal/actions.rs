@@ -97,9 +97,12 @@ pub(super) fn get(signal: c_int) -> Action {
     }
 }
 
-/// Returns whether a signal is one whose action this crate keeps: a real one, that can have a handler.
+/// Returns whether a signal is one whose action this crate keeps: a real one, that can have a handler, and not the one
+/// by which the C library cancels threads, whose handler unwinds the stack on which it is called.
 pub(crate) const fn is_kept(signal: c_int) -> bool {
-    signal > 0 && (signal as usize) < SIGNALS && !matches!(signal, libc::SIGKILL | libc::SIGSTOP)
+    /// `SIGCANCEL` (glibc 2.36, `sysdeps/unix/sysv/linux/internal-signals.h`)
+    const CANCEL: c_int = 32;
+    signal > 0 && (signal as usize) < SIGNALS && !matches!(signal, libc::SIGKILL | libc::SIGSTOP | CANCEL)
 }
 
 /// Returns whether the table is in force: [`adopt`] was called.

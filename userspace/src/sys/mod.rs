@@ -18,7 +18,7 @@ pub(crate) use probe::{
 };
 pub(crate) use process::{
     Action, AlternateStack, BlockedSignals, SS_AUTODISARM, Timer, action, alternate_stack, around_forks, auxiliary,
-    change_mask, create_timer, delete_timer, exit_with, have_handlers_installed, pause_timer, process_id, resend,
-    restore_alternate_stack, rseq_area, send_value, set_action, set_alternate_stack, set_for_thread, set_mask,
-    set_timer, thread_exists, thread_handle, thread_id, thread_key, threads, unblock, unregister_rseq,
+    change_mask, create_timer, delete_timer, exit_with, pause_timer, process_id, resend, restore_alternate_stack,
+    rseq_area, send_value, set_action, set_alternate_stack, set_for_thread, set_mask, set_timer, start_a_thread,
+    thread_exists, thread_handle, thread_id, thread_key, threads, unblock, unregister_rseq,
 };

@@ -5,7 +5,6 @@ use std::io;
 use std::mem;
 use std::ops::Range;
 use std::ptr;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// What happens on a signal, as the kernel has it.
@@ -131,46 +130,17 @@ pub(crate) fn thread_handle() -> usize {
     unsafe { libc::pthread_self() as usize }
 }
 
-/// Starts a thread and cancels it, which the C library takes as the occasions to install the handlers that it has for
-/// two signals. The thread takes no notice, and ends.
+/// Starts a thread that ends at once. The C library takes the first as the occasion to install the handler of a signal
+/// by which all threads change their user.
 ///
 /// # References
 ///
-/// glibc 2.36, `nptl/pthread_create.c`, `late_init`, and `nptl/pthread_cancel.c`.
-pub(crate) fn have_handlers_installed() -> io::Result<()> {
-    unsafe extern "C" {
-        fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
-    }
-    const CANCEL_DISABLE: c_int = 1;
-    extern "C" fn take_no_notice(step: *mut c_void) -> *mut c_void {
-        // SAFETY: it is the starter's, who waits for this thread's end.
-        let step = unsafe { &*step.cast::<AtomicU32>() };
-        let mut old = 0;
-        // SAFETY: the integer is writable.
-        unsafe { pthread_setcancelstate(CANCEL_DISABLE, &raw mut old) };
-        step.store(1, Ordering::Release);
-        wait_for(step, 2);
-        ptr::null_mut()
-    }
-    fn wait_for(step: &AtomicU32, value: u32) {
-        while step.load(Ordering::Acquire) != value {
-            std::thread::yield_now();
-        }
-    }
-    let checked = |error| if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) };
-    let step = AtomicU32::new(0);
-    let argument = (&raw const step).cast_mut().cast();
-    let mut thread = mem::MaybeUninit::uninit();
-    // SAFETY: the handle is writable, and what the argument points to outlives the thread.
-    checked(unsafe { libc::pthread_create(thread.as_mut_ptr(), ptr::null(), take_no_notice, argument) })?;
-    // SAFETY: the thread was started.
-    let thread = unsafe { thread.assume_init() };
-    wait_for(&step, 1);
-    // SAFETY: the thread is there, and waits.
-    let cancelled = checked(unsafe { libc::pthread_cancel(thread) });
-    step.store(2, Ordering::Release);
-    // SAFETY: nobody else joins it.
-    checked(unsafe { libc::pthread_join(thread, ptr::null_mut()) }).and(cancelled)
+/// glibc 2.36, `nptl/pthread_create.c`, `late_init`.
+pub(crate) fn start_a_thread() -> io::Result<()> {
+    let thread = std::thread::Builder::new().spawn(|| ())?;
+    // It does not panic.
+    drop(thread.join());
+    Ok(())
 }
 
 /// Returns the numbers of the process's threads.
