@@ -74,7 +74,10 @@ pub(super) fn is_bookkeeping(trap: &Trap, learning: bool) -> bool {
         return false;
     }
     let place_of = |address| LEARNED.iter().find(|write| write.instruction.load(Ordering::Relaxed) == address);
-    if let Some(free) = place_of(0).filter(|_| learning && place_of(trap.instruction).is_none()) {
+    if learning
+        && place_of(trap.instruction).is_none()
+        && let Some(free) = place_of(0)
+    {
         free.static_at.store(trap.address, Ordering::Relaxed);
         free.instruction.store(trap.instruction, Ordering::Relaxed);
     }
