@@ -25,8 +25,8 @@
 //! Inside: `platform` is Linux as `pkru`'s platform; `process` and `thread` get those two ready; `keys` says which
 //! domain has which protection key; `signal` handles faults and hands other signals on; `mapping` maps memory; `tls`
 //! lays out thread-locals; `interpose` has the functions of the C library that this crate replaces; `binding` binds
-//! libraries, `library` gives their data away; `report`, `ending` and `symbol` say what went wrong; `sys` has every
-//! system call.
+//! libraries, `library` gives their data away; `fork` keeps domains working in the program's children, `turn` is a lock
+//! for that; `report`, `ending` and `symbol` say what went wrong; `sys` has every system call.
 //!
 //! # What linking this crate does
 //!
