@@ -121,7 +121,7 @@ unsafe impl Platform for Kernel {
     unsafe fn enter(&self, memory: &mut Memory, entry: Entry, argument: u64) -> Result<u64, Trap> {
         // SAFETY: the memory was mapped and made ready; the traps module rewinds; the caller answers for the entry
         // point.
-        match unsafe { Fence::current().gate().enter(&mut memory.context, entry, argument) } {
+        match unsafe { Fence::current().gate().enter(&raw mut memory.context, entry, argument) } {
             Exit::Returned(value) => Ok(value),
             Exit::Rewound => Err(traps::take_last().expect("a call is rewound by a trap")),
         }

@@ -196,7 +196,7 @@ impl Context {
     }
 }
 
-// SAFETY: a context is plain data; a running call is tied to its thread by the borrow that `Gate::enter` holds.
+// SAFETY: a context is plain data; while a call runs, `Gate::enter` has it for itself.
 unsafe impl Send for Context {}
 
 /// How a call through the gate ended.
@@ -271,8 +271,12 @@ pub enum Gate {
 impl Gate {
     /// Enters a domain, calls `entry` with `argument` there, and returns how that ended.
     ///
+    /// The context may be the first field of something larger: [`running`](Self::running) gives a fault handler this very
+    /// pointer.
+    ///
     /// # Safety
     ///
+    /// - The context is alive, and nothing but a fault handler on this CPU and thread uses it meanwhile.
     /// - The register of this gate is usable, CR4.FSGSBASE is 1, and for PKRS the CPU runs in ring 0.
     /// - The context's stack is mapped, writable with the context's rights, and used by nothing else meanwhile; its FS
     ///   base is one with which `entry` can run.
@@ -281,7 +285,7 @@ impl Gate {
     /// - A fault handler is in place that hands traps in the domain to [`Gate::rewind`].
     /// - What is read of the domain's memory afterwards is treated as hostile.
     #[inline]
-    pub unsafe fn enter(self, context: &mut Context, entry: Entry, argument: u64) -> Exit {
+    pub unsafe fn enter(self, context: *mut Context, entry: Entry, argument: u64) -> Exit {
         let (value, rewound): (u64, u64);
         macro_rules! call {
             ($enter:path) => {

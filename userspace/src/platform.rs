@@ -284,9 +284,11 @@ unsafe impl Platform for Linux {
 
     #[inline]
     unsafe fn enter(&self, memory: &mut Memory, entry: Entry, argument: u64) -> Result<u64, Trap> {
+        // The handler uses all of it.
+        let context = (&raw mut *memory.running).cast::<Context>();
         // SAFETY: the memory was mapped and made ready, its key is pinned, the thread is ready; the fault handler is
         // installed; the caller answers for the entry point.
-        match unsafe { Gate::Pkru.enter(&mut memory.running.context, entry, argument) } {
+        match unsafe { Gate::Pkru.enter(context, entry, argument) } {
             Exit::Returned(value) => Ok(value),
             Exit::Rewound => {
                 Err(memory.running.trap.take().expect("a call is rewound by the handler, which notes why"))

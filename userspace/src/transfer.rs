@@ -84,7 +84,7 @@ unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot leave a domain",
     label = "the result of this function must be `Transfer`",
-    note = "results are integers, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of such; \
+    note = "results are integers, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight such; \
             references cannot leave, so return a `String` or a `Vec`; \
             for a type of your own implement `Transfer` by its fields, as that trait's documentation shows"
 )]
@@ -386,33 +386,32 @@ impl<A: Transfer, B: Transfer> Transfer for (A, B) {
     }
 }
 
-impl<A: Transfer, B: Transfer, C: Transfer> Transfer for (A, B, C) {
-    type Wire = Pair<A::Wire, Pair<B::Wire, C::Wire>>;
+/// A tuple crosses as its first part and the tuple of the others.
+macro_rules! tuples {
+    ($first:ident $second:ident) => {};
+    ($first:ident $($other:ident)+) => {
+        impl<$first: Transfer, $($other: Transfer),+> Transfer for ($first, $($other),+) {
+            type Wire = Pair<$first::Wire, <($($other),+) as Transfer>::Wire>;
 
-    fn lend(self) -> Self::Wire {
-        Pair(self.0.lend(), (self.1, self.2).lend())
-    }
+            fn lend(self) -> Self::Wire {
+                #[allow(non_snake_case, reason = "each part is called as its type is")]
+                let ($first, $($other),+) = self;
+                Pair($first.lend(), ($($other),+).lend())
+            }
 
-    fn receive(Pair(a, rest): Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        let a = A::receive(a, memory)?;
-        let (b, c) = Transfer::receive(rest, memory)?;
-        Ok((a, b, c))
-    }
+            fn receive(Pair(first, others): Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+                let first = $first::receive(first, memory)?;
+                #[allow(non_snake_case, reason = "each part is called as its type is")]
+                let ($($other),+) = Transfer::receive(others, memory)?;
+                Ok((first, $($other),+))
+            }
+        }
+
+        tuples!($($other)+);
+    };
 }
 
-impl<A: Transfer, B: Transfer, C: Transfer, D: Transfer> Transfer for (A, B, C, D) {
-    type Wire = Pair<A::Wire, Pair<B::Wire, Pair<C::Wire, D::Wire>>>;
-
-    fn lend(self) -> Self::Wire {
-        Pair(self.0.lend(), (self.1, self.2, self.3).lend())
-    }
-
-    fn receive(Pair(a, rest): Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        let a = A::receive(a, memory)?;
-        let (b, c, d) = Transfer::receive(rest, memory)?;
-        Ok((a, b, c, d))
-    }
-}
+tuples!(A B C D E F G H);
 
 impl<T: Transfer, const N: usize> Transfer for [T; N] {
     type Wire = [T::Wire; N];
@@ -545,7 +544,8 @@ mod tests {
 
     #[test]
     fn values_survive_the_trip() {
-        let value = (Some(3u8), Ok::<_, bool>(String::from("text")), [true, false], vec![vec!['ä'], vec![]]);
+        let first = (Some(3u8), Ok::<_, bool>(String::from("text")), [true, false], vec![vec!['ä'], vec![]]);
+        let value = (first, 2u8, 3u16, 4u32, 5u64, -6i128, Box::new(7.5), (8u8, ()));
         let wire = value.clone().lend();
         // What is lent lies anywhere on this test's heap; it is never freed.
         let everywhere = std::slice::from_ref(&(1..usize::MAX));
