@@ -116,8 +116,16 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
     let running = keys::running_on(frame as usize);
     if let Some(key) = globals::key().filter(|_| is_invitation(signal, description)) {
         match running {
-            // SAFETY: the call is running, so its context is alive.
-            Some(running) => unsafe { running.as_ref() }.grant_to_caller(key),
+            Some(running) => {
+                // SAFETY: the call is running, so its context is alive.
+                let call = unsafe { running.as_ref() };
+                // SAFETY: the process has domains, so it can read the FS base.
+                if unsafe { rdfsbase() } != call.caller_fs_base() {
+                    call.grant_to_caller(key);
+                }
+                // Else the gate is on its way out, and compares what it has loaded of the caller's rights: the thread
+                // gets these when it faults.
+            }
             None => frame::grant(context, key),
         }
         globals::follow();
