@@ -14,7 +14,7 @@ fn main() -> Result<(), Error> {
     let target = input.as_ptr().cast_mut();
     // SAFETY: none: this is the mistake.
     if let Err(violation) = domain.call(|| unsafe { target.write(b'X') }) {
-        println!("{violation}"); // domain `parser`: write of 0x… denied by key 0 (read-only, …), at instruction …
+        println!("{violation}"); // domain `parser`: write of 0x… denied by key 0 (read-only, …): the program's memory, …
     }
     Ok(())
 }

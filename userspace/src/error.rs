@@ -78,7 +78,7 @@ impl fmt::Display for Error {
         match self {
             Self::NoPku => f.write_str(
                 "the CPU says that it has no protection keys (PKU): domains need Intel Skylake-SP or AMD Zen 3 and later, with a hypervisor \
-                 that passes the feature on if there is one, or QEMU's -cpu max",
+                 that passes the feature on if there is one, or QEMU's -cpu max; `pkru-qemu linux -- PROGRAM` runs a program there",
             ),
             Self::PkuOff => f.write_str(
                 "the system has not switched protection keys on (OSPKE): check that the kernel runs without `nopku`",

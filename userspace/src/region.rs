@@ -62,7 +62,7 @@ struct Shared {
 unsafe impl Sync for Shared {}
 
 impl Region {
-    /// Maps a region of `size` bytes, rounded up to pages. It reads as zeros.
+    /// Maps a region of `size` bytes, rounded up to pages, of which it has one at the least. It reads as zeros.
     ///
     /// # Errors
     ///

@@ -68,7 +68,9 @@ pub(crate) fn find(address: u64) -> Option<Symbol> {
     let (can_be_given, is_program) = (library::can_be_given(library), library.name.is_empty());
     let (library, in_file) = (library.path(), address - library.base as u64);
     let (name, offset) = name(&library, in_file).map_or((None, in_file), |(name, offset)| (Some(name), offset));
-    let is_of_std = |name: &String| ["std::", "core::", "alloc::"].iter().any(|krate| name.starts_with(krate));
+    let is_of_std = |name: &String| {
+        ["std::", "core::", "alloc::"].iter().any(|krate| name.trim_start_matches('<').starts_with(krate))
+    };
     let is_of_runtime = !(is_program || can_be_given) || name.as_ref().is_some_and(is_of_std);
     Some(Symbol { name, offset, library, is_variable, can_be_given, is_of_runtime })
 }

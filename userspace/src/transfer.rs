@@ -58,7 +58,7 @@ unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 ///
 /// # Examples
 ///
-/// A type of your own crosses by the wires of its fields:
+/// A type of your own crosses by the wires of its fields, an enum for instance as an `Option` for each variant:
 ///
 /// ```
 /// use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
@@ -86,6 +86,7 @@ unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
     label = "the result of this function must be `Transfer`",
     note = "results are integers, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight such; \
             references cannot leave, so return a `String` or a `Vec`; \
+            a pointer into the domain's memory, for a later call, leaves as a `usize`; \
             for a type of your own implement `Transfer` by its fields, as that trait's documentation shows"
 )]
 pub trait Transfer: Sized {

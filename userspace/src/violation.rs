@@ -289,31 +289,53 @@ impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "domain `{}`: {}", Escaped(&self.0.domain), self.0.kind)?;
         let target = self.target();
-        if let Some(target) = &target {
-            write!(f, " ({target})")?;
+        match (&target, &self.0.kind) {
+            (Some(target), _) => write!(f, " ({target})")?,
+            (None, ViolationKind::Key(fault)) if globals::is_of_the_program(fault.key) => {
+                f.write_str(": the program's memory")?;
+            }
+            (None, ViolationKind::Key(_)) => f.write_str(": the memory of another domain, a vault or a region")?,
+            (None, _) => {}
         }
-        match (self.0.instruction, self.symbol()) {
+        let symbol = self.symbol();
+        match (self.0.instruction, &symbol) {
             (Some(instruction), Some(symbol)) => write!(f, ", at instruction {instruction:#x} in {symbol}")?,
             (Some(instruction), None) => write!(f, ", at instruction {instruction:#x}")?,
             (None, _) => {}
         }
-        match (&self.0.kind, target) {
-            (ViolationKind::Key(KeyFault { access: Access::Write, key, .. }), Some(target))
-                if target.is_variable && globals::is_of_the_program(*key) =>
-            {
-                f.write_str("; if code has to write that static and nothing is wrong: ")?;
-                if !target.is_of_runtime {
-                    f.write_str("fill it outside before (Builder::warm_up), ")?;
-                }
-                if target.can_be_given {
-                    let library = target.library().file_name().unwrap_or_default().display();
-                    write!(f, "give the domain {library}'s data (Builder::library), ")?;
-                }
-                f.write_str("or open all statics to it (Globals::Writable)")
+        match &self.0.kind {
+            ViolationKind::Key(KeyFault { access: Access::Write, key, .. }) if globals::is_of_the_program(*key) => {
+                let function = symbol.as_ref().and_then(Symbol::name);
+                way_out(function, target.as_ref()).map_or(Ok(()), |way| write!(f, "; {way}"))
             }
             _ => Ok(()),
         }
     }
+}
+
+/// Says what to do where code in a domain has to write the program's memory and nothing is wrong.
+fn way_out(function: Option<&str>, target: Option<&Symbol>) -> Option<String> {
+    if function == Some("pthread_create") {
+        return Some("code in a domain starts no threads".into());
+    }
+    let Some(target) = target else {
+        return Some(
+            "what code in a domain writes it has to allocate there, and return; or use a `Region` or a callback".into(),
+        );
+    };
+    if !target.is_variable {
+        return None;
+    }
+    let mut ways = Vec::new();
+    if !target.is_of_runtime {
+        ways.push("fill it outside before, if it is filled once (Builder::warm_up)".into());
+    }
+    if target.can_be_given {
+        let library = target.library().file_name().unwrap_or_default().display();
+        ways.push(format!("give the domain {library}'s data (Builder::library)"));
+    }
+    ways.push("open all statics to it (Globals::Writable)".into());
+    Some(format!("if code has to write that static and nothing is wrong: {}", ways.join(", or ")))
 }
 
 /// Writes a text that may come out of a domain on one line, without control characters.
@@ -370,7 +392,9 @@ impl fmt::Display for ViolationKind {
             Self::Exit { status: Some(status) } => write!(f, "exit with status {status}"),
             Self::Exit { status: None } => f.write_str("exit"),
             Self::Panic { message: Some(message) } => write!(f, "panic: {}", Escaped(message)),
-            Self::Panic { message: None } => f.write_str("panic"),
+            Self::Panic { message: None } => {
+                f.write_str("panic (the message went to a hook that the program has set since its first domain)")
+            }
             Self::Exception => f.write_str("an uncaught C++ exception, or std::terminate"),
             Self::Jump { target } => write!(f, "longjmp out of the domain, to a stack at {target:#x}"),
             Self::Deadline => f.write_str("it took longer than its deadline"),

@@ -44,10 +44,17 @@ fn a_closure_is_named() {
         let violation = domain.call(write).unwrap_err();
         let symbol = violation.symbol().expect("the test has a symbol table");
         assert!(symbol.name().unwrap().contains("a_closure_is_named"), "{symbol}");
+        let text = violation.to_string();
+        assert!(
+            text.contains("): the program's memory, at") && text.contains("or use a `Region` or a callback"),
+            "{text}"
+        );
         // SAFETY: the call is made in the domain.
         let violation = domain.call(|| unsafe { libc::srand(1) }).unwrap_err();
         let text = violation.to_string();
-        assert!(text.contains("Globals::Writable") && !text.contains("warm_up"), "{text}");
+        assert!(text.ends_with("nothing is wrong: open all statics to it (Globals::Writable)"), "{text}");
+        let text = domain.call(|| drop(std::thread::current())).unwrap_err().to_string();
+        assert!(!text.contains("warm_up"), "{text}");
     }
 }
 

@@ -73,7 +73,8 @@ impl Builder {
         self
     }
 
-    /// Ends each call that takes longer than this, callbacks included, with [`ViolationKind::Deadline`].
+    /// Ends each call that takes longer than this, callbacks included, with [`ViolationKind::Deadline`]; with zero, each
+    /// call.
     ///
     /// It is real time, and costs two system calls for each call. Code that waits with the signal SIGFPE blocked by a
     /// system call of its own (`ppoll` with a mask) is not ended before it wakes.

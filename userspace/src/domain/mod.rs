@@ -55,6 +55,40 @@ use crate::{Error, sys};
 /// # Ok(())
 /// # }
 /// ```
+///
+/// State that lasts: the caller holds its address, as a number, and forgets it when a call was a violation.
+///
+/// ```
+/// use pkru_userspace::{Domain, Violation};
+///
+/// /// A counter in a domain, by its address.
+/// struct Counter {
+///     domain: Domain,
+///     address: Option<usize>,
+/// }
+///
+/// impl Counter {
+///     fn count(&mut self) -> Result<u64, Violation> {
+///         let known = self.address;
+///         let result = self.domain.call(|| {
+///             let counter = known.map_or_else(|| Box::into_raw(Box::new(0)), |address| address as *mut u64);
+///             // SAFETY: it is the last call's, or new; the domain has not been emptied since.
+///             unsafe { *counter += 1 };
+///             // SAFETY: as above.
+///             (counter as usize, unsafe { *counter })
+///         });
+///         self.address = result.as_ref().ok().map(|(address, _)| *address);
+///         result.map(|(_, count)| count)
+///     }
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # if pkru_userspace::capability::detect().is_err() { return Ok(()) }
+/// let mut counter = Counter { domain: Domain::builder("counter").build()?, address: None };
+/// assert_eq!((counter.count()?, counter.count()?), (1, 2));
+/// # Ok(())
+/// # }
+/// ```
 pub struct Domain {
     core: Core<Linux>,
     name: Arc<str>,
@@ -155,7 +189,7 @@ impl Domain {
     /// ask its caller to, by a [callback](Self::call_with).
     #[inline]
     pub fn call<F: Fn() -> R, R: Transfer>(&mut self, function: F) -> Result<R, Violation> {
-        const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result this large goes in a Vec") };
+        const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result of more than 4096 bytes goes in a Vec") };
         const { assert!(align_of::<R::Wire>() <= MAILBOX) };
         if self.has_limits {
             return self.call_with_name(&mut [], |_| function(), type_name::<F>());
@@ -225,7 +259,7 @@ impl Domain {
         function: F,
         name: &'static str,
     ) -> Result<R, Violation> {
-        const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result this large goes in a Vec") };
+        const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result of more than 4096 bytes goes in a Vec") };
         const { assert!(align_of::<R::Wire>() <= MAILBOX) };
         if self.is_retired() {
             return Err(self.violation(ViolationKind::Retired));
