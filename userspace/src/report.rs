@@ -20,8 +20,9 @@ pub(crate) enum Report {
     Exit { status: i32 },
     /// A function's stack canary has changed.
     StackSmashed,
-    /// A failed assert(3), with the address of its text.
-    Assertion { text: usize },
+    /// A failed assert(3), with the address, on the domain's stack, of the addresses of its text and of its file's name,
+    /// and the line.
+    Assertion { words: usize },
     /// A C++ exception that nothing caught.
     Exception,
     /// longjmp(3) to a stack pointer that is not on the domain's stack.
@@ -45,7 +46,7 @@ pub(crate) fn end_call(report: Report) -> ! {
         Report::OutOfMemory { size } => (4, size, 0),
         Report::Exit { status } => (5, status as u32 as usize, 0),
         Report::StackSmashed => (6, 0, 0),
-        Report::Assertion { text } => (7, text, 0),
+        Report::Assertion { words } => (7, words, 0),
         Report::Exception => (8, 0, 0),
         Report::Jump { target } => (9, target, 0),
         Report::Panic { text, length } => (10, text, length),
@@ -75,7 +76,7 @@ impl Report {
             4 => Self::OutOfMemory { size: address },
             5 => Self::Exit { status: a as i32 },
             6 => Self::StackSmashed,
-            7 => Self::Assertion { text: address },
+            7 => Self::Assertion { words: address },
             8 => Self::Exception,
             9 => Self::Jump { target: address },
             10 => Self::Panic { text: address, length: b as usize },

@@ -89,6 +89,10 @@ pub enum ViolationKind {
     Assertion {
         /// The asserted expression, if it could be read.
         text: Option<String>,
+        /// The source file, if its name could be read.
+        file: Option<String>,
+        /// The line in it.
+        line: u32,
     },
     /// It was about to end the process, by exit(3) or the like.
     Exit {
@@ -261,7 +265,11 @@ impl ViolationKind {
             Report::OutOfMemory { size } => Self::OutOfMemory { size },
             Report::Exit { status } => Self::Exit { status: Some(status) },
             Report::StackSmashed => Self::StackSmashed,
-            Report::Assertion { text } => Self::Assertion { text: ending::text(text) },
+            Report::Assertion { words } => {
+                let words = memory.stack_words(words as u64, 3);
+                let text = |index: usize| ending::text(*words.get(index)? as usize);
+                Self::Assertion { text: text(0), file: text(1), line: words.get(2).map_or(0, |line| *line as u32) }
+            }
             Report::Exception => Self::Exception,
             Report::Jump { target } => Self::Jump { target: target as u64 },
             Report::Panic { text, length } => Self::Panic { message: memory.text(text, length) },
@@ -387,8 +395,10 @@ impl fmt::Display for ViolationKind {
             Self::Breakpoint => f.write_str("breakpoint"),
             Self::Abort => f.write_str("abort"),
             Self::OutOfMemory { size } => write!(f, "out of memory: it aborted after {size} bytes could not be had"),
-            Self::Assertion { text: Some(text) } => write!(f, "assertion `{}` failed", Escaped(text)),
-            Self::Assertion { text: None } => f.write_str("an assertion failed"),
+            Self::Assertion { text, file, line } => {
+                let [text, file] = [text, file].map(|part| Escaped(part.as_deref().unwrap_or("?")));
+                write!(f, "assertion `{text}` failed at {file}:{line}")
+            }
             Self::Exit { status: Some(status) } => write!(f, "exit with status {status}"),
             Self::Exit { status: None } => f.write_str("exit"),
             Self::Panic { message: Some(message) } => write!(f, "panic: {}", Escaped(message)),

@@ -90,7 +90,8 @@ pub(crate) unsafe extern "C" fn __assert_fail(
 ) -> ! {
     type Function = unsafe extern "C" fn(*const c_char, *const c_char, libc::c_uint, *const c_char) -> !;
     if thread::is_in_domain() {
-        report::end_call(Report::Assertion { text: assertion.addr() });
+        let words = [assertion.addr(), file.addr(), line as usize];
+        report::end_call(Report::Assertion { words: words.as_ptr().expose_provenance() });
     }
     // SAFETY: it is the C library's function of this name.
     let next = unsafe { mem::transmute::<usize, Function>(Next::__assert_fail.get()) };
