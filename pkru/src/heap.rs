@@ -43,6 +43,7 @@ pub struct DomainHeap {
     top: usize,
     /// The bytes of the last allocation that failed.
     failed: usize,
+    root: *mut u8,
 }
 
 /// Why a block cannot be freed or resized.
@@ -94,7 +95,7 @@ impl DomainHeap {
         // SAFETY: the caller gives the range away.
         let large = unsafe { Heap::new(bottom.as_ptr(), size) };
         let bottom = bottom.as_ptr() as usize;
-        Self { large, small: [ptr::null_mut(); LISTS], bottom, top: bottom + size, failed: 0 }
+        Self { large, small: [ptr::null_mut(); LISTS], bottom, top: bottom + size, failed: 0, root: ptr::null_mut() }
     }
 
     /// Allocates `size` bytes aligned to `align` and to [`ALIGNMENT`]; `None` if they cannot be had, or if `align` is
@@ -126,10 +127,23 @@ impl DomainHeap {
         unsafe { (*heap).failed }
     }
 
-    /// Notes that an allocation of so many bytes has failed.
-    #[cold]
+    /// Notes that an allocation of so many bytes has failed; with 0, that none has.
+    #[inline]
     pub const fn note_failed(&mut self, size: usize) {
         self.failed = size;
+    }
+
+    /// Returns a pointer that whoever uses the heap may keep here, such as one to what it has allocated for itself.
+    /// Null at first.
+    #[must_use]
+    #[inline]
+    pub const fn root(&self) -> *mut u8 {
+        self.root
+    }
+
+    /// Sets that pointer.
+    pub const fn set_root(&mut self, root: *mut u8) {
+        self.root = root;
     }
 
     /// Allocates `size` bytes of zeros, aligned to [`ALIGNMENT`].

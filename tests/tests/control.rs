@@ -258,6 +258,30 @@ fn a_deadline_includes_callbacks() {
 }
 
 #[test]
+fn a_fork_in_a_callback_keeps_the_deadline() {
+    use std::time::Duration;
+    let mut domain = need!(build(Domain::builder("forks").deadline(Duration::from_secs(60))));
+    let mut child = -1;
+    let result = domain.call_with(
+        &mut [&mut |_| {
+            // SAFETY: the child makes calls and exits.
+            child = unsafe { libc::fork() };
+            0
+        }],
+        |callbacks| ask(callbacks[0], 0),
+    );
+    if child == 0 {
+        let good = matches!(result, Ok(0)) && domain.call(|| 1).is_ok();
+        // SAFETY: leaves without running anything of the parent's.
+        unsafe { libc::_exit(i32::from(!good)) };
+    }
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!((result.unwrap(), status), (0, 0));
+}
+
+#[test]
 fn a_callback_outside_any_domain_ends_the_program() {
     let mut domain = need!(domain("outside"));
     let pointer = domain.call_with(&mut [&mut |_| 0], |callbacks| callbacks[0].pointer() as u64).unwrap();

@@ -233,6 +233,24 @@ fn a_librarys_data_follows_the_domains_key() {
 }
 
 #[test]
+fn a_program_exits_while_a_domain_has_a_library() {
+    drop(need!(domain("first")));
+    // The loader runs the library's destructors, which write its data. No thread has rights to it.
+    let status = common::in_child(|| {
+        // SAFETY: this process uses the library in that domain only.
+        let mut domain = unsafe { Domain::builder("sqlite").library("libsqlite3.so") }.build().unwrap();
+        assert_eq!(domain.call(open_and_close).unwrap(), 0);
+        let mut others: Vec<_> = (0..20).map(|_| Domain::builder("other").build().unwrap()).collect();
+        others.iter_mut().for_each(works);
+        assert_eq!(domain.key(), None, "the others have all keys");
+        std::mem::forget((domain, others));
+        std::process::exit(7);
+    });
+    assert!(libc::WIFEXITED(status), "{status:#x}");
+    assert_eq!(libc::WEXITSTATUS(status), 7);
+}
+
+#[test]
 fn libraries_that_cannot_be_given() {
     drop(need!(domain("first")));
     for (name, expected) in [

@@ -12,6 +12,7 @@ use crate::{library, sys, thread};
 /// What no other thread may be changing at the moment of a fork, for in the child it would never finish.
 struct Held {
     _libraries: MutexGuard<'static, library::Taken>,
+    _loader: MutexGuard<'static, ()>,
     // Last, for signals are blocked until it is dropped.
     keys: Locked,
 }
@@ -43,7 +44,7 @@ pub(crate) extern "C" fn before() {
         return;
     }
     let keys = Keys::lock();
-    let held = Held { _libraries: library::lock(), keys };
+    let held = Held { _libraries: library::lock(), _loader: sys::lock_loader(), keys };
     actions::lock();
     FORKING.store(sys::thread_handle(), Ordering::Relaxed);
     // SAFETY: this thread has just got the lock on the keys.

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use pkru::{AccessRights, KeyRights, ProtectionKey};
 
+use crate::keys::Keys;
 use crate::monitor::{self, monitored};
 use crate::thread::Thread;
 use crate::turn::Turn;
@@ -82,6 +83,11 @@ pub(crate) fn follow() {
 
 /// Gives the statics a key of their own, if they have none yet.
 pub(crate) fn open(thread: &Thread) -> Result<(), Error> {
+    if !IS_OPEN.load(Ordering::Acquire) && Keys::lock().are_pinned_by(thread) {
+        // Another thread may be about it, and wait for this one's key.
+        let operation = "open the program's statics for the first time in the middle of a domain's call";
+        return Err(Error::System { operation, errno: libc::EDEADLK });
+    }
     let _alone = OPENING.take();
     if IS_OPEN.load(Ordering::Acquire) {
         return Ok(());

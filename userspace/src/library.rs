@@ -2,32 +2,33 @@
 
 use std::cell::Cell;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pkru::ProtectionKey;
 
 use crate::monitor::monitored;
 use crate::sys::{self, BlockedSignals, Library};
-use crate::{Error, binding};
+use crate::{Error, binding, thread};
 
 /// A library whose writable data belongs to a domain, and what that data was like.
 #[derive(Debug)]
 pub(crate) struct Given {
     /// Keeps it loaded.
     _library: Library,
-    parts: Vec<Part>,
+    parts: Vec<Arc<Part>>,
     /// A page could not be untagged, so that nobody can have the data any more.
     is_lost: Cell<bool>,
 }
 
 #[derive(Debug)]
-struct Part {
+pub(crate) struct Part {
     addresses: Range<usize>,
     contents: Vec<u8>,
 }
 
-/// Ranges of addresses.
-pub(crate) type Taken = Vec<Range<usize>>;
+/// The data that domains have.
+pub(crate) type Taken = Vec<Arc<Part>>;
 
 impl Part {
     fn restore(&self) {
@@ -38,8 +39,9 @@ impl Part {
 }
 
 monitored! {
-    /// The addresses that domains have.
     static TAKEN: Mutex<Taken> = Mutex::new(Vec::new());
+    /// Whether it is noticed that the program exits.
+    static NOTICES_EXIT: AtomicBool = AtomicBool::new(false);
 }
 
 /// Lets nobody give libraries away or take them back meanwhile. Signals are to be blocked, for their handlers may fork.
@@ -65,16 +67,21 @@ impl Given {
         // What is kept of the data is bound, for nobody else may write it from now on.
         let _alone = binding::bind_all();
         let mut taken = lock();
-        if ranges.iter().any(|range| taken.iter().any(|other| other.start == range.start)) {
+        if ranges.iter().any(|range| taken.iter().any(|other| other.addresses.start == range.start)) {
             return Err(Error::LibraryInUse { name: name.into() });
         }
-        taken.extend(ranges.iter().cloned());
         let contents = |range: &Range<usize>| {
             // SAFETY: the pages are the library's data, which is mapped while this value holds it. A library of which
             // other threads make use at this moment could change it; that is excluded by the builder's contract.
             unsafe { std::slice::from_raw_parts(range.start as *const u8, range.len()) }.to_vec()
         };
-        let parts = ranges.into_iter().map(|range| Part { contents: contents(&range), addresses: range }).collect();
+        let part = |range| Arc::new(Part { contents: contents(&range), addresses: range });
+        let parts: Vec<_> = ranges.into_iter().map(part).collect();
+        if !NOTICES_EXIT.load(Ordering::Relaxed) {
+            sys::at_exit(take_all_back).map_err(Error::system("be told of the program's exit"))?;
+            NOTICES_EXIT.store(true, Ordering::Relaxed);
+        }
+        taken.extend(parts.iter().cloned());
         Ok(Self { _library: library, parts, is_lost: Cell::new(false) })
     }
 
@@ -85,7 +92,7 @@ impl Given {
 
     /// Makes the data what it was.
     pub(crate) fn restore(&self) {
-        self.parts.iter().for_each(Part::restore);
+        self.parts.iter().for_each(|part| part.restore());
     }
 
     /// Takes the data away from the domain, and makes it what it was; `false` if a page could not be untagged.
@@ -107,14 +114,28 @@ impl Drop for Given {
         if !self.is_lost.get() {
             let _quiet = BlockedSignals::new();
             let mut taken = lock();
-            taken.retain(|range| !self.parts.iter().any(|part| part.addresses == *range));
+            taken.retain(|taken| !self.parts.iter().any(|part| part.addresses == taken.addresses));
         }
     }
 }
 
 /// Returns the pages of data that domains have.
-pub(crate) fn taken() -> Taken {
-    lock().clone()
+pub(crate) fn taken() -> Vec<Range<usize>> {
+    lock().iter().map(|part| part.addresses.clone()).collect()
+}
+
+/// When the program exits: the loader is about to run the libraries' destructors, which are to find the data as it was.
+extern "C" fn take_all_back() {
+    if thread::is_in_domain() {
+        return;
+    }
+    let _quiet = BlockedSignals::new();
+    for part in lock().iter() {
+        // SAFETY: the pages are a library's data. A call that is running in the domain which has them faults.
+        if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok() {
+            part.restore();
+        }
+    }
 }
 
 /// Libraries that the program uses at every step, and the object that is the program.

@@ -43,8 +43,6 @@ pub(crate) struct Memory {
     thread_locals: Option<tls::Template>,
     /// The [number](Thread::number) of the thread that the thread-locals were laid out for.
     thread: u64,
-    /// Blocks of the heap whose contents the last result was copied from. The domain frees them at the next call.
-    to_free: Vec<usize>,
 }
 
 const STACK: usize = 0;
@@ -166,25 +164,6 @@ impl Memory {
         self.mapping.part(STACK)
     }
 
-    /// Returns blocks of the heap that the domain shall free.
-    #[inline]
-    pub(crate) const fn to_free(&self) -> *const Vec<usize> {
-        &raw const self.to_free
-    }
-
-    /// Sets which blocks of the heap the domain shall free.
-    pub(crate) fn set_to_free(&mut self, blocks: Vec<usize>) {
-        self.to_free = blocks;
-    }
-
-    /// Notes that they are freed.
-    #[inline]
-    pub(crate) fn clear_to_free(&mut self) {
-        if !self.to_free.is_empty() {
-            self.to_free.clear();
-        }
-    }
-
     /// Copies words from the domain's stack, upwards from an address; the calling thread can read the memory.
     pub(crate) fn stack_words(&self, from: u64, most: usize) -> Vec<u64> {
         let Some(from) = (from as usize).checked_next_multiple_of(size_of::<u64>()) else { return Vec::new() };
@@ -253,7 +232,6 @@ unsafe impl Platform for Linux {
             globals: self.globals,
             thread_locals: None,
             thread: 0,
-            to_free: Vec::new(),
         })
     }
 
@@ -297,7 +275,6 @@ unsafe impl Platform for Linux {
     }
 
     fn discard(&self, memory: &mut Memory) {
-        memory.to_free.clear();
         if memory.mapping.discard() && memory.tagged.tag_again().is_err() {
             memory.mapping.lose();
         }

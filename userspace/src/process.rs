@@ -1,18 +1,19 @@
 //! What a process needs once before its first domain.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
 
 use pkru::ProtectionKey;
 
 use crate::capability::{self, Capability, SignalFrame};
 use crate::interpose::{self, malloc};
 use crate::monitor::monitored;
+use crate::turn::Turn;
 use crate::{Error, fork, keys, signal, sys, tls};
 
 monitored! {
     static PROCESS: OnceLock<Process> = OnceLock::new();
-    static MAKING: Mutex<()> = Mutex::new(());
+    static MAKING: Turn = Turn::new();
     /// Whether forks are noticed already, since an attempt that failed later.
     static NOTICES_FORKS: AtomicBool = AtomicBool::new(false);
 }
@@ -36,7 +37,7 @@ impl Process {
         if let Some(process) = PROCESS.get() {
             return Ok(process);
         }
-        let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = MAKING.take();
         match PROCESS.get() {
             Some(process) => Ok(process),
             None => {
@@ -54,6 +55,14 @@ impl Process {
         if !malloc::is_routed() {
             return Err(Error::MallocNotRouted);
         }
+        interpose::find_all();
+        sys::prepare_unwinding();
+        // Before the first lock is taken that these handlers hold.
+        if !NOTICES_FORKS.load(Ordering::Relaxed) {
+            sys::around_forks(fork::before, fork::after_in_parent, fork::after_in_child)
+                .map_err(Error::system("be told of forks"))?;
+            NOTICES_FORKS.store(true, Ordering::Relaxed);
+        }
         let signal_stack_key = match signal_frame {
             SignalFrame::OnAnyStack => None,
             SignalFrame::OnWritableStack => Some(keys::take()?),
@@ -62,14 +71,6 @@ impl Process {
             signal_stack_key.into_iter().for_each(keys::give_back);
             error
         };
-        interpose::find_all();
-        sys::prepare_unwinding();
-        if !NOTICES_FORKS.load(Ordering::Relaxed) {
-            sys::around_forks(fork::before, fork::after_in_parent, fork::after_in_child)
-                .map_err(Error::system("be told of forks"))
-                .map_err(undo)?;
-            NOTICES_FORKS.store(true, Ordering::Relaxed);
-        }
         // If this fails once it fails each time; the signals taken over so far stay so.
         sys::start_a_thread().map_err(Error::system("start a thread")).map_err(undo)?;
         signal::install(pkru_offset).map_err(undo)?;

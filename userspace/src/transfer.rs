@@ -7,10 +7,13 @@
 //!
 //! Arguments need no such thing: a closure that runs in a domain reads what it has captured in place.
 
-use std::cell::{Cell, RefCell};
+use std::alloc::Layout;
+use std::cell::Cell;
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::ops::Range;
+
+use crate::tls;
 
 /// A type of which any bytes are a value.
 ///
@@ -119,7 +122,7 @@ pub enum InvalidResult {
     TooLarge,
     /// The domain's memory could not be given its key back.
     NoKey,
-    /// It is nested too deep; the most is 128 vectors within each other.
+    /// It is nested too deep; the most is 128 vectors within each other, and fewer where their elements are large.
     TooDeep,
     /// The type has no such tag or value.
     BadValue {
@@ -140,7 +143,7 @@ impl fmt::Display for InvalidResult {
             }
             Self::TooLarge => f.write_str("more bytes than the domain's memory has"),
             Self::NoKey => f.write_str("memory of a domain that could not be given its protection key back"),
-            Self::TooDeep => f.write_str("more than 128 vectors within each other"),
+            Self::TooDeep => f.write_str("too many vectors within each other"),
             Self::BadValue { of, value } => write!(f, "{value:#x} as a {of}"),
             Self::NotUtf8 => f.write_str("text that is not UTF-8"),
         }
@@ -153,14 +156,12 @@ impl std::error::Error for InvalidResult {}
 #[derive(Debug)]
 pub struct DomainMemory<'a> {
     ranges: &'a [Range<usize>],
-    /// The range in which there are blocks to free.
-    heap: Range<usize>,
     /// How many bytes the result may still take, in the caller.
     budget: Cell<usize>,
     /// How many vectors are being received, each within the one before.
     depth: Cell<u32>,
-    /// Blocks that were copied, for the domain to free.
-    received: RefCell<Vec<usize>>,
+    /// How many bytes of the caller's stack vectors may take that lie deep within others.
+    stack: Cell<usize>,
 }
 
 impl<'a> DomainMemory<'a> {
@@ -168,19 +169,14 @@ impl<'a> DomainMemory<'a> {
     ///
     /// The ranges are mapped and readable by the calling thread, and nothing writes them meanwhile.
     #[inline]
-    pub(crate) unsafe fn new(ranges: &'a [Range<usize>], heap: Range<usize>) -> Self {
+    pub(crate) unsafe fn new(ranges: &'a [Range<usize>]) -> Self {
+        /// Receiving takes some eight to ten times as much as the parts themselves, and a thread of std has 2 MiB.
+        const STACK: usize = 64 * 1024;
         let size = ranges.iter().map(Range::len).sum();
-        Self { ranges, heap, budget: Cell::new(size), depth: Cell::new(0), received: RefCell::default() }
-    }
-
-    #[inline]
-    pub(crate) fn into_received(self) -> Vec<usize> {
-        self.received.into_inner()
+        Self { ranges, budget: Cell::new(size), depth: Cell::new(0), stack: Cell::new(STACK) }
     }
 
     /// Copies values out of a block that the domain has allocated for its result.
-    ///
-    /// The block is freed, in the domain, before the next call.
     ///
     /// # Errors
     ///
@@ -197,15 +193,10 @@ impl<'a> DomainMemory<'a> {
         let address = block.address as usize;
         let inside =
             |range: &&Range<usize>| address >= range.start && address < range.end && range.end - address >= bytes;
-        let found = self.ranges.iter().find(inside);
-        if self.heap.contains(&address) {
-            self.received.borrow_mut().push(address);
-        }
         if bytes == 0 {
-            // It may have a block all the same, with room for more.
             return Ok(vec![W::zeroed(); length]);
         }
-        found.ok_or(out_of_bounds)?;
+        self.ranges.iter().find(inside).ok_or(out_of_bounds)?;
 
         let mut values = Vec::<W>::new();
         values.try_reserve_exact(length).map_err(|_| InvalidResult::TooLarge)?;
@@ -229,16 +220,19 @@ impl<'a> DomainMemory<'a> {
         Ok(())
     }
 
-    /// Receives the parts of a vector, which may be vectors again.
-    fn descend<R>(&self, receive: impl FnOnce() -> Result<R, InvalidResult>) -> Result<R, InvalidResult> {
+    /// Receives the parts of a vector, which may be vectors again; each takes so many bytes.
+    fn descend<R>(&self, part: usize, receive: impl FnOnce() -> Result<R, InvalidResult>) -> Result<R, InvalidResult> {
         const LIMIT: u32 = 128;
-        let depth = self.depth.get();
-        if depth == LIMIT {
-            return Err(InvalidResult::TooDeep);
-        }
+        /// So deep types nest that do not contain themselves.
+        const USUAL: u32 = 8;
+        let (depth, stack) = (self.depth.get(), self.stack.get());
+        let left = if depth < USUAL { Some(stack) } else { stack.checked_sub(part) };
+        let Some(left) = left.filter(|_| depth < LIMIT) else { return Err(InvalidResult::TooDeep) };
         self.depth.set(depth + 1);
+        self.stack.set(left);
         let result = receive();
         self.depth.set(depth);
+        self.stack.set(stack);
         result
     }
 }
@@ -254,23 +248,76 @@ pub struct Block {
 // SAFETY: two integers.
 unsafe impl Plain for Block {}
 
+/// A block that code in a domain has lent to its caller.
+struct Lent {
+    start: *mut u8,
+    layout: Layout,
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        // SAFETY: it is the block of a vector that was forgotten, with that vector's layout.
+        unsafe { std::alloc::dealloc(self.start, self.layout) };
+    }
+}
+
+/// In a domain: has the vector's block freed when the next call begins. The caller has copied it by then. What a wire
+/// says is not asked: wires can be copied, and received twice or never.
+fn note_lent<W>(wires: Vec<W>) {
+    let layout = Layout::array::<W>(wires.capacity()).expect("a vector has a layout");
+    let mut wires = std::mem::ManuallyDrop::new(wires);
+    // SAFETY: the pointer is null, or in a domain leads to its heap, which nothing else uses at this moment.
+    let Some(heap) = (unsafe { tls::current_heap().as_ref() }) else { return };
+    if layout.size() == 0 {
+        return;
+    }
+    let root = heap.root().cast::<Vec<Lent>>();
+    let list = if root.is_null() { Box::into_raw(Box::default()) } else { root };
+    if root.is_null() {
+        // SAFETY: as above; the allocation is over.
+        if let Some(heap) = unsafe { tls::current_heap().as_mut() } {
+            heap.set_root(list.cast());
+        }
+    }
+    // SAFETY: it is a list that this function has made, and this thread alone runs in the domain.
+    unsafe { &mut *list }.push(Lent { start: wires.as_mut_ptr().cast(), layout });
+}
+
+/// In a domain, at the beginning of a call: frees what the last one has lent.
+#[inline]
+pub(crate) fn free_lent() {
+    // SAFETY: as in `note_lent`.
+    let Some(heap) = (unsafe { tls::current_heap().as_mut() }) else { return };
+    // What failed in an earlier call is not why this one aborts.
+    heap.note_failed(0);
+    let list = heap.root().cast::<Vec<Lent>>();
+    if !list.is_null() {
+        free_all(list);
+    }
+}
+
+#[cold]
+fn free_all(list: *mut Vec<Lent>) {
+    // SAFETY: as in `note_lent`.
+    unsafe { &mut *list }.clear();
+}
+
 impl<T: Transfer> Transfer for Vec<T> {
     type Wire = Block;
 
     fn lend(self) -> Block {
         let wires: Vec<T::Wire> = self.into_iter().map(T::lend).collect();
-        let length = wires.len() as u64;
-        // An empty vector has no block that could be freed.
-        let address = if wires.capacity() == 0 || size_of::<T::Wire>() == 0 { 0 } else { wires.as_ptr() as u64 };
-        std::mem::forget(wires);
-        Block { address, length }
+        let block = Block { address: wires.as_ptr() as u64, length: wires.len() as u64 };
+        note_lent(wires);
+        block
     }
 
     fn receive(wire: Block, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
         let wires: Vec<T::Wire> = memory.copy_block(wire)?;
         // A value can be larger than its wire.
         memory.charge(wires.len() * size_of::<T>().saturating_sub(size_of::<T::Wire>()))?;
-        memory.descend(|| wires.into_iter().map(|wire| T::receive(wire, memory)).collect())
+        let part = size_of::<T>() + size_of::<T::Wire>();
+        memory.descend(part, || wires.into_iter().map(|wire| T::receive(wire, memory)).collect())
     }
 }
 
@@ -447,7 +494,7 @@ mod tests {
         fn receive<T: Transfer>(&self, wire: T::Wire) -> Result<T, InvalidResult> {
             let range = self.range();
             // SAFETY: the range is the vector's, which nothing writes.
-            T::receive(wire, &unsafe { DomainMemory::new(std::slice::from_ref(&range), range.clone()) })
+            T::receive(wire, &unsafe { DomainMemory::new(std::slice::from_ref(&range)) })
         }
 
         fn block(&self, first: usize, length: u64) -> Block {
@@ -551,7 +598,7 @@ mod tests {
         // What is lent lies anywhere on this test's heap; it is never freed.
         let everywhere = std::slice::from_ref(&(1..usize::MAX));
         // SAFETY: the wire refers to what was just lent.
-        let memory = unsafe { DomainMemory::new(everywhere, 0..0) };
+        let memory = unsafe { DomainMemory::new(everywhere) };
         let back = Transfer::receive(wire, &memory);
         assert_eq!(back, Ok(value));
     }

@@ -87,12 +87,8 @@ pub enum ViolationKind {
     },
     /// An assertion in C failed.
     Assertion {
-        /// The asserted expression, if it could be read.
-        text: Option<String>,
-        /// The source file, if its name could be read.
-        file: Option<String>,
-        /// The line in it.
-        line: u32,
+        /// The expression with its place in the source, if they could be read.
+        message: Option<String>,
     },
     /// It was about to end the process, by exit(3) or the like.
     Exit {
@@ -268,7 +264,8 @@ impl ViolationKind {
             Report::Assertion { words } => {
                 let words = memory.stack_words(words as u64, 3);
                 let text = |index: usize| ending::text(*words.get(index)? as usize);
-                Self::Assertion { text: text(0), file: text(1), line: words.get(2).map_or(0, |line| *line as u32) }
+                let message = || Some(format!("`{}` at {}:{}", text(0)?, text(1)?, words.get(2)?));
+                Self::Assertion { message: message() }
             }
             Report::Exception => Self::Exception,
             Report::Jump { target } => Self::Jump { target: target as u64 },
@@ -395,10 +392,8 @@ impl fmt::Display for ViolationKind {
             Self::Breakpoint => f.write_str("breakpoint"),
             Self::Abort => f.write_str("abort"),
             Self::OutOfMemory { size } => write!(f, "out of memory: it aborted after {size} bytes could not be had"),
-            Self::Assertion { text, file, line } => {
-                let [text, file] = [text, file].map(|part| Escaped(part.as_deref().unwrap_or("?")));
-                write!(f, "assertion `{text}` failed at {file}:{line}")
-            }
+            Self::Assertion { message: Some(message) } => write!(f, "failed assertion {}", Escaped(message)),
+            Self::Assertion { message: None } => f.write_str("failed assertion"),
             Self::Exit { status: Some(status) } => write!(f, "exit with status {status}"),
             Self::Exit { status: None } => f.write_str("exit"),
             Self::Panic { message: Some(message) } => write!(f, "panic: {}", Escaped(message)),

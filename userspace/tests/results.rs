@@ -2,8 +2,10 @@
 
 mod common;
 
+use std::cell::RefCell;
+
 use common::{domain, works};
-use pkru_userspace::transfer::InvalidResult;
+use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
 use pkru_userspace::{Domain, ViolationKind};
 
 #[test]
@@ -21,10 +23,7 @@ fn values_cross() {
     assert_eq!(domain.call(|| vec![7u64; 1 << 16]).unwrap().len(), 1 << 16);
 }
 
-fn refused<R: pkru_userspace::transfer::Transfer + std::fmt::Debug>(
-    domain: &mut Domain,
-    forge: impl Fn() -> R,
-) -> InvalidResult {
+fn refused<R: Transfer + std::fmt::Debug>(domain: &mut Domain, forge: impl Fn() -> R) -> InvalidResult {
     let violation = domain.call(forge).unwrap_err();
     works(domain);
     match violation.kind() {
@@ -72,4 +71,118 @@ fn parts_that_overlap() {
         (0..1000).map(|_| unsafe { Vec::from_raw_parts(block, 1 << 20, 1 << 20) }).collect::<Vec<_>>()
     });
     assert_eq!(invalid, InvalidResult::TooLarge);
+}
+
+type Bytes = <Vec<u8> as Transfer>::Wire;
+
+/// Keeps the wire of some bytes, to send it again.
+struct Kept(Bytes);
+
+impl Transfer for Kept {
+    type Wire = Bytes;
+
+    fn lend(self) -> Bytes {
+        self.0
+    }
+
+    fn receive(wire: Bytes, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        // Twice, which is no mistake either.
+        Vec::<u8>::receive(wire, memory)?;
+        Vec::<u8>::receive(wire, memory)?;
+        Ok(Self(wire))
+    }
+}
+
+#[test]
+fn a_wire_that_is_sent_again_frees_nothing() {
+    const WORDS: [&str; 4] = ["one", "two", "three", "four"];
+    thread_local! { static WORDS_IN_DOMAIN: RefCell<Option<Box<[&'static str; 4]>>> = const { RefCell::new(None) }; }
+    let mut domain = need!(domain("again"));
+    let Kept(wire) = domain.call(|| Kept(vec![0u8; size_of_val(&WORDS)].lend())).unwrap();
+    let at = wire_address(&mut domain, wire);
+    let place = domain
+        .call(|| {
+            WORDS_IN_DOMAIN.set(Some(Box::new(WORDS)));
+            WORDS_IN_DOMAIN.with_borrow(|words| words.as_ref().map(|words| words.as_ptr().addr()))
+        })
+        .unwrap();
+    assert_eq!(place, Some(at), "control: the box lies where the bytes were");
+    domain.call(|| Kept(wire)).unwrap();
+    let words = domain.call(|| {
+        let other = std::hint::black_box(vec![0usize; 8]);
+        let words = WORDS_IN_DOMAIN.with_borrow(|words| words.as_ref().map(|words| words.map(String::from)));
+        drop(other);
+        words
+    });
+    assert_eq!(words.unwrap(), Some(WORDS.map(String::from)));
+}
+
+/// Where the bytes lie that a wire refers to, as its words in `Debug` say.
+fn wire_address(domain: &mut Domain, wire: Bytes) -> usize {
+    works(domain);
+    let text = format!("{wire:?}");
+    let digits = text.split("address: ").nth(1).unwrap().split(',').next().unwrap();
+    digits.parse().unwrap()
+}
+
+#[test]
+fn lent_blocks_are_freed() {
+    let mut domain = need!(common::build(Domain::builder("small").heap_size(1 << 20)));
+    // 16 times what the heap has. Half of it is received by nobody.
+    struct Ignored;
+    impl Transfer for Ignored {
+        type Wire = Bytes;
+        fn lend(self) -> Bytes {
+            vec![2u8; 1 << 16].lend()
+        }
+        fn receive(_: Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+            Ok(Self)
+        }
+    }
+    for _ in 0..128 {
+        assert_eq!(domain.call(|| vec![1u8; 1 << 16]).unwrap().len(), 1 << 16);
+        domain.call(|| Ignored).unwrap();
+    }
+}
+
+#[test]
+fn nesting_stays_within_the_callers_stack() {
+    struct Node<const N: usize>([u8; N], Vec<Self>);
+    /// The wires of nodes, lent one by one.
+    struct Nodes(Bytes);
+    impl Transfer for Nodes {
+        type Wire = Bytes;
+        fn lend(self) -> Bytes {
+            self.0
+        }
+        fn receive(wire: Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+            Ok(Self(wire))
+        }
+    }
+    impl<const N: usize> Transfer for Node<N> {
+        type Wire = <([u8; N], Nodes) as Transfer>::Wire;
+        fn lend(self) -> Self::Wire {
+            (self.0, Nodes(self.1.lend())).lend()
+        }
+        fn receive(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+            let (data, Nodes(nodes)) = Transfer::receive(wire, memory)?;
+            Ok(Self(data, Transfer::receive(nodes, memory)?))
+        }
+    }
+    fn nest<const N: usize>(domain: &mut Domain, depth: usize) -> Result<usize, ViolationKind> {
+        let result = domain.call(|| (0..depth).fold(Vec::new(), |nodes, _| vec![Node([7; N], nodes)]));
+        let deepest = result.map_err(|violation| violation.kind().clone())?;
+        let (mut nodes, mut found) = (&deepest, 0);
+        while let Some(Node(data, inner)) = nodes.first() {
+            assert_eq!(*data, [7; N]);
+            (nodes, found) = (inner, found + 1);
+        }
+        Ok(found)
+    }
+    let mut domain = need!(common::build(Domain::builder("deep").stack_size(16 << 20)));
+    let too_deep = Err(ViolationKind::InvalidResult(InvalidResult::TooDeep));
+    assert_eq!(nest::<16>(&mut domain, 120), Ok(120));
+    assert_eq!(nest::<16>(&mut domain, 140), too_deep);
+    assert_eq!(nest::<3000>(&mut domain, 8), Ok(8));
+    assert_eq!(nest::<3000>(&mut domain, 120), too_deep);
 }

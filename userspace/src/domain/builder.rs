@@ -1,7 +1,8 @@
 //! Making domains.
 
 use std::fmt;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pkru::AccessRights;
@@ -10,12 +11,20 @@ use pkru::{KeyRights, ProtectionKey};
 
 use super::{Domain, Hook, Limits};
 use crate::library::Given;
+use crate::monitor::monitored;
 use crate::platform::{Linux, MAILBOX};
 use crate::process::Process;
 use crate::region::Region;
 use crate::signal::panics;
+use crate::turn::Turn;
 use crate::violation::ViolationKind;
 use crate::{Error, Globals, globals, sys, thread, tls};
+
+monitored! {
+    /// Whether a trial has shown what std does about a panic.
+    static HAS_LEARNED: AtomicBool = AtomicBool::new(false);
+    static LEARNING: Turn = Turn::new();
+}
 
 /// Chooses what a [`Domain`] is made of.
 ///
@@ -73,7 +82,7 @@ impl Builder {
         self
     }
 
-    /// Ends each call that takes longer than this, callbacks included, with [`ViolationKind::Deadline`]; with zero, each
+    /// Ends each call that takes longer than this, callbacks included and the wait for a protection key not, with [`ViolationKind::Deadline`]; with zero, each
     /// call.
     ///
     /// It is real time, and costs two system calls for each call. Code that waits with the signal SIGFPE blocked by a
@@ -129,7 +138,7 @@ impl Builder {
     ///
     /// From now on, until the domain is dropped, the program calls nothing in the library outside the domain: what it
     /// would find in its data is whatever code in the domain has left there, function pointers included. That holds
-    /// also for other libraries which use this one.
+    /// also for other libraries which use this one. At the program's exit the data is what it was, for destructors.
     pub unsafe fn library(mut self, name: &str) -> Self {
         self.libraries.push(name.into());
         self
@@ -164,13 +173,18 @@ impl Builder {
     pub fn build(self) -> Result<Domain, Error> {
         let (globals, limits, hook) = (self.globals, self.limits, self.hook.clone());
         let mut domain = self.assemble()?;
-        static LEARNED: Once = Once::new();
-        LEARNED.call_once(|| match globals {
-            Globals::Protected => domain.try_a_panic(),
-            // It has to be one that may not write statics. Without it panics have no message, which is no reason to
-            // give up.
-            Globals::Writable => drop(Self::new("trial").assemble().map(|mut domain| domain.try_a_panic())),
-        });
+        if !HAS_LEARNED.load(Ordering::Acquire) {
+            let _alone = LEARNING.take();
+            if !HAS_LEARNED.load(Ordering::Acquire) {
+                match globals {
+                    Globals::Protected => domain.try_a_panic(),
+                    // It has to be one that may not write statics. Without it panics have no message, which is no
+                    // reason to give up.
+                    Globals::Writable => drop(Self::new("trial").assemble().map(|mut domain| domain.try_a_panic())),
+                }
+                HAS_LEARNED.store(true, Ordering::Release);
+            }
+        }
         domain.set_limits(limits, hook);
         Ok(domain)
     }

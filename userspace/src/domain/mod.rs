@@ -20,7 +20,7 @@ use crate::platform::{Linux, MAILBOX};
 use crate::region::Region;
 use crate::signal::{self, Trap};
 use crate::thread::{self, Thread};
-use crate::transfer::{DomainMemory, Transfer};
+use crate::transfer::{self, DomainMemory, Transfer};
 use crate::violation::{Violation, ViolationKind};
 use crate::{Error, sys};
 
@@ -124,8 +124,6 @@ struct Call<'a, F> {
     function: &'a F,
     /// In the domain's memory.
     mailbox: usize,
-    /// Looked at by the domain, after its memory was made ready: that may empty it.
-    to_free: *const Vec<usize>,
 }
 
 impl Domain {
@@ -157,6 +155,9 @@ impl Domain {
     /// other threads no signals (`EPERM`). Functions that write the C library's own state, or std's, end in a
     /// violation: `localtime_r`, `setlocale`, `dlopen`, `pthread_once`, `std::thread::current`; see [`Builder`] for the
     /// ways out.
+    ///
+    /// Thread-locals in the domain are its own: what the closure captures must not rely on the caller's, as a handle that
+    /// indexes one does.
     ///
     /// A mistake shows when memory outside is touched, not when it is made: what code does to its own domain's heap may
     /// end a later call.
@@ -202,7 +203,7 @@ impl Domain {
             Err(error) => return Err(self.not_ready(error)),
         };
         let mailbox = self.core.memory().mailbox().start;
-        let call = Call { function: &function, mailbox, to_free: self.core.memory().to_free() };
+        let call = Call { function: &function, mailbox };
         // SAFETY: the thread is ready. What `run` does in the domain is what the domain is there to contain; its result
         // is not trusted. The call's data and what it refers to outlive it, and the domain cannot write them.
         let result = unsafe { self.core.enter(run::<F, R>, &raw const call as u64) };
@@ -291,7 +292,7 @@ impl Domain {
         let mailbox = self.core.memory().mailbox().start;
         let pointers = callback::pointers(callbacks.len());
         let function = || function(&pointers);
-        let call = Call { function: &function, mailbox, to_free: self.core.memory().to_free() };
+        let call = Call { function: &function, mailbox };
         let head = Head::new(&raw const call as u64, callbacks.len(), self.core.memory());
         // SAFETY: as in `call`.
         let mut result = unsafe { self.core.enter(entry_for(&function), &raw const head as u64) };
@@ -315,9 +316,9 @@ impl Domain {
                 callbacks[suspended.index](&mut arguments)
             };
             pin = self.core.memory_mut().pin_again(thread).map_err(|error| not_ready(error, self))?;
-            if !deadline.go_on() {
+            if let Err(kind) = deadline.go_on() {
                 self.core.discard();
-                return Err(self.violation(ViolationKind::Deadline));
+                return Err(self.violation(kind));
             }
             let reply = suspended.reply(value);
             // SAFETY: as in `call`; the entry point takes the domain's stack up where it was left.
@@ -371,10 +372,9 @@ impl Domain {
 
     #[inline]
     fn receive<R: Transfer>(&mut self, mailbox: usize) -> Result<R, Violation> {
-        // What this runs can panic, and then it is not told what the domain is to free.
+        // What this runs can panic, and a transient domain is to be empty all the same.
         let core = DiscardedLater(&mut self.core);
         core.0.memory().open_after_call();
-        core.0.memory_mut().clear_to_free();
         let mut wire = MaybeUninit::<R::Wire>::uninit();
         // SAFETY: the mailbox is in the domain's memory, which this thread can read; nothing runs in the domain. The
         // copy is the only one: what is checked is what is used.
@@ -382,24 +382,14 @@ impl Domain {
         // SAFETY: any bytes are a value of a plain type.
         let wire = unsafe { wire.assume_init() };
         let ranges = core.0.memory().readable();
-        let heap = core.0.memory().heap();
         // SAFETY: these are the domain's mapped memory, which this thread can read; nothing runs in the domain.
-        let memory = unsafe { DomainMemory::new(&ranges, heap) };
+        let memory = unsafe { DomainMemory::new(&ranges) };
         let received = R::receive(wire, &memory);
-        let to_free = memory.into_received();
         core.disarm();
-        match received {
-            Ok(value) => {
-                if !to_free.is_empty() {
-                    self.core.memory_mut().set_to_free(to_free);
-                }
-                Ok(value)
-            }
-            Err(invalid) => {
-                self.discard();
-                Err(self.violation(ViolationKind::InvalidResult(invalid)))
-            }
-        }
+        received.map_err(|invalid| {
+            self.discard();
+            self.violation(ViolationKind::InvalidResult(invalid))
+        })
     }
 
     #[cold]
@@ -464,11 +454,7 @@ impl Drop for DiscardedLater<'_> {
 unsafe extern "C" fn run<F: Fn() -> R, R: Transfer>(call: u64) -> u64 {
     // SAFETY: `Domain::call` passes the address of its own.
     let call = unsafe { &*(call as *const Call<'_, F>) };
-    // SAFETY: it belongs to the caller, which does nothing meanwhile.
-    let to_free = unsafe { &*call.to_free };
-    if !to_free.is_empty() {
-        free(to_free);
-    }
+    transfer::free_lent();
     let wire = (call.function)().lend();
     // SAFETY: the mailbox is in the domain's memory, page-aligned and large enough, and above the stack in use.
     unsafe { (call.mailbox as *mut R::Wire).write(wire) };
@@ -478,16 +464,6 @@ unsafe extern "C" fn run<F: Fn() -> R, R: Transfer>(call: u64) -> u64 {
 /// Whether a function has this name which runs in the domain, and into which closures may be inlined.
 pub(crate) fn is_entry(name: &str) -> bool {
     name.strip_prefix(concat!(module_path!(), "::run")).is_some_and(|rest| rest.is_empty() || rest == "_with_callbacks")
-}
-
-/// Runs in the domain: frees what the caller has copied.
-#[cold]
-fn free(blocks: &[usize]) {
-    for block in blocks {
-        // SAFETY: the block was lent to the caller by the call before. Whether it really was is for the domain's heap
-        // to check.
-        unsafe { libc::free(*block as *mut libc::c_void) };
-    }
 }
 
 /// The same for a call that has callbacks.
@@ -507,46 +483,56 @@ fn entry_for<F: Fn() -> R, R: Transfer>(_: &F) -> Entry {
 }
 
 /// The time that a call may take.
-struct Deadline {
-    end: Option<(Instant, sys::Timer)>,
+struct Deadline<'a> {
+    end: Option<Instant>,
+    /// The thread whose timer it is.
+    thread: &'a Thread,
     /// The timer is running.
     is_armed: Cell<bool>,
 }
 
-impl Deadline {
-    fn start(limit: Option<Duration>, thread: &Thread) -> Result<Self, ViolationKind> {
-        let is_armed = Cell::new(false);
-        let Some(limit) = limit else { return Ok(Self { end: None, is_armed }) };
-        let timer = match thread.timer().get() {
+impl<'a> Deadline<'a> {
+    fn start(limit: Option<Duration>, thread: &'a Thread) -> Result<Self, ViolationKind> {
+        let end = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let deadline = Self { end, thread, is_armed: Cell::new(false) };
+        // It can have passed already.
+        deadline.go_on()?;
+        Ok(deadline)
+    }
+
+    /// Starts the timer for the time that is left.
+    fn go_on(&self) -> Result<(), ViolationKind> {
+        let Some(end) = self.end else { return Ok(()) };
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ViolationKind::Deadline);
+        }
+        // The child of a fork, which a callback can have made, has no timer of its parent's.
+        let timer = match self.thread.timer().get() {
             Some(timer) => timer,
             None => sys::create_timer(signal::DEADLINE, signal::deadline_value())
                 .map_err(Error::system("make a timer for deadlines"))
                 .map_err(ViolationKind::NotReady)?,
         };
-        thread.timer().set(Some(timer));
-        let deadline = Self { end: Instant::now().checked_add(limit).map(|end| (end, timer)), is_armed };
-        // It can have passed already.
-        if deadline.go_on() { Ok(deadline) } else { Err(ViolationKind::Deadline) }
-    }
-
-    /// Starts the timer for the time that is left; `false` if none is.
-    fn go_on(&self) -> bool {
-        let Some((end, timer)) = self.end else { return true };
-        let left = end.saturating_duration_since(Instant::now());
+        self.thread.timer().set(Some(timer));
         self.is_armed.set(true);
-        !left.is_zero() && sys::set_timer(timer, Some(left)).is_ok()
+        sys::set_timer(timer, Some(left))
+            .map_err(Error::system("start the timer for a deadline"))
+            .map_err(ViolationKind::NotReady)
     }
 
     /// Stops the timer.
     fn pause(&self) {
-        if let Some((_, timer)) = self.end.filter(|_| self.is_armed.take()) {
+        if self.is_armed.take()
+            && let Some(timer) = self.thread.timer().get()
+        {
             // It cannot fail for a timer that exists.
             let _ = sys::set_timer(timer, None);
         }
     }
 }
 
-impl Drop for Deadline {
+impl Drop for Deadline<'_> {
     fn drop(&mut self) {
         self.pause();
     }

@@ -404,7 +404,7 @@ impl Keys {
     }
 
     /// Whether a call of this thread pins a key.
-    fn are_pinned_by(&self, thread: &Thread) -> bool {
+    pub(crate) fn are_pinned_by(&self, thread: &Thread) -> bool {
         self.owned().any(|slot| slot.is_pinned_by(thread))
     }
 

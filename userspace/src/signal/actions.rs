@@ -115,6 +115,10 @@ pub(super) fn adopt() -> io::Result<()> {
     let result = alone(|| {
         for signal in (1..SIGNALS as c_int).filter(|signal| is_kept(*signal)) {
             let action = sys::action(signal)?;
+            if action.handler == entry as *const () as usize {
+                // Of an attempt that did not end: it failed, or a fork left it to the parent.
+                continue;
+            }
             write(signal, action);
             put_in_force(signal, &action)?;
         }

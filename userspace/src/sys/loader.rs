@@ -5,6 +5,11 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::slice;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::BlockedSignals;
+use crate::fork;
+use crate::monitor::monitored;
 
 /// A loaded object: the executable, a library, or the kernel's vDSO. A library stays loaded while this value lives.
 #[derive(Debug)]
@@ -118,11 +123,30 @@ impl Library {
     }
 }
 
+monitored! { static ITERATING: Mutex<()> = Mutex::new(()); }
+
+/// Lets no other thread of this crate's iterate over the loaded objects. That takes a lock of the loader's which stays
+/// taken in the child of a fork (glibc 2.36, `elf/dl-iteratephdr.c`). Signals are to be blocked, for their handlers may
+/// fork.
+pub(crate) fn lock_loader() -> MutexGuard<'static, ()> {
+    ITERATING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Calls a function for each loaded object, with `data`.
+fn iterate(function: unsafe extern "C" fn(*mut libc::dl_phdr_info, usize, *mut c_void) -> c_int, data: *mut c_void) {
+    // In another handler of forks the lock is this thread's.
+    let _alone = (!fork::is_here()).then(lock_loader);
+    // SAFETY: the function gets back what is passed here; the callers pass what it expects, which lives across the
+    // call.
+    unsafe { libc::dl_iterate_phdr(Some(function), data) };
+}
+
 /// Returns the loaded objects, the executable first.
 pub(crate) fn libraries() -> Vec<Library> {
     let mut libraries: Vec<Library> = Vec::new();
-    // SAFETY: `collect` gets back the vector that is passed here, which lives across the call.
-    unsafe { libc::dl_iterate_phdr(Some(collect), (&raw mut libraries).cast()) };
+    let quiet = BlockedSignals::new();
+    iterate(collect, (&raw mut libraries).cast());
+    drop(quiet);
     // Outside the iteration, during which the loader holds a lock: another thread may be closing some of them by now,
     // which then are not to be had any more.
     libraries.retain_mut(|library| {
@@ -149,6 +173,7 @@ pub(crate) fn touch_module(id: usize) -> Option<usize> {
 }
 
 /// Returns how many objects have been loaded and unloaded so far: a new number means that the objects are others.
+/// Signals are to be blocked, as for [`lock_loader`].
 pub(crate) fn loaded_count() -> u64 {
     unsafe extern "C" fn first(info: *mut libc::dl_phdr_info, _: usize, data: *mut c_void) -> c_int {
         // SAFETY: the loader passes a valid struct.
@@ -159,8 +184,7 @@ pub(crate) fn loaded_count() -> u64 {
         1
     }
     let mut count = 0u64;
-    // SAFETY: `first` gets back the variable that is passed here, which lives across the call.
-    unsafe { libc::dl_iterate_phdr(Some(first), (&raw mut count).cast()) };
+    iterate(first, (&raw mut count).cast());
     count
 }
 

@@ -368,6 +368,15 @@ pub(crate) fn around_forks(
     }
 }
 
+/// Has a function called when the program exits, before those that are registered already.
+pub(crate) fn at_exit(function: extern "C" fn()) -> io::Result<()> {
+    // SAFETY: the function may be called at any time.
+    match unsafe { libc::atexit(function) } {
+        0 => Ok(()),
+        _ => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
+    }
+}
+
 /// Returns the calling thread's restartable-sequences area, if glibc registered one.
 pub(crate) fn rseq_area() -> Option<usize> {
     let (offset, size) = (super::lookup(c"__rseq_offset")?, super::lookup(c"__rseq_size")?);
