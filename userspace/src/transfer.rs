@@ -268,7 +268,8 @@ fn note_lent<W>(wires: Vec<W>) {
     let mut wires = std::mem::ManuallyDrop::new(wires);
     // SAFETY: the pointer is null, or in a domain leads to its heap, which nothing else uses at this moment.
     let Some(heap) = (unsafe { tls::current_heap().as_ref() }) else { return };
-    if layout.size() == 0 {
+    // A vector that was forged of other memory of the domain's is none of the heap's.
+    if layout.size() == 0 || !heap.contains(wires.as_ptr().addr()) {
         return;
     }
     let root = heap.root().cast::<Vec<Lent>>();
