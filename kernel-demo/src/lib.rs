@@ -15,6 +15,20 @@
 //! | [`testing`] | a test suite in one boot |
 //!
 //! The kernel runs on one CPU, in ring 0 throughout, in an identity map.
+//!
+//! # Programs
+//!
+//! A program is a binary or a test of this package. It begins with these attributes and calls
+//! `program!` or `test_suite!`:
+//!
+//! ```text
+//! #![no_main]
+//! #![cfg(target_os = "none")]
+//! #![no_std]
+//! ```
+//!
+//! Their order matters. A build for the host keeps `no_main`, stops at `cfg`, and so compiles an empty program; `host.c`
+//! is its `main`.
 
 #![no_std]
 #![cfg(target_os = "none")]
@@ -39,8 +53,6 @@ unsafe extern "Rust" {
 }
 
 /// Defines what the kernel runs once it is set up: `program!(function)`, where the function takes and returns nothing.
-///
-/// For a host target it defines a `main` that says how to boot it.
 #[macro_export]
 macro_rules! program {
     ($function:path) => {

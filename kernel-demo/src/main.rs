@@ -1,133 +1,127 @@
 //! The demo: two domains in a kernel, and what happens when one of them misbehaves.
 
-#![cfg_attr(target_os = "none", no_std, no_main)]
+#![no_main]
+#![cfg(target_os = "none")]
+#![no_std]
 
-#[cfg(not(target_os = "none"))]
-fn main() {
-    eprintln!("This is a kernel: boot it with `make demo`, or `scripts/cargo-none run -p kernel-demo`.");
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use kernel_demo::domain::{Domain, Kernel, heap_at};
+use kernel_demo::fence::Fence;
+use kernel_demo::{memory, println};
+use pkru::domain::{Failure, Sizes};
+
+kernel_demo::program!(demo);
+
+const SIZES: Sizes = Sizes { stack: 32 * 1024, heap: 64 * 1024 };
+
+/// Memory of the kernel that no domain may write.
+static KERNEL_DATA: AtomicU64 = AtomicU64::new(0x600d_c0de);
+
+fn demo() {
+    println!("pkru: isolated domains on bare metal");
+    for fence in [Fence::Pks, Fence::Pku] {
+        if fence.is_supported() {
+            fence.select();
+            println!();
+            println!("== domains fenced by {} ==", name(fence));
+            scenario();
+        } else {
+            println!();
+            println!("== skipped: this CPU has no {fence:?} ==");
+        }
+    }
 }
 
-#[cfg(target_os = "none")]
-mod demo {
-    use core::sync::atomic::{AtomicU64, Ordering};
+fn name(fence: Fence) -> &'static str {
+    match fence {
+        Fence::Pks => "PKS: supervisor pages, rights in the MSR IA32_PKRS",
+        Fence::Pku => "PKU: user pages, rights in the register PKRU",
+    }
+}
 
-    use kernel_demo::domain::{Domain, Kernel, heap_at};
-    use kernel_demo::fence::Fence;
-    use kernel_demo::{memory, println};
-    use pkru::domain::{Failure, Sizes};
+fn scenario() {
+    let free = memory::free_frames();
+    let mut domains = ["A", "B"].map(|name| (name, new(name)));
+    for (name, domain) in &mut domains {
+        work(name, domain);
+    }
+    let [(_, a), (_, b)] = &mut domains;
+    let heap_of_b = b.memory().heap().end.as_u64() - 64;
 
-    kernel_demo::program!(demo);
-
-    const SIZES: Sizes = Sizes { stack: 32 * 1024, heap: 64 * 1024 };
-
-    /// Memory of the kernel that no domain may write.
-    static KERNEL_DATA: AtomicU64 = AtomicU64::new(0x600d_c0de);
-
-    fn demo() {
-        println!("pkru: isolated domains on bare metal");
-        for fence in [Fence::Pks, Fence::Pku] {
-            if fence.is_supported() {
-                fence.select();
-                println!();
-                println!("== domains fenced by {} ==", name(fence));
-                scenario();
-            } else {
-                println!();
-                println!("== skipped: this CPU has no {fence:?} ==");
-            }
-        }
+    println!("A writes into B's heap:");
+    write(a, heap_of_b);
+    println!("A writes into the kernel's memory:");
+    write(a, KERNEL_DATA.as_ptr() as u64);
+    println!("A writes below its own stack:");
+    let below = a.memory().stack().start.as_u64() - 8;
+    write(a, below);
+    assert_eq!(KERNEL_DATA.load(Ordering::Relaxed), 0x600d_c0de, "the kernel's memory is as it was");
+    println!("the kernel's memory is as it was, and both domains go on:");
+    for (name, domain) in &mut domains {
+        work(name, domain);
     }
 
-    fn name(fence: Fence) -> &'static str {
-        match fence {
-            Fence::Pks => "PKS: supervisor pages, rights in the MSR IA32_PKRS",
-            Fence::Pku => "PKU: user pages, rights in the register PKRU",
-        }
+    // SAFETY: the address is in B's heap, past everything allocated there; in the kernel nothing is fenced off.
+    unsafe { (heap_of_b as *mut u64).write(1) };
+    println!("control: the kernel itself writes into B's heap, and nothing stops it");
+    drop(domains);
+    // Page tables stay: they serve the next domains.
+    println!("domains dropped; {} of their frames are back", memory::free_frames().min(free) * 100 / free);
+}
+
+fn new(name: &str) -> Domain {
+    let domain = Domain::new(Kernel, SIZES).unwrap_or_else(|error| panic!("no domain: {error:?}"));
+    let memory = domain.memory();
+    println!(
+        "domain {name}: key {}, stack {:#x}..{:#x}, heap {:#x}..{:#x}",
+        domain.memory().key(),
+        memory.stack().start,
+        memory.stack().end,
+        memory.heap().start,
+        memory.heap().end
+    );
+    domain
+}
+
+fn work(name: &str, domain: &mut Domain) {
+    let heap = domain.memory().heap().start.as_u64();
+    // SAFETY: `sum_in_heap` uses its own stack and the heap it is given.
+    match unsafe { domain.enter(sum_in_heap, heap) } {
+        Ok(sum) => println!("domain {name} works in its own memory: the sum of its table is {sum}"),
+        Err(failure) => panic!("domain {name} could not work: {failure:?}"),
     }
+}
 
-    fn scenario() {
-        let free = memory::free_frames();
-        let mut domains = ["A", "B"].map(|name| (name, new(name)));
-        for (name, domain) in &mut domains {
-            work(name, domain);
-        }
-        let [(_, a), (_, b)] = &mut domains;
-        let heap_of_b = b.memory().heap().end.as_u64() - 64;
-
-        println!("A writes into B's heap:");
-        write(a, heap_of_b);
-        println!("A writes into the kernel's memory:");
-        write(a, KERNEL_DATA.as_ptr() as u64);
-        println!("A writes below its own stack:");
-        let below = a.memory().stack().start.as_u64() - 8;
-        write(a, below);
-        assert_eq!(KERNEL_DATA.load(Ordering::Relaxed), 0x600d_c0de, "the kernel's memory is as it was");
-        println!("the kernel's memory is as it was, and both domains go on:");
-        for (name, domain) in &mut domains {
-            work(name, domain);
-        }
-
-        // SAFETY: the address is in B's heap, past everything allocated there; in the kernel nothing is fenced off.
-        unsafe { (heap_of_b as *mut u64).write(1) };
-        println!("control: the kernel itself writes into B's heap, and nothing stops it");
-        drop(domains);
-        // Page tables stay: they serve the next domains.
-        println!("domains dropped; {} of their frames are back", memory::free_frames().min(free) * 100 / free);
+fn write(domain: &mut Domain, address: u64) {
+    // SAFETY: what `write_word` does wrong is what the domain is there to contain.
+    match unsafe { domain.enter(write_word, address) } {
+        Err(Failure::Trap(trap)) => println!("  trapped: {trap}\n  rewound"),
+        other => panic!("the write to {address:#x} was not contained: {other:?}"),
     }
+}
 
-    fn new(name: &str) -> Domain {
-        let domain = Domain::new(Kernel, SIZES).unwrap_or_else(|error| panic!("no domain: {error:?}"));
-        let memory = domain.memory();
-        println!(
-            "domain {name}: key {}, stack {:#x}..{:#x}, heap {:#x}..{:#x}",
-            domain.memory().key(),
-            memory.stack().start,
-            memory.stack().end,
-            memory.heap().start,
-            memory.heap().end
-        );
-        domain
+/// Fills a table on the domain's heap and sums it up.
+unsafe extern "C" fn sum_in_heap(heap: u64) -> u64 {
+    const LENGTH: usize = 1000;
+    // SAFETY: this runs in the domain whose heap it is.
+    let heap = unsafe { heap_at(heap) };
+    let Some(block) = heap.allocate(LENGTH * size_of::<u64>(), align_of::<u64>()) else { return 0 };
+    // SAFETY: the block is as long as the slice, and zero or not, any bytes are integers.
+    let table = unsafe { core::slice::from_raw_parts_mut(block.cast::<u64>().as_ptr(), LENGTH) };
+    for (value, slot) in (0..).zip(table.iter_mut()) {
+        *slot = value;
     }
+    let sum = table.iter().sum();
+    // SAFETY: the table is not used any more.
+    match unsafe { heap.free(block) } {
+        Ok(()) => sum,
+        Err(_) => 0,
+    }
+}
 
-    fn work(name: &str, domain: &mut Domain) {
-        let heap = domain.memory().heap().start.as_u64();
-        // SAFETY: `sum_in_heap` uses its own stack and the heap it is given.
-        match unsafe { domain.enter(sum_in_heap, heap) } {
-            Ok(sum) => println!("domain {name} works in its own memory: the sum of its table is {sum}"),
-            Err(failure) => panic!("domain {name} could not work: {failure:?}"),
-        }
-    }
-
-    fn write(domain: &mut Domain, address: u64) {
-        // SAFETY: what `write_word` does wrong is what the domain is there to contain.
-        match unsafe { domain.enter(write_word, address) } {
-            Err(Failure::Trap(trap)) => println!("  trapped: {trap}\n  rewound"),
-            other => panic!("the write to {address:#x} was not contained: {other:?}"),
-        }
-    }
-
-    /// Fills a table on the domain's heap and sums it up.
-    unsafe extern "C" fn sum_in_heap(heap: u64) -> u64 {
-        const LENGTH: usize = 1000;
-        // SAFETY: this runs in the domain whose heap it is.
-        let heap = unsafe { heap_at(heap) };
-        let Some(block) = heap.allocate(LENGTH * size_of::<u64>(), align_of::<u64>()) else { return 0 };
-        // SAFETY: the block is as long as the slice, and zero or not, any bytes are integers.
-        let table = unsafe { core::slice::from_raw_parts_mut(block.cast::<u64>().as_ptr(), LENGTH) };
-        for (value, slot) in (0..).zip(table.iter_mut()) {
-            *slot = value;
-        }
-        let sum = table.iter().sum();
-        // SAFETY: the table is not used any more.
-        match unsafe { heap.free(block) } {
-            Ok(()) => sum,
-            Err(_) => 0,
-        }
-    }
-
-    unsafe extern "C" fn write_word(address: u64) -> u64 {
-        // SAFETY: none: this is the mistake.
-        unsafe { (address as *mut u64).write_volatile(0xbad) };
-        0
-    }
+unsafe extern "C" fn write_word(address: u64) -> u64 {
+    // SAFETY: none: this is the mistake.
+    unsafe { (address as *mut u64).write_volatile(0xbad) };
+    0
 }

@@ -1,173 +1,165 @@
 //! Keys and rights on the machine: what the registers hold and what they stop.
 
-#![cfg_attr(target_os = "none", no_std, no_main)]
+#![no_main]
+#![cfg(target_os = "none")]
+#![no_std]
 
-#[cfg(not(target_os = "none"))]
-fn main() {
-    eprintln!("this suite boots: `make qemu-test`");
+use core::arch::asm;
+
+use kernel_demo::fence::{self, Rights};
+use kernel_demo::traps::Cause;
+use kernel_demo::{memory, probe};
+use pkru::cpuid::Features;
+use pkru::fault::{KeyFault, PageFault};
+use pkru::registers::{Pkrs, Pkru};
+use pkru::rights::Access;
+use pkru::{AccessRights, KeyRights, ProtectionKey};
+use x86_64::VirtAddr;
+use x86_64::registers::control::{Cr0, Cr0Flags};
+use x86_64::structures::paging::PageTableFlags;
+
+kernel_demo::test_suite!(
+    cpuid_reports_what_the_kernel_switched_on,
+    pkru_reads_back_what_was_written,
+    pkrs_reads_back_what_was_written,
+    pkru_binds_ring_0_on_user_pages,
+    pkrs_binds_supervisor_pages,
+    each_register_leaves_the_others_pages_alone,
+    write_disable_leaves_reads,
+    write_disable_binds_ring_0_only_with_wp,
+    fetches_are_not_checked,
+    a_fault_names_address_key_access_and_rights,
+    nonzero_ecx_is_a_general_protection_fault,
+);
+
+const KEY: ProtectionKey = ProtectionKey::new(5).expect("5 is a key");
+const USER_PAGE: u64 = 0x200_0000_0000;
+const SUPERVISOR_PAGE: u64 = USER_PAGE + 0x10_0000;
+
+/// Maps a page with the key, once, and returns its address.
+fn page(user: bool) -> u64 {
+    let start = if user { USER_PAGE } else { SUPERVISOR_PAGE };
+    let start = VirtAddr::new(start);
+    if memory::leaf(start).is_none() {
+        let mut flags = PageTableFlags::from_bits_retain(KEY.in_entry(memory::FLAGS.bits()));
+        flags.set(PageTableFlags::USER_ACCESSIBLE, user);
+        flags.remove(PageTableFlags::NO_EXECUTE);
+        memory::map(start..start + 4096, flags).expect("the page can be mapped");
+        // SAFETY: the page was just mapped; 0xc3 is `ret`, for the probes that execute it.
+        unsafe { start.as_mut_ptr::<u8>().write(0xc3) };
+    }
+    start.as_u64()
 }
 
-#[cfg(target_os = "none")]
-mod suite {
-    use core::arch::asm;
+/// Makes an access with these rights to `KEY` in both registers.
+fn access(address: u64, access: Access, pkru: AccessRights, pkrs: AccessRights) -> Result<(), Cause> {
+    let rights = Rights { pkru: KeyRights::ALL.with(KEY, pkru), pkrs: KeyRights::ALL.with(KEY, pkrs) };
+    // SAFETY: the kernel uses key 0, to which all rights stay.
+    unsafe { fence::write(rights) };
+    // SAFETY: the page is the tests' own.
+    let result = unsafe { probe::access(address, access) };
+    fence::open();
+    result.map_err(|trap| trap.cause)
+}
 
-    use kernel_demo::fence::{self, Rights};
-    use kernel_demo::traps::Cause;
-    use kernel_demo::{memory, probe};
-    use pkru::cpuid::Features;
-    use pkru::fault::{KeyFault, PageFault};
-    use pkru::registers::{Pkrs, Pkru};
-    use pkru::rights::Access;
-    use pkru::{AccessRights, KeyRights, ProtectionKey};
-    use x86_64::VirtAddr;
-    use x86_64::registers::control::{Cr0, Cr0Flags};
-    use x86_64::structures::paging::PageTableFlags;
+const ALL: AccessRights = AccessRights::READ_WRITE;
+const READ_ONLY: AccessRights = AccessRights::READ_ONLY;
+const NONE: AccessRights = AccessRights::NONE;
 
-    kernel_demo::test_suite!(
-        cpuid_reports_what_the_kernel_switched_on,
-        pkru_reads_back_what_was_written,
-        pkrs_reads_back_what_was_written,
-        pkru_binds_ring_0_on_user_pages,
-        pkrs_binds_supervisor_pages,
-        each_register_leaves_the_others_pages_alone,
-        write_disable_leaves_reads,
-        write_disable_binds_ring_0_only_with_wp,
-        fetches_are_not_checked,
-        a_fault_names_address_key_access_and_rights,
-        nonzero_ecx_is_a_general_protection_fault,
-    );
+fn is_key_fault(result: Result<(), Cause>) -> bool {
+    matches!(result, Err(Cause::PageFault(PageFault::Key(_))))
+}
 
-    const KEY: ProtectionKey = ProtectionKey::new(5).expect("5 is a key");
-    const USER_PAGE: u64 = 0x200_0000_0000;
-    const SUPERVISOR_PAGE: u64 = USER_PAGE + 0x10_0000;
+fn cpuid_reports_what_the_kernel_switched_on() {
+    let features = Features::of_this_cpu();
+    assert!(features.pku && features.ospke && features.pks && features.fsgsbase, "{features:?}");
+    assert!(Pkru::detect().is_some());
+}
 
-    /// Maps a page with the key, once, and returns its address.
-    fn page(user: bool) -> u64 {
-        let start = if user { USER_PAGE } else { SUPERVISOR_PAGE };
-        let start = VirtAddr::new(start);
-        if memory::leaf(start).is_none() {
-            let mut flags = PageTableFlags::from_bits_retain(KEY.in_entry(memory::FLAGS.bits()));
-            flags.set(PageTableFlags::USER_ACCESSIBLE, user);
-            flags.remove(PageTableFlags::NO_EXECUTE);
-            memory::map(start..start + 4096, flags).expect("the page can be mapped");
-            // SAFETY: the page was just mapped; 0xc3 is `ret`, for the probes that execute it.
-            unsafe { start.as_mut_ptr::<u8>().write(0xc3) };
-        }
-        start.as_u64()
+fn pkru_reads_back_what_was_written() {
+    let register = Pkru::detect().expect("the kernel has switched PKU on");
+    for bits in [0xffff_fffc, 0x5555_5554, 0x1234_5670, 0] {
+        // SAFETY: the kernel's pages are not under these keys, or are supervisor pages.
+        unsafe { register.write(KeyRights::from_bits(bits)) };
+        assert_eq!(register.read().bits(), bits);
     }
+}
 
-    /// Makes an access with these rights to `KEY` in both registers.
-    fn access(address: u64, access: Access, pkru: AccessRights, pkrs: AccessRights) -> Result<(), Cause> {
-        let rights = Rights { pkru: KeyRights::ALL.with(KEY, pkru), pkrs: KeyRights::ALL.with(KEY, pkrs) };
-        // SAFETY: the kernel uses key 0, to which all rights stay.
-        unsafe { fence::write(rights) };
-        // SAFETY: the page is the tests' own.
-        let result = unsafe { probe::access(address, access) };
-        fence::open();
-        result.map_err(|trap| trap.cause)
+fn pkrs_reads_back_what_was_written() {
+    // SAFETY: the kernel runs in ring 0.
+    let register = unsafe { Pkrs::detect() }.expect("the CPU has PKS");
+    // The exception stacks are under key 1, to which all rights stay.
+    for bits in [0xffff_fff0, 0x5555_5550, 0x1234_5670, 0] {
+        // SAFETY: all rights to keys 0 and 1 stay.
+        unsafe { register.write(KeyRights::from_bits(bits)) };
+        assert_eq!(register.read().bits(), bits);
     }
+}
 
-    const ALL: AccessRights = AccessRights::READ_WRITE;
-    const READ_ONLY: AccessRights = AccessRights::READ_ONLY;
-    const NONE: AccessRights = AccessRights::NONE;
+fn pkru_binds_ring_0_on_user_pages() {
+    assert_eq!(access(page(true), Access::Write, ALL, ALL), Ok(()), "control");
+    assert!(is_key_fault(access(page(true), Access::Write, NONE, ALL)));
+    assert!(is_key_fault(access(page(true), Access::Read, NONE, ALL)));
+    assert!(is_key_fault(access(page(true), Access::Write, READ_ONLY, ALL)));
+}
 
-    fn is_key_fault(result: Result<(), Cause>) -> bool {
-        matches!(result, Err(Cause::PageFault(PageFault::Key(_))))
+fn pkrs_binds_supervisor_pages() {
+    assert_eq!(access(page(false), Access::Write, ALL, ALL), Ok(()), "control");
+    assert!(is_key_fault(access(page(false), Access::Write, ALL, NONE)));
+    assert!(is_key_fault(access(page(false), Access::Read, ALL, NONE)));
+    assert!(is_key_fault(access(page(false), Access::Write, ALL, READ_ONLY)));
+}
+
+fn each_register_leaves_the_others_pages_alone() {
+    assert_eq!(access(page(true), Access::Write, ALL, NONE), Ok(()));
+    assert_eq!(access(page(false), Access::Write, NONE, ALL), Ok(()));
+}
+
+fn write_disable_leaves_reads() {
+    assert_eq!(access(page(true), Access::Read, READ_ONLY, ALL), Ok(()));
+    assert_eq!(access(page(false), Access::Read, ALL, READ_ONLY), Ok(()));
+}
+
+fn write_disable_binds_ring_0_only_with_wp() {
+    for user in [true, false] {
+        assert!(is_key_fault(access(page(user), Access::Write, READ_ONLY, READ_ONLY)));
+        // SAFETY: no page is read-only to be protected by WP in this suite.
+        unsafe { Cr0::update(|flags| flags.remove(Cr0Flags::WRITE_PROTECT)) };
+        let without = access(page(user), Access::Write, READ_ONLY, READ_ONLY);
+        let disabled = access(page(user), Access::Write, NONE, NONE);
+        // SAFETY: it was set before.
+        unsafe { Cr0::update(|flags| flags.insert(Cr0Flags::WRITE_PROTECT)) };
+        assert_eq!(without, Ok(()));
+        assert!(is_key_fault(disabled), "access-disable binds all the same");
     }
+}
 
-    fn cpuid_reports_what_the_kernel_switched_on() {
-        let features = Features::of_this_cpu();
-        assert!(features.pku && features.ospke && features.pks && features.fsgsbase, "{features:?}");
-        assert!(Pkru::detect().is_some());
-    }
+fn fetches_are_not_checked() {
+    assert_eq!(access(page(true), Access::Execute, NONE, NONE), Ok(()));
+    assert_eq!(access(page(false), Access::Execute, NONE, NONE), Ok(()));
+}
 
-    fn pkru_reads_back_what_was_written() {
-        let register = Pkru::detect().expect("the kernel has switched PKU on");
-        for bits in [0xffff_fffc, 0x5555_5554, 0x1234_5670, 0] {
-            // SAFETY: the kernel's pages are not under these keys, or are supervisor pages.
-            unsafe { register.write(KeyRights::from_bits(bits)) };
-            assert_eq!(register.read().bits(), bits);
-        }
-    }
+fn a_fault_names_address_key_access_and_rights() {
+    let address = page(true) + 123;
+    let fault = KeyFault { address, access: Access::Write, key: KEY, rights: KeyRights::ALL.with(KEY, READ_ONLY) };
+    assert_eq!(access(address, Access::Write, READ_ONLY, ALL), Err(Cause::PageFault(PageFault::Key(fault))));
+    let unmapped = SUPERVISOR_PAGE + 4096;
+    let fault = PageFault::NotPresent { address: unmapped, access: Access::Read };
+    assert_eq!(access(unmapped, Access::Read, NONE, NONE), Err(Cause::PageFault(fault)));
+}
 
-    fn pkrs_reads_back_what_was_written() {
-        // SAFETY: the kernel runs in ring 0.
-        let register = unsafe { Pkrs::detect() }.expect("the CPU has PKS");
-        // The exception stacks are under key 1, to which all rights stay.
-        for bits in [0xffff_fff0, 0x5555_5550, 0x1234_5670, 0] {
-            // SAFETY: all rights to keys 0 and 1 stay.
-            unsafe { register.write(KeyRights::from_bits(bits)) };
-            assert_eq!(register.read().bits(), bits);
-        }
+fn nonzero_ecx_is_a_general_protection_fault() {
+    #[unsafe(naked)]
+    unsafe extern "C" fn rdpkru_with_ecx_1(_: u64) -> u64 {
+        core::arch::naked_asm!("mov ecx, 1", "rdpkru", "ret")
     }
-
-    fn pkru_binds_ring_0_on_user_pages() {
-        assert_eq!(access(page(true), Access::Write, ALL, ALL), Ok(()), "control");
-        assert!(is_key_fault(access(page(true), Access::Write, NONE, ALL)));
-        assert!(is_key_fault(access(page(true), Access::Read, NONE, ALL)));
-        assert!(is_key_fault(access(page(true), Access::Write, READ_ONLY, ALL)));
-    }
-
-    fn pkrs_binds_supervisor_pages() {
-        assert_eq!(access(page(false), Access::Write, ALL, ALL), Ok(()), "control");
-        assert!(is_key_fault(access(page(false), Access::Write, ALL, NONE)));
-        assert!(is_key_fault(access(page(false), Access::Read, ALL, NONE)));
-        assert!(is_key_fault(access(page(false), Access::Write, ALL, READ_ONLY)));
-    }
-
-    fn each_register_leaves_the_others_pages_alone() {
-        assert_eq!(access(page(true), Access::Write, ALL, NONE), Ok(()));
-        assert_eq!(access(page(false), Access::Write, NONE, ALL), Ok(()));
-    }
-
-    fn write_disable_leaves_reads() {
-        assert_eq!(access(page(true), Access::Read, READ_ONLY, ALL), Ok(()));
-        assert_eq!(access(page(false), Access::Read, ALL, READ_ONLY), Ok(()));
-    }
-
-    fn write_disable_binds_ring_0_only_with_wp() {
-        for user in [true, false] {
-            assert!(is_key_fault(access(page(user), Access::Write, READ_ONLY, READ_ONLY)));
-            // SAFETY: no page is read-only to be protected by WP in this suite.
-            unsafe { Cr0::update(|flags| flags.remove(Cr0Flags::WRITE_PROTECT)) };
-            let without = access(page(user), Access::Write, READ_ONLY, READ_ONLY);
-            let disabled = access(page(user), Access::Write, NONE, NONE);
-            // SAFETY: it was set before.
-            unsafe { Cr0::update(|flags| flags.insert(Cr0Flags::WRITE_PROTECT)) };
-            assert_eq!(without, Ok(()));
-            assert!(is_key_fault(disabled), "access-disable binds all the same");
-        }
-    }
-
-    fn fetches_are_not_checked() {
-        assert_eq!(access(page(true), Access::Execute, NONE, NONE), Ok(()));
-        assert_eq!(access(page(false), Access::Execute, NONE, NONE), Ok(()));
-    }
-
-    fn a_fault_names_address_key_access_and_rights() {
-        let address = page(true) + 123;
-        let fault = KeyFault { address, access: Access::Write, key: KEY, rights: KeyRights::ALL.with(KEY, READ_ONLY) };
-        assert_eq!(access(address, Access::Write, READ_ONLY, ALL), Err(Cause::PageFault(PageFault::Key(fault))));
-        let unmapped = SUPERVISOR_PAGE + 4096;
-        let fault = PageFault::NotPresent { address: unmapped, access: Access::Read };
-        assert_eq!(access(unmapped, Access::Read, NONE, NONE), Err(Cause::PageFault(fault)));
-    }
-
-    fn nonzero_ecx_is_a_general_protection_fault() {
-        #[unsafe(naked)]
-        unsafe extern "C" fn rdpkru_with_ecx_1(_: u64) -> u64 {
-            core::arch::naked_asm!("mov ecx, 1", "rdpkru", "ret")
-        }
-        let mut domain = kernel_demo::domain::Domain::new(
-            kernel_demo::domain::Kernel,
-            pkru::domain::Sizes { stack: 8192, heap: 8192 },
-        )
-        .expect("a domain can be made");
-        // SAFETY: the function raises an exception, which the domain is there for.
-        let result = unsafe { domain.enter(rdpkru_with_ecx_1, 0) };
-        let Err(pkru::domain::Failure::Trap(trap)) = result else { panic!("{result:?}") };
-        assert_eq!(trap.cause, Cause::Exception(13));
-        // SAFETY: the same instruction with ECX = 0 is allowed.
-        unsafe { asm!("xor ecx, ecx", "rdpkru", out("eax") _, out("ecx") _, out("edx") _) };
-    }
+    let mut domain =
+        kernel_demo::domain::Domain::new(kernel_demo::domain::Kernel, pkru::domain::Sizes { stack: 8192, heap: 8192 })
+            .expect("a domain can be made");
+    // SAFETY: the function raises an exception, which the domain is there for.
+    let result = unsafe { domain.enter(rdpkru_with_ecx_1, 0) };
+    let Err(pkru::domain::Failure::Trap(trap)) = result else { panic!("{result:?}") };
+    assert_eq!(trap.cause, Cause::Exception(13));
+    // SAFETY: the same instruction with ECX = 0 is allowed.
+    unsafe { asm!("xor ecx, ecx", "rdpkru", out("eax") _, out("ecx") _, out("edx") _) };
 }

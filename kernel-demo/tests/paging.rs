@@ -1,87 +1,81 @@
 //! Tagging and splitting the page tables in force.
 
-#![cfg_attr(target_os = "none", no_std, no_main)]
+#![no_main]
+#![cfg(target_os = "none")]
+#![no_std]
 
-#[cfg(not(target_os = "none"))]
-fn main() {
-    eprintln!("this suite boots: `make qemu-test`");
+use kernel_demo::fence::{self, Fence, Rights};
+use kernel_demo::{memory, probe, segments};
+use pkru::paging::PagingError;
+use pkru::rights::Access;
+use pkru::{AccessRights, KeyRights, ProtectionKey};
+use x86_64::{PhysAddr, VirtAddr};
+
+kernel_demo::test_suite!(
+    a_tag_takes_effect_at_once,
+    a_large_leaf_is_tagged_whole_or_not_at_all,
+    tagging_what_is_not_mapped_is_an_error,
+    the_exception_stacks_have_their_key,
+    the_first_page_is_not_mapped,
+);
+
+const KEY: ProtectionKey = ProtectionKey::new(6).expect("6 is a key");
+const SMALL: VirtAddr = VirtAddr::new(0x400_0000_0000);
+const LARGE: VirtAddr = VirtAddr::new(0x400_4000_0000);
+const LARGE_FRAME: PhysAddr = PhysAddr::new(512 << 20);
+const LARGE_SIZE: u64 = 2 << 20;
+
+/// Whether a write is allowed while PKRS denies everything under `KEY`.
+fn writable(address: VirtAddr) -> bool {
+    let rights = Rights { pkru: KeyRights::ALL, pkrs: KeyRights::ALL.with(KEY, AccessRights::NONE) };
+    // SAFETY: the kernel's pages are under keys 0 and 1, to which all rights stay.
+    unsafe { fence::write(rights) };
+    // SAFETY: the pages are the suite's own.
+    let result = unsafe { probe::access(address.as_u64(), Access::Write) };
+    fence::open();
+    result.is_ok()
 }
 
-#[cfg(target_os = "none")]
-mod suite {
-    use kernel_demo::fence::{self, Fence, Rights};
-    use kernel_demo::{memory, probe, segments};
-    use pkru::paging::PagingError;
-    use pkru::rights::Access;
-    use pkru::{AccessRights, KeyRights, ProtectionKey};
-    use x86_64::{PhysAddr, VirtAddr};
+fn a_tag_takes_effect_at_once() {
+    memory::map(SMALL..SMALL + 3 * 4096, memory::FLAGS).expect("the pages can be mapped");
+    let pages = || [0, 4096, 8192].map(|offset| writable(SMALL + offset));
+    assert_eq!(pages(), [true, true, true]);
+    memory::tag(SMALL + 4096..SMALL + 8192, KEY).expect("the page is mapped");
+    assert_eq!(pages(), [true, false, true]);
+    memory::tag(SMALL + 4096..SMALL + 8192, ProtectionKey::DEFAULT).expect("the page is mapped");
+    assert_eq!(pages(), [true, true, true]);
+}
 
-    kernel_demo::test_suite!(
-        a_tag_takes_effect_at_once,
-        a_large_leaf_is_tagged_whole_or_not_at_all,
-        tagging_what_is_not_mapped_is_an_error,
-        the_exception_stacks_have_their_key,
-        the_first_page_is_not_mapped,
-    );
+fn a_large_leaf_is_tagged_whole_or_not_at_all() {
+    memory::map_large(LARGE, LARGE_FRAME, memory::FLAGS).expect("the page can be mapped");
+    let error = PagingError::PartlyInsideLargeLeaf { start: LARGE, size: LARGE_SIZE };
+    assert_eq!(memory::tag(LARGE..LARGE + 4096, KEY), Err(error));
+    assert!(writable(LARGE));
+    memory::tag(LARGE..LARGE + LARGE_SIZE, KEY).expect("the page is mapped");
+    assert!(!writable(LARGE) && !writable(LARGE + LARGE_SIZE - 1));
+}
 
-    const KEY: ProtectionKey = ProtectionKey::new(6).expect("6 is a key");
-    const SMALL: VirtAddr = VirtAddr::new(0x400_0000_0000);
-    const LARGE: VirtAddr = VirtAddr::new(0x400_4000_0000);
-    const LARGE_FRAME: PhysAddr = PhysAddr::new(512 << 20);
-    const LARGE_SIZE: u64 = 2 << 20;
+fn tagging_what_is_not_mapped_is_an_error() {
+    let hole = SMALL + 3 * 4096;
+    assert_eq!(memory::tag(SMALL..hole + 4096, KEY), Err(PagingError::NotMapped { address: hole }));
+    assert!(writable(SMALL), "nothing was tagged");
+}
 
-    /// Whether a write is allowed while PKRS denies everything under `KEY`.
-    fn writable(address: VirtAddr) -> bool {
-        let rights = Rights { pkru: KeyRights::ALL, pkrs: KeyRights::ALL.with(KEY, AccessRights::NONE) };
-        // SAFETY: the kernel's pages are under keys 0 and 1, to which all rights stay.
-        unsafe { fence::write(rights) };
-        // SAFETY: the pages are the suite's own.
-        let result = unsafe { probe::access(address.as_u64(), Access::Write) };
-        fence::open();
-        result.is_ok()
+fn the_exception_stacks_have_their_key() {
+    let stacks = segments::trap_stacks();
+    for address in [stacks.start, stacks.end - 1] {
+        assert_eq!(memory::leaf(address).expect("they are mapped").key(), fence::TRAP_STACK_KEY);
     }
-
-    fn a_tag_takes_effect_at_once() {
-        memory::map(SMALL..SMALL + 3 * 4096, memory::FLAGS).expect("the pages can be mapped");
-        let pages = || [0, 4096, 8192].map(|offset| writable(SMALL + offset));
-        assert_eq!(pages(), [true, true, true]);
-        memory::tag(SMALL + 4096..SMALL + 8192, KEY).expect("the page is mapped");
-        assert_eq!(pages(), [true, false, true]);
-        memory::tag(SMALL + 4096..SMALL + 8192, ProtectionKey::DEFAULT).expect("the page is mapped");
-        assert_eq!(pages(), [true, true, true]);
+    for address in [stacks.start - 1, stacks.end] {
+        assert_eq!(memory::leaf(address).expect("it is mapped").key(), ProtectionKey::DEFAULT);
     }
+    Fence::Pku.select();
+    assert!(!memory::leaf(stacks.start).expect("they are mapped").is_user());
+    assert!(memory::leaf(stacks.end).expect("it is mapped").is_user());
+    Fence::Pks.select();
+}
 
-    fn a_large_leaf_is_tagged_whole_or_not_at_all() {
-        memory::map_large(LARGE, LARGE_FRAME, memory::FLAGS).expect("the page can be mapped");
-        let error = PagingError::PartlyInsideLargeLeaf { start: LARGE, size: LARGE_SIZE };
-        assert_eq!(memory::tag(LARGE..LARGE + 4096, KEY), Err(error));
-        assert!(writable(LARGE));
-        memory::tag(LARGE..LARGE + LARGE_SIZE, KEY).expect("the page is mapped");
-        assert!(!writable(LARGE) && !writable(LARGE + LARGE_SIZE - 1));
-    }
-
-    fn tagging_what_is_not_mapped_is_an_error() {
-        let hole = SMALL + 3 * 4096;
-        assert_eq!(memory::tag(SMALL..hole + 4096, KEY), Err(PagingError::NotMapped { address: hole }));
-        assert!(writable(SMALL), "nothing was tagged");
-    }
-
-    fn the_exception_stacks_have_their_key() {
-        let stacks = segments::trap_stacks();
-        for address in [stacks.start, stacks.end - 1] {
-            assert_eq!(memory::leaf(address).expect("they are mapped").key(), fence::TRAP_STACK_KEY);
-        }
-        for address in [stacks.start - 1, stacks.end] {
-            assert_eq!(memory::leaf(address).expect("it is mapped").key(), ProtectionKey::DEFAULT);
-        }
-        Fence::Pku.select();
-        assert!(!memory::leaf(stacks.start).expect("they are mapped").is_user());
-        assert!(memory::leaf(stacks.end).expect("it is mapped").is_user());
-        Fence::Pks.select();
-    }
-
-    fn the_first_page_is_not_mapped() {
-        // SAFETY: nothing is there.
-        assert!(unsafe { probe::access(8, Access::Read) }.is_err());
-    }
+fn the_first_page_is_not_mapped() {
+    // SAFETY: nothing is there.
+    assert!(unsafe { probe::access(8, Access::Read) }.is_err());
 }
