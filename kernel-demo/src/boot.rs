@@ -1,16 +1,19 @@
-//! From QEMU's entry to Rust.
+//! The way from QEMU's entry to Rust, and to the kernel's program.
 //!
-//! QEMU loads the ELF as it is and, by the PVH protocol, jumps to the address in its Xen note: 32-bit protected mode,
-//! paging off, EBX the physical address of the start info. The assembly here does nothing but switch modes; tables are
-//! Rust constants where they can be.
+//! QEMU loads the ELF file and jumps to the address in its Xen note, by the PVH protocol: in 32-bit protected mode,
+//! without paging, with the physical address of the start info in EBX. The assembly here only switches to long mode.
 //!
 //! # References
 //!
-//! Xen, "x86/HVM direct boot ABI"; QEMU 7.2, `hw/i386/x86.c`, which demands that the note be aligned to 4.
+//! Xen, "x86/HVM direct boot ABI"; QEMU 7.2, `hw/i386/x86.c`, which requires that the note is aligned to 4.
+
+#![expect(unsafe_code, reason = "the boot code and the program are linked by symbol name")]
 
 use core::arch::global_asm;
 
-/// The identity map of the first 4 GiB in leaves of 2 MiB: present, writable, supervisor.
+use crate::start;
+
+/// The page directories that map the first 4 GiB to themselves in 2 MiB pages: present, writable, supervisor.
 #[repr(C, align(4096))]
 struct IdentityMap([[u64; 512]; 4]);
 
@@ -28,7 +31,7 @@ const fn identity_map() -> [[u64; 512]; 4] {
     map
 }
 
-/// 64-bit code and data, for the way into long mode; `segments` replaces it.
+/// A null, a 64-bit code and a data descriptor. `segments` replaces this table.
 #[unsafe(no_mangle)]
 static BOOT_GDT: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
@@ -41,14 +44,14 @@ struct Stack([u8; STACK]);
 static mut BOOT_STACK: Stack = Stack([0; STACK]);
 
 global_asm!(
-    // The note: name size, description size, type XEN_ELFNOTE_PHYS32_ENTRY, name, entry.
+    // The note: size of name, size of description, type XEN_ELFNOTE_PHYS32_ENTRY, name, entry point.
     ".pushsection .note.pvh, \"a\", @note",
     ".balign 4",
     ".long 4, 4, 18",
     ".asciz \"Xen\"",
     ".long pvh_start",
     ".popsection",
-    // The upper levels; all rights there, so that the leaves decide.
+    // The two upper levels. They allow everything, so that the leaves decide.
     ".pushsection .data.boot_tables, \"aw\"",
     ".balign 4096",
     "boot_level_4: .quad boot_level_3 + 7",
@@ -98,15 +101,32 @@ global_asm!(
     "mov gs, eax",
     "xor ebp, ebp",
     "lea rsp, [rip + BOOT_STACK + {stack}]",
-    // By call, so that the stack is aligned as the ABI has it at a function's first instruction.
+    // A call leaves the stack aligned as the System V ABI requires at a function's first instruction.
     "call {start}",
     "ud2",
     ".popsection",
     stack = const STACK,
-    start = sym start,
+    start = sym enter,
 );
 
-extern "C" fn start(start_info: u64) -> ! {
-    // The upper half of RDI is undefined after the switch from 32-bit mode.
-    crate::run(start_info & 0xffff_ffff)
+// SAFETY: `program!` defines the symbol as a function with this signature.
+unsafe extern "Rust" {
+    /// The program that [`program!`](crate::program) defines.
+    safe fn kernel_program();
+}
+
+/// Defines the kernel's program: `program!(function)`. The function takes and returns nothing, and runs once.
+#[macro_export]
+macro_rules! program {
+    ($function:path) => {
+        #[unsafe(no_mangle)]
+        fn kernel_program() {
+            $function();
+        }
+    };
+}
+
+extern "C" fn enter(start_info: u64) -> ! {
+    // The switch from 32-bit mode leaves the upper half of RDI undefined.
+    start::run(start_info & 0xffff_ffff, kernel_program)
 }

@@ -1,4 +1,8 @@
-//! The platform that `pkru`'s domains live on in this kernel.
+//! The platform of `pkru`'s domains in this kernel.
+//!
+//! What it reads in a domain's memory is hostile.
+
+#![expect(unsafe_code, reason = "a platform maps memory and enters domains")]
 
 use core::ops::Range;
 use core::ptr::NonNull;
@@ -15,26 +19,28 @@ use x86_64::structures::paging::{PageTableFlags, Size4KiB};
 
 use crate::fence::{Fence, TRAP_STACK_KEY};
 use crate::memory;
-use crate::traps::{self, Trap};
+use crate::trap::Trap;
+use crate::traps;
 
 /// A domain in this kernel.
 pub type Domain = domain::Domain<Kernel>;
 
 const PAGE: u64 = 4096;
 
-/// Where domains' memory is mapped. Addresses are not used twice.
+/// The first address of domains' memory. No address is used twice.
 const REGION: u64 = 0x100_0000_0000;
 
+/// The first address that no domain has used.
 static NEXT: Mutex<u64> = Mutex::new(REGION);
 
-/// The keys of the fence in use.
+/// The allocator of keys.
 static KEYS: Mutex<KeyAllocator> = Mutex::new(KeyAllocator::new());
 
-/// This kernel.
+/// This kernel, as a platform.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel;
 
-/// The memory of one domain: a stack between two pages that are not mapped, and a heap.
+/// The memory of one domain: a stack and a heap, each between pages that are not mapped.
 #[derive(Debug)]
 pub struct Memory {
     context: Context,
@@ -43,14 +49,14 @@ pub struct Memory {
     key: ProtectionKey,
 }
 
-/// Why there is no key or memory for a domain.
+/// The error of a domain that cannot be created.
 #[derive(Debug, Clone, Copy)]
 pub enum Error {
     /// Every key is in use.
     Key(KeyError),
-    /// A size is zero or no multiple of 4 KiB.
+    /// A size is zero, above 4 GiB, or not a multiple of 4 KiB.
     Size(Sizes),
-    /// The memory is not to be had.
+    /// The memory cannot be mapped.
     Map(&'static str),
 }
 
@@ -64,7 +70,7 @@ impl From<MapToError<Size4KiB>> for Error {
     fn from(error: MapToError<Size4KiB>) -> Self {
         Self::Map(match error {
             MapToError::FrameAllocationFailed => "no frame is left",
-            MapToError::ParentEntryHugePage | MapToError::PageAlreadyMapped(_) => "the addresses are in use",
+            MapToError::ParentEntryHugePage | MapToError::PageAlreadyMapped(_) => "an address is mapped already",
         })
     }
 }
@@ -82,20 +88,21 @@ impl Memory {
         &self.heap
     }
 
-    /// Returns the key that the memory carries.
+    /// Returns the key of the memory.
     #[must_use]
     pub const fn key(&self) -> ProtectionKey {
         self.key
     }
 
+    /// Returns the addresses of all pages.
     fn pages(&self) -> impl Iterator<Item = VirtAddr> + use<> {
         let pages = |range: &Range<VirtAddr>| (range.start.as_u64()..range.end.as_u64()).step_by(PAGE as usize);
         pages(&self.stack).chain(pages(&self.heap)).map(VirtAddr::new)
     }
 }
 
-// SAFETY: keys come from one allocator; memory is mapped with its key and unmapped before the key is free again; the
-// gate returns with the caller's rights.
+// SAFETY: one allocator hands out each key once. `map` tags the memory, and `unmap` unmaps it before it frees the key. The
+// gate, and the rewind in `traps`, end a call with the caller's rights.
 unsafe impl Platform for Kernel {
     type Memory = Memory;
     type Trap = Trap;
@@ -110,62 +117,66 @@ unsafe impl Platform for Kernel {
         let start = memory.heap.start;
         let size = (memory.heap.end - start) as usize;
         let bottom =
-            NonNull::new((start + BOOKKEEPING as u64).as_mut_ptr()).ok_or(Error::Map("a heap at address 0"))?;
-        // SAFETY: the heap's memory is mapped, and until the domain runs nothing else uses it.
+            NonNull::new((start + BOOKKEEPING as u64).as_mut_ptr()).ok_or(Error::Map("the heap is at address 0"))?;
+        // SAFETY: `map` mapped the range, it stays mapped as long as the domain lives, and nothing else uses it.
         let heap = unsafe { DomainHeap::new(bottom, size - BOOKKEEPING) };
-        // SAFETY: the first bytes are left for the heap's own bookkeeping.
+        // SAFETY: the start of the heap is mapped and aligned to a page, and the heap begins after these bytes.
         unsafe { start.as_mut_ptr::<DomainHeap>().write(heap) };
         Ok(())
     }
 
     unsafe fn enter(&self, memory: &mut Memory, entry: Entry, argument: u64) -> Result<u64, Trap> {
-        // SAFETY: the memory was mapped and made ready; the traps module rewinds; the caller answers for the entry
-        // point.
+        // SAFETY: `map` made the context and its stack, and `memory` is borrowed, so no other call uses them. A fence is
+        // selected only where CR4.FSGSBASE is 1. `traps` rewinds. The caller promises that the entry point may run.
         match unsafe { Fence::current().gate().enter(&raw mut memory.context, entry, argument) } {
             Exit::Returned(value) => Ok(value),
-            Exit::Rewound => Err(traps::take_last().expect("a call is rewound by a trap")),
+            Exit::Rewound => Err(traps::take_last().expect("every rewind records a trap")),
         }
     }
 
     fn discard(&self, memory: &mut Memory) {
-        // Only what was written has to be cleared, and the CPU keeps a record of that.
+        // The CPU sets the dirty flag of each page that is written, so only those need clearing.
         for page in memory.pages() {
             let Some(leaf) = memory::leaf(page) else { continue };
-            let flags = PageTableFlags::from_bits_retain(leaf.entry & !0x000f_ffff_ffff_f000);
+            let flags = memory::flags(&leaf);
             if flags.contains(PageTableFlags::DIRTY) {
-                // SAFETY: the page is mapped, and nothing runs in the domain.
+                // SAFETY: the page is mapped writable, all rights are in force, and `memory` is borrowed, so nothing runs
+                // in the domain.
                 unsafe { page.as_mut_ptr::<u8>().write_bytes(0, PAGE as usize) };
-                memory::set_flags(page, flags - PageTableFlags::DIRTY);
+                // SAFETY: only the dirty flag changes, which allows and denies nothing.
+                unsafe { memory::set_flags(page, flags - PageTableFlags::DIRTY) };
             }
         }
     }
 
     fn unmap(&self, memory: Memory) {
-        memory::unmap(memory.stack);
-        memory::unmap(memory.heap);
+        // SAFETY: `map` mapped the pages, and the domain that used them is gone.
+        unsafe { memory::unmap(memory.stack) };
+        // SAFETY: as above.
+        unsafe { memory::unmap(memory.heap) };
         free_key(memory.key);
     }
 }
 
 fn allocate_key() -> Result<ProtectionKey, Error> {
     let mut keys = KEYS.lock();
-    // The exception stacks have their key in both modes; reserving it a second time says that it is not free.
+    // With both fences the trap stacks have this key. From the second time on, `reserve` fails because it has it.
     let _ = keys.reserve(TRAP_STACK_KEY);
     Ok(keys.allocate()?)
 }
 
 fn free_key(key: ProtectionKey) {
-    KEYS.lock().free(key).expect("the domain had the key from here");
+    KEYS.lock().free(key).expect("the allocator handed out the key");
 }
 
-/// Maps the memory of a domain with its key.
+/// Maps a domain's memory and tags it.
 fn map(sizes: Sizes, key: ProtectionKey) -> Result<Memory, Error> {
     let (stack, heap) = (sizes.stack as u64, sizes.heap as u64);
     if [stack, heap].iter().any(|size| *size == 0 || size % PAGE != 0 || *size > 1 << 32) {
         return Err(Error::Size(sizes));
     }
     if heap < SMALLEST_HEAP {
-        return Err(Error::Map("the heap is too small to begin with"));
+        return Err(Error::Map("the heap is too small for its bookkeeping"));
     }
     let start = {
         let mut next = NEXT.lock();
@@ -180,7 +191,8 @@ fn map(sizes: Sizes, key: ProtectionKey) -> Result<Memory, Error> {
     flags.set(PageTableFlags::USER_ACCESSIBLE, Fence::current() == Fence::Pku);
     memory::map(stack.clone(), flags)?;
     if let Err(error) = memory::map(heap.clone(), flags) {
-        memory::unmap(stack);
+        // SAFETY: the first `memory::map` mapped these pages, and nothing has used them.
+        unsafe { memory::unmap(stack) };
         return Err(error.into());
     }
     let rights = Fence::current().grant(domain::default_rights(key));
@@ -188,18 +200,19 @@ fn map(sizes: Sizes, key: ProtectionKey) -> Result<Memory, Error> {
     Ok(Memory { context, stack, heap, key })
 }
 
-/// Room for the heap's own bookkeeping, and something beside it.
+/// The smallest heap in bytes: its bookkeeping and half a page.
 const SMALLEST_HEAP: u64 = BOOKKEEPING as u64 + PAGE / 2;
 
+/// The bytes at the start of a heap that hold its bookkeeping.
 const BOOKKEEPING: usize = size_of::<DomainHeap>().next_multiple_of(pkru::heap::ALIGNMENT);
 
-/// Returns the heap of a domain, for code that runs in it.
+/// Returns a domain's heap. Code in the domain calls this with the heap's start address.
 ///
 /// # Safety
 ///
-/// It is called in the domain whose memory starts its heap there, and only one reference is used at a time.
+/// The calling domain's heap starts at `start`, and no other reference to the heap is in use.
 #[must_use]
 pub unsafe fn heap_at<'a>(start: u64) -> &'a mut DomainHeap {
-    // SAFETY: `prepare` has written the heap's bookkeeping there.
+    // SAFETY: `prepare` wrote the bookkeeping to this address, and the caller promises that this is the only reference.
     unsafe { &mut *(start as *mut DomainHeap) }
 }

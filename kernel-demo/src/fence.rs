@@ -1,12 +1,16 @@
-//! Which register fences domains, and the kernel's own rights.
+//! The fence, which is the register that restricts domains, and the rights in force.
 //!
 //! | fence | register | the kernel's pages | a domain may write |
 //! |---|---|---|---|
-//! | PKS | PKRS, by WRMSR | supervisor, key 0 | its own pages, and the exception stacks (key 1) |
-//! | PKU | PKRU, by WRPKRU | user, key 0, though all code runs in ring 0 | its own pages, and the exception stacks, as supervisor pages |
+//! | PKS | PKRS, by WRMSR | supervisor pages, key 0 | its own pages, and the trap stacks (key 1) |
+//! | PKU | PKRU, by WRPKRU | user pages, key 0 | its own pages, and the trap stacks (supervisor pages) |
 //!
-//! PKRU rules user pages at every privilege level, so it binds ring 0 too once the kernel's pages are user pages. Both
-//! fences contain mistakes. Neither stops code in ring 0 that sets out to escape: it can write the register itself.
+//! All code runs in ring 0. PKRU restricts accesses to user pages at every privilege level, so it restricts ring 0 too
+//! once the kernel's pages are user pages.
+//!
+//! Both fences contain mistakes, not attackers: code in ring 0 can write the register itself.
+
+#![expect(unsafe_code, reason = "new rights decide which accesses trap")]
 
 use core::sync::atomic::{AtomicU8, Ordering};
 
@@ -16,26 +20,26 @@ use pkru::instructions::{rdpkrs, rdpkru, wrpkrs, wrpkru};
 use pkru::{AccessRights, KeyRights, ProtectionKey};
 use x86_64::registers::control::{Cr4, Cr4Flags};
 
-use crate::{memory, segments};
+use crate::memory;
 
-/// A register that holds the rights of domains.
+/// A register that restricts domains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fence {
-    /// PKRS, for supervisor pages.
+    /// PKRS, which restricts accesses to supervisor pages.
     Pks,
-    /// PKRU, for user pages.
+    /// PKRU, which restricts accesses to user pages.
     Pku,
 }
 
-/// The key of the exception stacks, where PKRS is the fence.
+/// The key of the trap stacks. Only PKRS restricts accesses by it.
 pub const TRAP_STACK_KEY: ProtectionKey = ProtectionKey::new(1).expect("1 is a key");
 
-/// The values of both registers.
+/// The values of both registers. A register that the CPU lacks reads as all rights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rights {
     /// PKRU.
     pub pkru: KeyRights,
-    /// PKRS, if the CPU has it; else all rights.
+    /// PKRS.
     pub pkrs: KeyRights,
 }
 
@@ -43,7 +47,7 @@ const HAS_PKU: u8 = 1;
 const HAS_PKS: u8 = 2;
 const FENCE_IS_PKU: u8 = 4;
 
-/// Which registers are on, and which of them is the fence.
+/// Which registers are enabled, and which is the fence.
 static STATE: AtomicU8 = AtomicU8::new(0);
 
 fn state(bit: u8) -> bool {
@@ -66,11 +70,12 @@ impl Fence {
         if state(FENCE_IS_PKU) { Self::Pku } else { Self::Pks }
     }
 
-    /// Makes this the fence, by making the kernel's pages user or supervisor pages. No domain may exist.
+    /// Makes this register the fence, and the kernel's pages user or supervisor pages accordingly. Domains that exist
+    /// are no longer contained, so there must be none.
     ///
     /// # Panics
     ///
-    /// If the CPU does not have the register.
+    /// If the CPU lacks the register.
     pub fn select(self) {
         assert!(self.is_supported(), "the CPU has no {self:?}");
         match self {
@@ -80,7 +85,7 @@ impl Fence {
         memory::set_kernel_pages_user(self == Self::Pku);
     }
 
-    /// Returns the gate that switches this register.
+    /// Returns the gate that switches the register.
     #[must_use]
     pub const fn gate(self) -> Gate {
         match self {
@@ -89,19 +94,19 @@ impl Fence {
         }
     }
 
-    /// Widens a domain's rights by what the CPU needs to deliver a trap.
+    /// Adds to a domain's rights those that the CPU needs to deliver a trap.
     #[must_use]
     pub const fn grant(self, rights: KeyRights) -> KeyRights {
         match self {
             Self::Pks => rights.with(TRAP_STACK_KEY, AccessRights::READ_WRITE),
-            // The exception stacks are supervisor pages, which PKRU does not rule.
+            // The trap stacks are supervisor pages, so PKRU does not apply.
             Self::Pku => rights,
         }
     }
 }
 
 impl Rights {
-    /// Returns the value of the register that rules pages of this kind.
+    /// Returns the value of the register that applies to user or to supervisor pages.
     #[must_use]
     pub const fn of(self, user_page: bool) -> KeyRights {
         if user_page { self.pkru } else { self.pkrs }
@@ -127,28 +132,28 @@ impl Rights {
 pub fn read() -> Rights {
     let mut rights = Rights { pkru: KeyRights::ALL, pkrs: KeyRights::ALL };
     if state(HAS_PKU) {
-        // SAFETY: `init` has set CR4.PKE.
+        // SAFETY: the bit is set only after `init` has set CR4.PKE.
         rights.pkru = KeyRights::from_bits(unsafe { rdpkru() });
     }
     if state(HAS_PKS) {
-        // SAFETY: the CPU has PKS, and the kernel runs in ring 0.
+        // SAFETY: the bit is set only where the CPU has PKS, and all code runs in ring 0.
         rights.pkrs = KeyRights::from_bits(unsafe { rdpkrs() });
     }
     rights
 }
 
-/// Returns whether a domain is running, with its rights in force.
+/// Returns whether a domain's rights are in force.
 #[must_use]
 pub fn in_domain() -> bool {
     let fence = Fence::current();
     fence.gate().running(read().behind(fence)).is_some()
 }
 
-/// Gives all rights, which are the kernel's, and returns those that were in force.
-#[allow(clippy::must_use_candidate, reason = "it is called for what it does")]
+/// Puts all rights in force and returns the rights that were in force before.
+#[allow(clippy::must_use_candidate, reason = "most callers want the effect alone")]
 pub fn open() -> Rights {
     let before = read();
-    // SAFETY: no access needs more than all rights.
+    // SAFETY: all rights allow every access.
     unsafe { write(Rights { pkru: KeyRights::ALL, pkrs: KeyRights::ALL }) };
     before
 }
@@ -157,23 +162,24 @@ pub fn open() -> Rights {
 ///
 /// # Safety
 ///
-/// Every access that follows is one that they allow.
+/// The rights allow every access that follows, the compiler's own accesses to the stack included.
 pub unsafe fn write(rights: Rights) {
     if state(HAS_PKU) {
-        // SAFETY: `init` has set CR4.PKE; the caller answers for the rights.
+        // SAFETY: the bit is set only after `init` has set CR4.PKE, and the caller promises that the rights suffice.
         unsafe { wrpkru(rights.pkru.bits()) };
     }
     if state(HAS_PKS) {
-        // SAFETY: the CPU has PKS, and the kernel runs in ring 0; the caller answers for the rights.
+        // SAFETY: the bit is set only where the CPU has PKS, all code runs in ring 0, and the caller promises that the
+        // rights suffice.
         unsafe { wrpkrs(rights.pkrs.bits()) };
     }
 }
 
-/// Switches on what the CPU has.
+/// Enables the registers that the CPU has, tags the trap stacks, and selects a fence.
 pub(crate) fn init() {
     let features = Features::of_this_cpu();
     let (mut flags, mut has) = (Cr4Flags::empty(), 0);
-    // The gate switches the FS base; no CPU has keys without the instructions for that, but an emulated one may.
+    // The gate needs the FSGSBASE instructions. Every CPU with keys has them, but an emulator's model may not.
     if features.fsgsbase {
         flags |= Cr4Flags::FSGSBASE;
         if features.pku {
@@ -185,10 +191,11 @@ pub(crate) fn init() {
             has |= HAS_PKS;
         }
     }
-    // SAFETY: the CPU has what is switched on, and both rights registers are 0 after reset, which gives all rights.
+    // SAFETY: CPUID reports each feature that is set here, and both registers are 0 after reset, which is all rights.
     unsafe { Cr4::update(|cr4| cr4.insert(flags)) };
     STATE.store(has, Ordering::Relaxed);
-    memory::tag_trap_stacks(&segments::trap_stacks(), TRAP_STACK_KEY);
+    // SAFETY: all rights are in force, and `grant` gives every domain the rights to this key.
+    unsafe { memory::tag_trap_stacks(TRAP_STACK_KEY) };
     if state(HAS_PKS) {
         Fence::Pks.select();
     } else if state(HAS_PKU) {

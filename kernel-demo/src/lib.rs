@@ -1,20 +1,24 @@
-//! A kernel that QEMU boots directly, to show `pkru` on bare metal.
+//! A kernel that QEMU boots directly: `pkru` on bare metal.
 //!
-//! | module | subject |
-//! |---|---|
-//! | `boot` | from QEMU's 32-bit entry (PVH) to [`run`] |
-//! | [`serial`] | output |
-//! | [`exit`] | the verdict to QEMU |
-//! | [`segments`] | GDT, TSS, exception stacks |
-//! | [`traps`] | IDT, exceptions, interrupts, and what they do with access rights |
-//! | [`timer`] | a periodic hardware interrupt |
-//! | [`memory`] | frames, page tables, the kernel's heap |
-//! | [`fence`] | which register fences domains, PKRS or PKRU, and the kernel's own rights |
-//! | [`domain`] | the platform that `pkru`'s domains live on |
-//! | [`probe`] | single accesses whose faults are caught |
-//! | [`testing`] | a test suite in one boot |
+//! The kernel runs on one CPU, in ring 0 throughout. The first 4 GiB are mapped to themselves.
 //!
-//! The kernel runs on one CPU, in ring 0 throughout, in an identity map.
+//! # Floors
+//!
+//! A module imports only from its own floor or from a lower one, and no imports form a loop.
+//!
+//! | floor | modules | rule |
+//! |---|---|---|
+//! | 1 | `ports`, `serial`, `exit`, `segments`, `memory` | The machine: these modules read and write no rights register. |
+//! | 2 | `fence` | The rights registers: no other module of this crate reads or writes them. |
+//! | 3 | `trap` | Plain data: it executes no privileged instruction and has no state. |
+//! | 4 | `probe`, `timer` | Each handles one kind of trap, and `traps` calls it with all rights in force. |
+//! | 5 | `traps` | The entry of every trap: it starts with the interrupted code's rights, and puts all rights in force before it handles the trap. |
+//! | 6 | `domain` | The platform of `pkru`'s domains: what it reads in a domain's memory is hostile. |
+//! | 7 | `testing` | Test suites: nothing in the kernel uses them. |
+//! | 8 | `start`, `boot` | The set-up: only these modules know the whole kernel. |
+//!
+//! The assembly is in three modules: `boot` switches to long mode, `traps` has the entry stubs, and `probe` the single
+//! accesses. Unsafe code is denied, except in the modules that allow it with a reason.
 //!
 //! # Programs
 //!
@@ -32,55 +36,19 @@
 
 #![no_std]
 #![cfg(target_os = "none")]
+#![deny(unsafe_code)]
 
 mod boot;
 pub mod domain;
 pub mod exit;
 pub mod fence;
 pub mod memory;
+mod ports;
 pub mod probe;
 pub mod segments;
 pub mod serial;
+mod start;
 pub mod testing;
 pub mod timer;
+pub mod trap;
 pub mod traps;
-
-use core::panic::PanicInfo;
-
-unsafe extern "Rust" {
-    /// The program that [`program!`] defines; called once, with everything set up.
-    safe fn kernel_program();
-}
-
-/// Defines what the kernel runs once it is set up: `program!(function)`, where the function takes and returns nothing.
-#[macro_export]
-macro_rules! program {
-    ($function:path) => {
-        #[unsafe(no_mangle)]
-        fn kernel_program() {
-            $function();
-        }
-    };
-}
-
-/// Sets the kernel up and runs its program. `boot` calls it.
-fn run(start_info: u64) -> ! {
-    serial::init();
-    segments::init();
-    traps::init();
-    memory::init(start_info);
-    fence::init();
-    kernel_program();
-    exit::pass("the program ended")
-}
-
-#[panic_handler]
-fn panic(info: &PanicInfo<'_>) -> ! {
-    if fence::in_domain() {
-        // A domain's panic ends its call, like any other mistake in it.
-        // SAFETY: the exception is rewound.
-        unsafe { core::arch::asm!("ud2", options(noreturn)) };
-    }
-    fence::open();
-    exit::fail(info)
-}

@@ -1,24 +1,30 @@
-//! Single accesses whose faults are caught, so that what the machine allows can be asked.
+//! Single accesses whose faults are caught: they show what the CPU allows.
+
+#![expect(unsafe_code, reason = "a probe makes the access that it is given")]
 
 use core::arch::naked_asm;
 
 use pkru::rights::Access;
 use spin::Mutex;
 
-use crate::traps::Trap;
+use crate::trap::Trap;
 
+/// The trap of the last probe.
 static CAUGHT: Mutex<Option<Trap>> = Mutex::new(None);
 
-/// Makes one access of one byte, and returns the trap that it raised, if it did. A write writes 0xc3, the byte of
-/// `ret`; an execution calls the address, where a `ret` must stand.
+/// The address that a probe executes.
+static TARGET: Mutex<Option<u64>> = Mutex::new(None);
+
+/// Accesses one byte. A write stores 0xc3, the opcode of `ret`. An execution calls the address, which must hold a
+/// `ret`.
 ///
 /// # Errors
 ///
-/// The trap.
+/// The trap that the access raised.
 ///
 /// # Safety
 ///
-/// If the access is allowed, it breaks nothing.
+/// If the CPU allows the access, the access is sound.
 pub unsafe fn access(address: u64, access: Access) -> Result<(), Trap> {
     let probe: unsafe extern "C" fn(u64) = match access {
         Access::Read => read,
@@ -26,7 +32,8 @@ pub unsafe fn access(address: u64, access: Access) -> Result<(), Trap> {
         Access::Execute => jump,
     };
     *TARGET.lock() = (access == Access::Execute).then_some(address);
-    // SAFETY: the caller answers for the access; a trap at it resumes after it.
+    // SAFETY: an access that the CPU allows is sound by this function's contract. One that it denies has no effect, and
+    // the trap resumes at `skip`, which returns here.
     unsafe { probe(address) };
     *TARGET.lock() = None;
     CAUGHT.lock().take().map_or(Ok(()), Err)
@@ -38,15 +45,13 @@ pub(crate) fn resume_after(instruction: u64) -> Option<u64> {
     let caught = instruction == at(read)
         || instruction == at(write)
         || TARGET.lock().is_some_and(|target| target == instruction);
-    caught.then(|| at(give_up))
+    caught.then(|| at(skip))
 }
 
+/// Records the trap of a probe.
 pub(crate) fn record(trap: &Trap) {
     *CAUGHT.lock() = Some(*trap);
 }
-
-/// The address that is being executed.
-static TARGET: Mutex<Option<u64>> = Mutex::new(None);
 
 #[unsafe(naked)]
 unsafe extern "C" fn read(address: u64) {
@@ -58,14 +63,14 @@ unsafe extern "C" fn write(address: u64) {
     naked_asm!("mov byte ptr [rdi], 0xc3", "ret")
 }
 
-/// Jumps, so that the `ret` at the target returns to the caller, and `give_up` can do so in its place.
+/// Jumps, so that the top of the stack is this function's return address, both for the target and for [`skip`].
 #[unsafe(naked)]
 unsafe extern "C" fn jump(address: u64) {
     naked_asm!("jmp rdi")
 }
 
-/// Where a probe resumes whose access raised a trap.
+/// Returns from a probe whose access trapped.
 #[unsafe(naked)]
-unsafe extern "C" fn give_up(_: u64) {
+unsafe extern "C" fn skip(_: u64) {
     naked_asm!("ret")
 }

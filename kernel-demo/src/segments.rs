@@ -1,9 +1,11 @@
-//! GDT, TSS and the exception stacks.
+//! The GDT, the TSS and the trap stacks.
 //!
-//! Every trap runs on a stack of its own, for it may strike in a domain whose stack pointer is anything. With PKRS as
-//! the fence a domain must have write access to these stacks, because the CPU pushes a trap's frame with the rights in
-//! force (Intel SDM volume 3, "Protection Keys": PKRS applies to implicit accesses too). So they lie together in pages
-//! that [`fence`](crate::fence) tags with a key of their own. Nothing in them outlives a trap.
+//! A trap never runs on the interrupted stack, because a domain's stack pointer can hold any value. With PKRS as the
+//! fence, domains need write access to the trap stacks: the CPU pushes a trap's frame with the rights in force (Intel
+//! SDM volume 3, "Protection Keys": PKRS applies to implicit accesses too). So the trap stacks lie on pages of their
+//! own, which [`fence`](crate::fence) tags with a key of their own. Nothing on them outlives a trap.
+
+#![expect(unsafe_code, reason = "loading a segment or task register needs a valid selector")]
 
 use core::ops::Range;
 
@@ -15,13 +17,13 @@ use x86_64::registers::segmentation::SegmentSelector;
 use x86_64::structures::gdt::{Descriptor, GlobalDescriptorTable};
 use x86_64::structures::tss::TaskStateSegment;
 
-/// Entries of the interrupt stack table.
+/// The indices of the interrupt stack table.
 #[derive(Debug, Clone, Copy)]
 #[repr(u16)]
 pub(crate) enum TrapStack {
     /// Exceptions.
     Exception,
-    /// Double faults, which strike when an exception could not be delivered.
+    /// Double faults, which the CPU raises when it cannot deliver an exception, and non-maskable interrupts.
     DoubleFault,
     /// Hardware and software interrupts.
     Interrupt,
@@ -35,13 +37,14 @@ struct Stacks([[u8; SIZE]; COUNT]);
 
 static mut STACKS: Stacks = Stacks([[0; SIZE]; COUNT]);
 
-/// Returns the pages of the exception stacks.
+/// Returns the addresses of the trap stacks, which are whole pages.
 #[must_use]
 pub fn trap_stacks() -> Range<VirtAddr> {
     let start = VirtAddr::from_ptr(&raw const STACKS);
     start..start + size_of::<Stacks>() as u64
 }
 
+/// Loads the GDT, the segment registers and the task register.
 pub(crate) fn init() {
     static TSS: Once<TaskStateSegment> = Once::new();
     static GDT: Once<(GlobalDescriptorTable, [SegmentSelector; 3])> = Once::new();
@@ -62,12 +65,12 @@ pub(crate) fn init() {
         (gdt, [code, data, task])
     });
     gdt.load();
-    // SAFETY: the selector is that of the kernel's code segment in the table just loaded.
+    // SAFETY: the GDT just loaded has a 64-bit code segment there, equal to the one in use.
     unsafe { CS::set_reg(*code) };
     for set in [SS::set_reg, DS::set_reg, ES::set_reg] {
-        // SAFETY: the selector is that of the kernel's data segment in the table just loaded.
+        // SAFETY: the GDT just loaded has a data segment there, and 64-bit mode ignores its base and limit.
         unsafe { set(*data) };
     }
-    // SAFETY: the selector is that of a task state segment which lives for ever, not loaded before.
+    // SAFETY: the GDT just loaded has the descriptor of `tss` there, which is static, and no CPU has loaded it before.
     unsafe { load_tss(*task) };
 }

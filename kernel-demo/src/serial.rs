@@ -6,15 +6,13 @@ use spin::Mutex;
 use uart_16550::backend::PioBackend;
 use uart_16550::{Config, Uart16550};
 
-/// The first serial port's I/O address on a PC.
-const COM1: u16 = 0x3f8;
+use crate::ports;
 
 static PORT: Mutex<Option<Uart16550<PioBackend>>> = Mutex::new(None);
 
+/// Configures the port. A machine without the port prints nothing, and its run fails for lack of the sentinel.
 pub(crate) fn init() {
-    // SAFETY: COM1 is a PC's first serial port, and only this module uses it.
-    let Ok(mut port) = (unsafe { Uart16550::new_port(COM1) }) else { return };
-    // Without a port there is no output, and the run fails for want of the sentinel.
+    let Some(mut port) = ports::serial() else { return };
     if port.init(Config::default()).is_ok() {
         *PORT.lock() = Some(port);
     }
@@ -29,22 +27,26 @@ impl Write for Output<'_> {
     }
 }
 
-/// Prints to the serial port; use [`println!`](crate::println).
+/// Prints to the serial port. Use [`println!`](crate::println) for whole lines.
 pub fn print(arguments: fmt::Arguments<'_>) {
-    // An interrupt handler that prints while the lock is held would wait for ever.
-    x86_64::instructions::interrupts::without_interrupts(|| {
-        if let Some(port) = PORT.lock().as_mut() {
-            // A serial port does not fail.
-            let _ = Output(port).write_fmt(arguments);
-        }
+    // With interrupts on, a handler that prints would wait forever for the lock of the code it interrupted.
+    x86_64::instructions::interrupts::without_interrupts(|| send(PORT.lock().as_mut(), arguments));
+}
+
+/// Prints for a panic, which may have struck while [`print`] held the lock.
+pub(crate) fn print_from_panic(arguments: fmt::Arguments<'_>) {
+    x86_64::instructions::interrupts::without_interrupts(|| match PORT.try_lock() {
+        Some(mut port) => send(port.as_mut(), arguments),
+        // The holder of the lock never goes on. The port is configured already.
+        None => send(ports::serial().as_mut(), arguments),
     });
 }
 
-/// Prints without waiting for the lock, for a panic that struck while it was held.
-pub(crate) fn print_from_panic(arguments: fmt::Arguments<'_>) {
-    // SAFETY: this is the last output of the one CPU; whoever held the lock does not go on.
-    unsafe { PORT.force_unlock() };
-    print(arguments);
+fn send(port: Option<&mut Uart16550<PioBackend>>, arguments: fmt::Arguments<'_>) {
+    if let Some(port) = port {
+        // Only a `Display` implementation can fail: `Output` never does.
+        let _ = Output(port).write_fmt(arguments);
+    }
 }
 
 /// Prints a line to the serial port.

@@ -1,14 +1,14 @@
-//! A test suite in one boot.
+//! A test suite that runs in one boot.
 //!
-//! Tests print as cargo's own do. There is no unwinding: the first failure ends the boot.
+//! The output has the format of cargo's test harness. Nothing unwinds, so the first failure ends the boot.
 
 use crate::fence::Fence;
-use crate::{exit, println};
+use crate::{exit, serial};
 
-/// A test: its name and what it runs.
+/// A test: its name and its function.
 pub type Test = (&'static str, fn());
 
-/// Defines a kernel that runs tests: `test_suite!(first, second, …)`, each a function that takes and returns nothing.
+/// Defines the kernel's program as a list of tests: `test_suite!(first, second)`. A test takes and returns nothing.
 #[macro_export]
 macro_rules! test_suite {
     ($($test:ident),+ $(,)?) => {
@@ -19,15 +19,15 @@ macro_rules! test_suite {
     };
 }
 
-/// Runs tests and ends the run.
+/// Runs tests and ends the run as passed.
 pub fn run(tests: &[Test]) -> ! {
-    println!("running {} tests", tests.len());
+    serial::print(format_args!("running {} tests\n", tests.len()));
     for (name, test) in tests {
-        crate::serial::print(format_args!("test {name} ... "));
+        serial::print(format_args!("test {name} ... "));
         test();
-        println!("ok");
+        serial::print(format_args!("ok\n"));
     }
-    println!("test result: ok. {} passed; 0 failed", tests.len());
+    serial::print(format_args!("test result: ok. {} passed; 0 failed\n", tests.len()));
     exit::pass(format_args!("{} tests", tests.len()))
 }
 
@@ -35,7 +35,7 @@ pub fn run(tests: &[Test]) -> ! {
 ///
 /// # Panics
 ///
-/// If the CPU lacks one of them: the suites run where both are.
+/// If the CPU lacks PKU or PKS. The suites need both.
 pub fn with_each_fence(check: impl Fn()) {
     for fence in [Fence::Pku, Fence::Pks] {
         fence.select();

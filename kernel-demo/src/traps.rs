@@ -1,13 +1,15 @@
-//! Exceptions and interrupts, and what they do with access rights.
+//! The IDT, and what exceptions and interrupts do with access rights.
 //!
-//! Each vector has a naked stub on a stack of its own that saves the registers and calls [`dispatch`]. That saves the
-//! rights in force, opens all, handles the trap, and restores the saved rights: a trap in a domain neither inherits the
-//! domain's rights nor lends it the kernel's. Three kinds of exception are expected: one in a domain, which is rewound;
-//! one of a [`probe`](crate::probe); and none else, which ends the run.
+//! Each vector has a naked stub, which saves the registers on a stack of the kernel's and calls `dispatch`. `dispatch`
+//! reads the rights in force, gives itself all rights, handles the trap, and restores the rights. So a handler never
+//! runs with a domain's rights, and a domain never runs with the kernel's.
+//!
+//! An exception in a domain rewinds the domain. An exception of a [`probe`] is recorded. Any other exception ends the
+//! run.
+
+#![expect(unsafe_code, reason = "the entry stubs are naked functions, and a rewind changes what the CPU returns to")]
 
 use core::arch::{asm, naked_asm};
-use core::fmt;
-use core::sync::atomic::{AtomicUsize, Ordering};
 
 use pkru::KeyRights;
 use pkru::fault::{ErrorCode, PageFault};
@@ -18,102 +20,35 @@ use x86_64::structures::idt::InterruptDescriptorTable;
 
 use crate::fence::{self, Fence, Rights};
 use crate::segments::TrapStack;
+use crate::trap::{Cause, Frame, PAGE_FAULT, SOFTWARE, TIMER, Trap};
 use crate::{exit, memory, probe, timer};
 
-/// The registers at a trap, as the stub and the CPU pushed them.
-#[derive(Debug)]
-#[repr(C)]
-pub struct Frame {
-    r15: u64,
-    r14: u64,
-    r13: u64,
-    r12: u64,
-    r11: u64,
-    /// R10.
-    pub r10: u64,
-    r9: u64,
-    r8: u64,
-    rbp: u64,
-    rdi: u64,
-    rsi: u64,
-    rdx: u64,
-    rcx: u64,
-    rbx: u64,
-    /// RAX.
-    pub rax: u64,
-    vector: u64,
-    error: u64,
-    /// RIP.
-    pub instruction: u64,
-    cs: u64,
-    rflags: u64,
-    rsp: u64,
-    ss: u64,
-}
-
-const PAGE_FAULT: u64 = 14;
-
-/// The vectors of interrupts: the timer's, and one for `int`.
-pub(crate) const TIMER: u8 = 0x20;
-/// The vector of [`software_interrupt`].
-pub const SOFTWARE: u8 = 0x40;
-
-/// RFLAGS bits that a domain may have set and that must not outlive it: TF, DF, NT, AC.
-const DOMAIN_FLAGS: u64 = 1 << 8 | 1 << 10 | 1 << 14 | 1 << 18;
-
-/// An exception, decoded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Trap {
-    /// What it was.
-    pub cause: Cause,
-    /// The instruction that raised it.
-    pub instruction: u64,
-    /// The rights in force.
-    pub rights: Rights,
-}
-
-/// What an exception was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// A page fault.
-    PageFault(PageFault),
-    /// Another exception, by its vector.
-    Exception(u8),
-}
-
-impl fmt::Display for Trap {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.cause {
-            Cause::PageFault(fault) => fault.fmt(f)?,
-            Cause::Exception(0) => f.write_str("division by zero")?,
-            Cause::Exception(6) => f.write_str("invalid instruction")?,
-            Cause::Exception(8) => f.write_str("double fault")?,
-            Cause::Exception(13) => f.write_str("general protection fault")?,
-            Cause::Exception(vector) => write!(f, "exception {vector}")?,
-        }
-        write!(f, ", at instruction {:#x}", self.instruction)
-    }
-}
-
-/// The trap that ended the last rewound call.
+/// The trap of the last rewind.
 static LAST: Mutex<Option<Trap>> = Mutex::new(None);
 
+/// Takes the trap of the last rewind.
 pub(crate) fn take_last() -> Option<Trap> {
     LAST.lock().take()
 }
 
-/// What runs on [`SOFTWARE`], if anything: a function pointer, or 0.
-static SOFTWARE_HANDLER: AtomicUsize = AtomicUsize::new(0);
+/// The handler of the software interrupt.
+static SOFTWARE_HANDLER: Mutex<Option<fn(Rights)>> = Mutex::new(None);
 
-/// Sets what runs, with the kernel's rights, on the interrupt [`SOFTWARE`]; it is given the rights that were in force.
+/// Sets the handler of the software interrupt. It runs with all rights; its argument is the interrupted code's rights.
 pub fn on_software_interrupt(handler: fn(Rights)) {
-    SOFTWARE_HANDLER.store(handler as usize, Ordering::Relaxed);
+    *SOFTWARE_HANDLER.lock() = Some(handler);
 }
 
-/// Raises the interrupt [`SOFTWARE`].
+/// Raises the software interrupt.
 pub fn software_interrupt() {
-    // SAFETY: the vector has a handler, which returns with everything as it was.
+    // SAFETY: `init` has set a handler for the vector, and its stub restores every register.
     unsafe { asm!("int {}", const SOFTWARE) };
+}
+
+/// Raises an invalid-opcode exception, which ends the call in a domain and ends the run elsewhere.
+pub(crate) fn invalid_opcode() -> ! {
+    // SAFETY: UD2 always raises #UD, and the handler never returns to it.
+    unsafe { asm!("ud2", options(noreturn)) };
 }
 
 extern "C" fn dispatch(frame: &mut Frame) {
@@ -121,17 +56,16 @@ extern "C" fn dispatch(frame: &mut Frame) {
     match u8::try_from(frame.vector) {
         Ok(TIMER) => timer::tick(rights),
         Ok(SOFTWARE) => {
-            let handler = SOFTWARE_HANDLER.load(Ordering::Relaxed);
-            if handler != 0 {
-                // SAFETY: only `on_software_interrupt` stores here.
-                let handler: fn(Rights) = unsafe { core::mem::transmute(handler) };
+            // The lock is free again when the handler runs.
+            let handler = *SOFTWARE_HANDLER.lock();
+            if let Some(handler) = handler {
                 handler(rights);
             }
         }
         _ => exception(frame, &mut rights),
     }
-    // SAFETY: the interrupted code ran with these rights, or the rewound caller did; what is left of this handler uses
-    // its own stack, which every domain may write.
+    // SAFETY: the code that the trap returns to ran with these rights. Until then only this trap's stack is written,
+    // and every domain may write that.
     unsafe { fence::write(rights) };
 }
 
@@ -147,23 +81,22 @@ fn exception(frame: &mut Frame, rights: &mut Rights) {
     let Some(context) = gate.running(rights.behind(fence)) else {
         exit::fail(format_args!("unexpected trap: {trap}\n{frame:#x?}"));
     };
-    // SAFETY: there is one CPU, and the trap struck with this context's rights.
+    // SAFETY: the kernel has one CPU, the trap struck with this context's rights, and `frame` and `rights` below take
+    // over the returned state unchanged.
     let rewind = unsafe { gate.rewind(context) };
     *LAST.lock() = Some(trap);
-    frame.instruction = rewind.instruction;
-    frame.rsp = rewind.stack;
-    frame.r10 = rewind.r10;
-    frame.rflags &= !DOMAIN_FLAGS;
-    // SAFETY: the caller had this FS base, and this handler uses none.
+    frame.rewind(&rewind);
+    // SAFETY: a domain ran, so CR4.FSGSBASE is 1. The base is the caller's, and the kernel reads nothing through FS.
     unsafe { pkru::instructions::wrfsbase(rewind.fs_base) };
     rights.set_behind(fence, rewind.rights);
-    // A domain in ring 0 can have changed the other register too; the kernel's rights to it are all.
+    // Code in a domain may have written the other register, for it runs in ring 0. The kernel has all rights there.
     match fence {
         Fence::Pks => rights.pkru = KeyRights::ALL,
         Fence::Pku => rights.pkrs = KeyRights::ALL,
     }
 }
 
+/// Decodes an exception from its frame, and a page fault also from CR2 and the page tables.
 fn decode(frame: &Frame, rights: Rights) -> Trap {
     let cause = if frame.vector == PAGE_FAULT {
         let address = Cr2::read_raw();
@@ -177,7 +110,8 @@ fn decode(frame: &Frame, rights: Rights) -> Trap {
     Trap { cause, instruction: frame.instruction, rights }
 }
 
-/// The end of every stub: vector and error code are on the stack.
+/// Completes the [`Frame`], calls [`dispatch`], and returns from the trap. The vector and the error code are on the
+/// stack.
 #[unsafe(naked)]
 unsafe extern "C" fn common() {
     naked_asm!(
@@ -220,8 +154,7 @@ unsafe extern "C" fn common() {
     )
 }
 
-/// Defines a stub and returns its address. The CPU pushes an error code for some exceptions; for the others the stub
-/// does.
+/// Defines an entry stub and returns its address. The stub pushes an error code of 0 where the CPU pushes none.
 macro_rules! stub {
     ($vector:literal) => {{
         #[unsafe(naked)]
@@ -239,16 +172,18 @@ macro_rules! stub {
     }};
 }
 
+/// Loads the IDT.
 pub(crate) fn init() {
     static IDT: Once<InterruptDescriptorTable> = Once::new();
     let table = IDT.call_once(|| {
         let mut table = InterruptDescriptorTable::new();
         macro_rules! set {
             ($entry:expr, $stub:expr, $stack:expr) => {{
-                // SAFETY: the stub saves and restores all registers and pops what the CPU pushed.
+                // SAFETY: the stub restores every register and ends with IRETQ. The `stub!` below pushes an error code
+                // exactly where the CPU does not.
                 let options = unsafe { $entry.set_handler_addr($stub) };
-                // SAFETY: the stack is in the task state segment, and no trap handler runs on it meanwhile: handlers
-                // run with interrupts off and cause no exception that is not the end of the run.
+                // SAFETY: the loaded task state segment holds the stack. No two handlers share it at a time: interrupts
+                // are off in a handler, and an exception in one ends the run.
                 unsafe { options.set_stack_index($stack as u16) };
             }};
         }

@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use kernel_demo::domain::{Domain, Error, Kernel, heap_at};
 use kernel_demo::memory;
 use kernel_demo::testing::with_each_fence;
-use kernel_demo::traps::{Cause, Trap};
+use kernel_demo::trap::{Cause, Trap};
 use pkru::allocator::KeyError;
 use pkru::domain::{Entry, Failure, Sizes, State};
 use pkru::fault::PageFault;

@@ -7,7 +7,7 @@
 use core::arch::asm;
 
 use kernel_demo::fence::{self, Rights};
-use kernel_demo::traps::Cause;
+use kernel_demo::trap::Cause;
 use kernel_demo::{memory, probe};
 use pkru::cpuid::Features;
 use pkru::fault::{KeyFault, PageFault};

@@ -1,11 +1,11 @@
-//! The software model and the machine agree, access by access.
+//! Compares the software model with the CPU, access by access.
 
 #![no_main]
 #![cfg(target_os = "none")]
 #![no_std]
 
 use kernel_demo::fence::{self, Rights};
-use kernel_demo::traps::Cause;
+use kernel_demo::trap::Cause;
 use kernel_demo::{memory, println, probe};
 use pkru::fault::{ErrorCode, PageFault};
 use pkru::model::{self, Mode};
@@ -24,7 +24,7 @@ kernel_demo::test_suite!(
 const KEY: ProtectionKey = ProtectionKey::new(9).expect("9 is a key");
 const SMALL: VirtAddr = VirtAddr::new(0x300_0000_0000);
 const LARGE: VirtAddr = VirtAddr::new(0x300_4000_0000);
-/// Memory far above what this suite allocates.
+/// Physical memory that nothing uses: the frame allocator hands out frames from the bottom, and this suite allocates few.
 const LARGE_FRAME: PhysAddr = PhysAddr::new(512 << 20);
 
 fn every_combination_on_a_small_page() {
@@ -33,7 +33,8 @@ fn every_combination_on_a_small_page() {
 }
 
 fn every_combination_on_a_large_page() {
-    memory::map_large(LARGE, LARGE_FRAME, memory::FLAGS).expect("the page can be mapped");
+    // SAFETY: nothing else uses the physical memory.
+    unsafe { memory::map_large(LARGE, LARGE_FRAME, memory::FLAGS) }.expect("the page can be mapped");
     compare_all(LARGE + 0x12_3456);
 }
 
@@ -45,7 +46,7 @@ const RIGHTS: [AccessRights; 4] = [
 ];
 
 fn compare_all(address: VirtAddr) {
-    // SAFETY: 0xc3 is `ret`, for the probes that execute it; the page is the suite's own.
+    // SAFETY: only this suite uses the page. 0xc3 is the opcode of `ret`, for the probes that execute it.
     unsafe { address.as_mut_ptr::<u8>().write(0xc3) };
     let (mut count, mut denied) = (0, 0);
     for bits in 0..16 {
@@ -53,7 +54,8 @@ fn compare_all(address: VirtAddr) {
         flags.set(PageTableFlags::USER_ACCESSIBLE, bits & 1 != 0);
         flags.set(PageTableFlags::WRITABLE, bits & 2 != 0);
         flags.set(PageTableFlags::NO_EXECUTE, bits & 4 != 0);
-        memory::set_flags(address, flags);
+        // SAFETY: only the probes use the page, and the flags deny accesses on purpose.
+        unsafe { memory::set_flags(address, flags) };
         for of_user in RIGHTS {
             for of_supervisor in RIGHTS {
                 let rights =
@@ -66,24 +68,24 @@ fn compare_all(address: VirtAddr) {
         }
     }
     assert!(denied > 100 && count - denied > 100, "{denied} of {count} denied");
-    println!("{count} accesses, {denied} of them denied, all as the model says");
+    println!("{count} accesses, {denied} of them denied, as the model says");
 }
 
-/// Compares one access; returns whether it was allowed.
+/// Compares one access, and returns whether it was allowed.
 fn compare(address: VirtAddr, access: Access, rights: Rights, wp: bool) -> bool {
     let mode = Mode { wp, pkru: Some(rights.pkru), pkrs: Some(rights.pkrs), ..Mode::default() };
-    assert!(!Cr4::read().intersects(Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION), "as `Mode::default` has it");
+    assert!(!Cr4::read().intersects(Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION), "`Mode::default` has no SMAP");
     let translation = memory::model_walk(address.as_u64()).expect("the page is mapped");
     let expected = model::check(&translation, access, &mode);
 
-    // SAFETY: nothing in this suite relies on WP.
+    // SAFETY: nothing in this suite relies on read-only pages.
     unsafe { Cr0::update(|flags| flags.set(Cr0Flags::WRITE_PROTECT, wp)) };
-    // SAFETY: the kernel's pages are under keys 0 and 1, to which all rights stay.
+    // SAFETY: the kernel's pages have keys 0 and 1, to which all rights stay.
     unsafe { fence::write(rights) };
-    // SAFETY: the page is the suite's own.
+    // SAFETY: only this suite uses the page, and it holds the opcode of `ret`.
     let actual = unsafe { probe::access(address.as_u64(), access) };
     fence::open();
-    // SAFETY: it was set before.
+    // SAFETY: the boot code has set WP, so the kernel runs with it.
     unsafe { Cr0::update(|flags| flags.insert(Cr0Flags::WRITE_PROTECT)) };
 
     let flags = memory::leaf(address).map(|leaf| leaf.entry);
@@ -94,12 +96,12 @@ fn compare(address: VirtAddr, access: Access, rights: Rights, wp: bool) -> bool 
             assert_eq!(
                 code.contains(ErrorCode::PROTECTION_KEY),
                 by_key,
-                "{access} with {rights:?}, leaf {flags:#x?}: model {code:?}, machine {trap}"
+                "{access} with {rights:?}, leaf {flags:#x?}: model {code:?}, CPU {trap}"
             );
             false
         }
         (expected, actual) => {
-            panic!("{access} with {rights:?}, wp {wp}, leaf {flags:#x?}: model {expected:?}, machine {actual:?}")
+            panic!("{access} with {rights:?}, wp {wp}, leaf {flags:#x?}: model {expected:?}, CPU {actual:?}")
         }
     }
 }
@@ -109,7 +111,7 @@ static PLACE: u8 = 0;
 fn translations_of_the_kernels_own_pages() {
     let here = &raw const PLACE as u64;
     for address in [here, 0x10_0000, 0x1234_5678, 0xfee0_0000] {
-        let translation = memory::model_walk(address).expect("the identity map has it");
+        let translation = memory::model_walk(address).expect("the identity map covers it");
         assert_eq!(translation.physical, address);
     }
     assert_eq!(memory::model_walk(0).unwrap_err(), ErrorCode::empty(), "the first page is not mapped");
