@@ -1,4 +1,4 @@
-//! The demo: two domains in a kernel, and what happens when one of them misbehaves.
+//! The demo: two domains in a kernel, one of which makes violations that are contained.
 
 #![no_main]
 #![cfg(target_os = "none")]
@@ -15,7 +15,7 @@ kernel_demo::program!(demo);
 
 const SIZES: Sizes = Sizes { stack: 32 * 1024, heap: 64 * 1024 };
 
-/// Memory of the kernel that no domain may write.
+/// Memory of the kernel, which no domain may write.
 static KERNEL_DATA: AtomicU64 = AtomicU64::new(0x600d_c0de);
 
 fn demo() {
@@ -56,22 +56,25 @@ fn scenario() {
     println!("A writes below its own stack:");
     let below = a.memory().stack().start.as_u64() - 8;
     write(a, below);
-    assert_eq!(KERNEL_DATA.load(Ordering::Relaxed), 0x600d_c0de, "the kernel's memory is as it was");
-    println!("the kernel's memory is as it was, and both domains go on:");
+    assert_eq!(KERNEL_DATA.load(Ordering::Relaxed), 0x600d_c0de, "the kernel's memory is unchanged");
+    println!("the kernel's memory is unchanged, and both domains still work:");
     for (name, domain) in &mut domains {
         work(name, domain);
     }
 
-    // SAFETY: the address is in B's heap, past everything allocated there; in the kernel nothing is fenced off.
+    // SAFETY: all rights are in force, and the address is in B's heap, above every allocation.
     unsafe { (heap_of_b as *mut u64).write(1) };
-    println!("control: the kernel itself writes into B's heap, and nothing stops it");
+    println!("control: the kernel writes into B's heap, and nothing stops it");
     drop(domains);
-    // Page tables stay: they serve the next domains.
-    println!("domains dropped; {} of their frames are back", memory::free_frames().min(free) * 100 / free);
+    // The page tables stay for the next domains.
+    println!(
+        "domains dropped; {}% of the frames that were free before are free again",
+        memory::free_frames().min(free) * 100 / free
+    );
 }
 
 fn new(name: &str) -> Domain {
-    let domain = Domain::new(Kernel, SIZES).unwrap_or_else(|error| panic!("no domain: {error:?}"));
+    let domain = Domain::new(Kernel, SIZES).unwrap_or_else(|error| panic!("cannot create a domain: {error:?}"));
     let memory = domain.memory();
     println!(
         "domain {name}: key {}, stack {:#x}..{:#x}, heap {:#x}..{:#x}",
@@ -86,34 +89,35 @@ fn new(name: &str) -> Domain {
 
 fn work(name: &str, domain: &mut Domain) {
     let heap = domain.memory().heap().start.as_u64();
-    // SAFETY: `sum_in_heap` uses its own stack and the heap it is given.
+    // SAFETY: `sum_in_heap` uses only the domain's stack and heap.
     match unsafe { domain.enter(sum_in_heap, heap) } {
         Ok(sum) => println!("domain {name} works in its own memory: the sum of its table is {sum}"),
-        Err(failure) => panic!("domain {name} could not work: {failure:?}"),
+        Err(failure) => panic!("the call in domain {name} failed: {failure:?}"),
     }
 }
 
 fn write(domain: &mut Domain, address: u64) {
-    // SAFETY: what `write_word` does wrong is what the domain is there to contain.
+    // SAFETY: the domain may not write the address, so the write traps and changes nothing.
     match unsafe { domain.enter(write_word, address) } {
         Err(Failure::Trap(trap)) => println!("  trapped: {trap}\n  rewound"),
         other => panic!("the write to {address:#x} was not contained: {other:?}"),
     }
 }
 
-/// Fills a table on the domain's heap and sums it up.
+/// Fills a table on the domain's heap and returns its sum.
 unsafe extern "C" fn sum_in_heap(heap: u64) -> u64 {
     const LENGTH: usize = 1000;
-    // SAFETY: this runs in the domain whose heap it is.
+    // SAFETY: the argument is the start of the calling domain's heap, and this is the only reference.
     let heap = unsafe { heap_at(heap) };
     let Some(block) = heap.allocate(LENGTH * size_of::<u64>(), align_of::<u64>()) else { return 0 };
-    // SAFETY: the block is as long as the slice, and zero or not, any bytes are integers.
+    // SAFETY: the block has the slice's size and alignment, and nothing else uses it. A domain's memory starts zeroed, so
+    // every byte is initialised.
     let table = unsafe { core::slice::from_raw_parts_mut(block.cast::<u64>().as_ptr(), LENGTH) };
     for (value, slot) in (0..).zip(table.iter_mut()) {
         *slot = value;
     }
     let sum = table.iter().sum();
-    // SAFETY: the table is not used any more.
+    // SAFETY: nothing uses the block any more.
     match unsafe { heap.free(block) } {
         Ok(()) => sum,
         Err(_) => 0,
@@ -121,7 +125,7 @@ unsafe extern "C" fn sum_in_heap(heap: u64) -> u64 {
 }
 
 unsafe extern "C" fn write_word(address: u64) -> u64 {
-    // SAFETY: none: this is the mistake.
+    // SAFETY: this is the violation. The write traps, so it changes nothing.
     unsafe { (address as *mut u64).write_volatile(0xbad) };
     0
 }

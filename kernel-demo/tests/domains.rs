@@ -1,4 +1,4 @@
-//! Domains: what they may do, what is contained, what is left behind.
+//! Domains: what code in them may do, which violations are contained, and what remains after one.
 
 #![no_main]
 #![cfg(target_os = "none")]
@@ -31,13 +31,13 @@ kernel_demo::test_suite!(
     a_general_protection_fault_is_contained,
     a_bad_stack_pointer_is_contained,
     a_panic_is_contained,
-    discard_leaves_nothing_to_read,
-    the_callers_registers_survive,
-    heap_exhaustion_is_seen_in_the_domain,
-    the_sixteenth_key_is_refused,
+    a_discard_clears_the_memory,
+    the_callers_registers_are_preserved,
+    an_exhausted_heap_returns_none,
+    a_fifteenth_domain_is_refused,
     bad_sizes_are_refused,
     a_domain_larger_than_memory_is_refused,
-    nothing_leaks_over_many_lives,
+    two_hundred_domains_leak_nothing,
     a_thousand_rewinds,
 );
 
@@ -46,29 +46,29 @@ const SIZES: Sizes = Sizes { stack: 16 * 1024, heap: 16 * 1024 };
 static KERNEL_DATA: AtomicU64 = AtomicU64::new(1);
 
 fn new() -> Domain {
-    Domain::new(Kernel, SIZES).unwrap_or_else(|error| panic!("no domain: {error:?}"))
+    Domain::new(Kernel, SIZES).unwrap_or_else(|error| panic!("cannot create a domain: {error:?}"))
 }
 
 fn call(domain: &mut Domain, entry: Entry, argument: u64) -> Result<u64, Trap> {
-    // SAFETY: what the entry points here do wrong is what the domain is there to contain.
+    // SAFETY: the entry points write only the domain's memory and what the domain may not write, which traps.
     unsafe { domain.enter(entry, argument) }.map_err(|failure| match failure {
         Failure::Trap(trap) => trap,
-        Failure::NotReady(error) => panic!("the domain could not be made ready: {error:?}"),
+        Failure::NotReady(error) => panic!("cannot prepare the domain: {error:?}"),
     })
 }
 
-/// Calls, expects a trap, and checks that the domain works again.
+/// Makes a call that must trap, and checks that the next call works.
 fn contain(domain: &mut Domain, entry: Entry, argument: u64) -> Cause {
-    let trap = call(domain, entry, argument).expect_err("it must not succeed");
+    let trap = call(domain, entry, argument).expect_err("the call must trap");
     assert_eq!(domain.state(), State::Violated);
-    assert_eq!(call(domain, double, 21).expect("the domain works again"), 42);
+    assert_eq!(call(domain, double, 21).expect("the next call works"), 42);
     trap.cause
 }
 
 fn key_fault(cause: Cause) -> pkru::fault::KeyFault {
     match cause {
         Cause::PageFault(PageFault::Key(fault)) => fault,
-        other => panic!("no key fault: {other:?}"),
+        other => panic!("not a key fault: {other:?}"),
     }
 }
 
@@ -77,18 +77,18 @@ unsafe extern "C" fn double(value: u64) -> u64 {
 }
 
 unsafe extern "C" fn write(address: u64) -> u64 {
-    // SAFETY: none: this is the mistake.
+    // SAFETY: in a domain this is the violation: the write traps, so it changes nothing. The control passes an atomic.
     unsafe { (address as *mut u64).write_volatile(0xbad) };
     0
 }
 
 unsafe extern "C" fn read(address: u64) -> u64 {
-    // SAFETY: none: this may be the mistake.
+    // SAFETY: a read that the domain may not make traps. All others are of mapped integers.
     unsafe { (address as *const u64).read_volatile() }
 }
 
 unsafe extern "C" fn add_to(address: u64) -> u64 {
-    // SAFETY: the tests pass addresses in the domain's own memory.
+    // SAFETY: the address is in memory of the domain that nothing else uses.
     let before = unsafe { (address as *const u64).read_volatile() };
     // SAFETY: as above.
     unsafe { (address as *mut u64).write_volatile(before + 1) };
@@ -115,7 +115,7 @@ fn a_write_into_another_domain_is_contained() {
             assert_eq!(call(&mut other, add_to, address).unwrap(), 0, "control: the owner writes there");
             let fault = key_fault(contain(&mut one, write, address));
             assert_eq!((fault.address, fault.key, fault.access), (address, other.memory().key(), Access::Write));
-            assert_eq!(call(&mut other, read, address).unwrap(), 1, "the other domain's memory is as it was");
+            assert_eq!(call(&mut other, read, address).unwrap(), 1, "the other domain's memory is unchanged");
         }
     });
 }
@@ -135,7 +135,7 @@ fn a_write_into_the_kernel_is_contained() {
         let fault = key_fault(contain(&mut new(), write, address));
         assert_eq!((fault.address, fault.key.number()), (address, 0));
         assert_eq!(KERNEL_DATA.load(Ordering::Relaxed), 1);
-        // SAFETY: the kernel itself may; this is the control.
+        // SAFETY: the control: the address is that of an atomic, and nothing else accesses it.
         unsafe { write(address) };
         assert_eq!(KERNEL_DATA.swap(1, Ordering::Relaxed), 0xbad);
     });
@@ -144,7 +144,7 @@ fn a_write_into_the_kernel_is_contained() {
 fn a_write_into_page_tables_is_contained() {
     use x86_64::registers::control::Cr3;
     with_each_fence(|| {
-        // The last entry of the top-level table; nothing is mapped through it.
+        // The last entry of the top-level table, which maps nothing.
         let entry = Cr3::read().0.start_address().as_u64() + 511 * 8;
         assert_eq!(key_fault(contain(&mut new(), write, entry)).key.number(), 0);
     });
@@ -154,10 +154,10 @@ fn a_read_of_the_kernel_is_allowed() {
     with_each_fence(|| assert_eq!(call(&mut new(), read, KERNEL_DATA.as_ptr() as u64).unwrap(), 1));
 }
 
-#[allow(unconditional_recursion, reason = "overflowing the stack is the point")]
+#[allow(unconditional_recursion, reason = "the stack must overflow")]
 unsafe extern "C" fn recurse(depth: u64) -> u64 {
     let frame = [depth; 64];
-    // SAFETY: it overflows the stack, which is the mistake.
+    // SAFETY: this is the violation. The overflow traps at the guard page.
     core::hint::black_box(&frame)[7] + unsafe { recurse(depth + 1) }
 }
 
@@ -222,18 +222,18 @@ fn a_bad_stack_pointer_is_contained() {
 }
 
 unsafe extern "C" fn panic(value: u64) -> u64 {
-    assert_eq!(value, 1, "this is the mistake");
+    assert_eq!(value, 1, "this is the violation");
     0
 }
 
 fn a_panic_is_contained() {
     with_each_fence(|| {
-        assert_eq!(call(&mut new(), panic, 1), Ok(0), "control: without the mistake it returns");
+        assert_eq!(call(&mut new(), panic, 1), Ok(0), "control: without the violation it returns");
         assert_eq!(contain(&mut new(), panic, 0), Cause::Exception(6));
     });
 }
 
-fn discard_leaves_nothing_to_read() {
+fn a_discard_clears_the_memory() {
     with_each_fence(|| {
         let mut domain = new();
         let heap_end = domain.memory().heap().end.as_u64() - 8;
@@ -248,9 +248,9 @@ fn discard_leaves_nothing_to_read() {
     });
 }
 
-/// Spoils every register that the caller relies on, and the flags DF, AC and NT, and returns.
+/// Overwrites the callee-saved registers, MXCSR and the x87 control word, sets DF, AC and NT, and returns.
 #[unsafe(naked)]
-unsafe extern "C" fn spoil(_: u64) -> u64 {
+unsafe extern "C" fn clobber(_: u64) -> u64 {
     naked_asm!(
         "mov rbx, -1",
         "mov rbp, -1",
@@ -271,8 +271,8 @@ unsafe extern "C" fn spoil(_: u64) -> u64 {
     )
 }
 
-/// Calls `function(argument, argument)` and returns a sum in which every callee-saved register, MXCSR, the x87
-/// control word and the flags AC, NT and DF take part: 0 if all are as they were.
+/// Calls `function(argument)` and returns 0 if it preserved the callee-saved registers, MXCSR, the x87 control word and
+/// the flags AC, NT and DF.
 #[unsafe(naked)]
 unsafe extern "C" fn changes(function: extern "C" fn(u64), argument: u64) -> u64 {
     naked_asm!(
@@ -331,50 +331,50 @@ unsafe extern "C" fn changes(function: extern "C" fn(u64), argument: u64) -> u64
     )
 }
 
-fn the_callers_registers_survive() {
+fn the_callers_registers_are_preserved() {
     extern "C" fn in_domain(domain: u64) {
-        // SAFETY: the test passes its domain, which it does not use meanwhile.
+        // SAFETY: the argument is the address of a domain that nothing else uses meanwhile.
         let domain = unsafe { &mut *(domain as *mut Domain) };
-        let _ = call(domain, spoil, 0);
+        let _ = call(domain, clobber, 0);
     }
     extern "C" fn in_domain_then_trap(domain: u64) {
         // SAFETY: as above.
         let domain = unsafe { &mut *(domain as *mut Domain) };
-        let _ = call(domain, spoil_and_trap, 0);
+        let _ = call(domain, clobber_and_trap, 0);
     }
     with_each_fence(|| {
         let mut domain = new();
         let address = &raw mut domain as u64;
-        // SAFETY: the functions keep the C calling convention.
+        // SAFETY: the gate preserves the registers, so the function has the C calling convention.
         assert_eq!(unsafe { changes(in_domain, address) }, 0);
         // SAFETY: as above.
         assert_eq!(unsafe { changes(in_domain_then_trap, address) }, 0);
     });
     extern "C" fn outside(_: u64) {
-        // SAFETY: none: `changes` puts right what this spoils.
-        unsafe { spoil_direction() };
+        // SAFETY: the function sets DF, which `changes` clears before any Rust code runs.
+        unsafe { set_direction() };
     }
-    // SAFETY: `changes` clears the direction flag.
-    assert_ne!(unsafe { changes(outside, 0) }, 0, "control: outside a domain it is noticed");
+    // SAFETY: `outside` only sets DF, which `changes` clears.
+    assert_ne!(unsafe { changes(outside, 0) }, 0, "control: outside a domain the change is found");
 }
 
 #[unsafe(naked)]
-unsafe extern "C" fn spoil_direction() {
+unsafe extern "C" fn set_direction() {
     naked_asm!("std", "ret")
 }
 
 #[unsafe(naked)]
-unsafe extern "C" fn spoil_and_trap(_: u64) -> u64 {
-    naked_asm!("call {spoil}", "ud2", spoil = sym spoil)
+unsafe extern "C" fn clobber_and_trap(_: u64) -> u64 {
+    naked_asm!("call {clobber}", "ud2", clobber = sym clobber)
 }
 
 unsafe extern "C" fn allocate_until_none(heap: u64) -> u64 {
-    // SAFETY: this runs in the domain whose heap it is.
+    // SAFETY: the argument is the start of the calling domain's heap, and this is the only reference.
     let heap = unsafe { heap_at(heap) };
     (0..).take_while(|_| heap.allocate(1000, 16).is_some()).count() as u64
 }
 
-fn heap_exhaustion_is_seen_in_the_domain() {
+fn an_exhausted_heap_returns_none() {
     with_each_fence(|| {
         let mut domain = new();
         let heap = domain.memory().heap().start.as_u64();
@@ -383,9 +383,9 @@ fn heap_exhaustion_is_seen_in_the_domain() {
     });
 }
 
-fn the_sixteenth_key_is_refused() {
+fn a_fifteenth_domain_is_refused() {
     with_each_fence(|| {
-        // Of 16 keys, 0 is the kernel's and 1 the exception stacks'.
+        // Key 0 is the kernel's, and key 1 the trap stacks'.
         let domains: [Domain; 14] = core::array::from_fn(|_| new());
         match Domain::new(Kernel, SIZES) {
             Err(Error::Key(KeyError::Exhausted { limit: 14 })) => {}
@@ -407,23 +407,23 @@ fn a_domain_larger_than_memory_is_refused() {
     let before = memory::free_frames();
     let result = Domain::new(Kernel, Sizes { stack: 4096, heap: 3 << 30 });
     assert!(matches!(result, Err(Error::Map(_))), "{result:?}");
-    // Tables for the part that was mapped stay; they are few.
+    // The page tables of the part that was mapped stay.
     assert!(before - memory::free_frames() < 1024);
     new();
 }
 
-fn nothing_leaks_over_many_lives() {
+fn two_hundred_domains_leak_nothing() {
     with_each_fence(|| {
-        let live = || {
+        let create_and_violate = || {
             let mut domain = new();
             contain(&mut domain, invalid, 0);
         };
-        live();
+        create_and_violate();
         let before = memory::free_frames();
         for _ in 0..200 {
-            live();
+            create_and_violate();
         }
-        // Addresses are not reused, so tables grow: one frame for each 2 MiB of addresses.
+        // No address is used twice, so the page tables grow: by one frame for each 2 MiB of addresses.
         let tables = 200 * (SIZES.stack + SIZES.heap + 3 * 4096) / (2 << 20) + 1;
         assert!(before - memory::free_frames() <= tables);
     });

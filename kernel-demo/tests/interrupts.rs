@@ -1,4 +1,4 @@
-//! Interrupts that strike in a domain neither inherit its rights nor lend it theirs.
+//! Interrupts in a domain: the handler runs with all rights, and the domain keeps its own.
 
 #![no_main]
 #![cfg(target_os = "none")]
@@ -14,28 +14,28 @@ use pkru::KeyRights;
 use pkru::domain::{Entry, Failure, Sizes};
 
 kernel_demo::test_suite!(
-    a_handler_has_the_kernels_rights,
-    the_domain_has_its_own_rights_again_afterwards,
-    timer_interrupts_strike_in_a_domain,
-    rewinds_under_timer_interrupts,
+    a_handler_has_all_rights,
+    a_domain_has_its_own_rights_after_an_interrupt,
+    the_timer_interrupts_a_domain,
+    rewinds_work_under_timer_interrupts,
 );
 
 static SEEN: AtomicU64 = AtomicU64::new(0);
 
 fn new() -> Domain {
     let sizes = Sizes { stack: 16 * 1024, heap: 8 * 1024 };
-    Domain::new(Kernel, sizes).unwrap_or_else(|error| panic!("no domain: {error:?}"))
+    Domain::new(Kernel, sizes).unwrap_or_else(|error| panic!("cannot create a domain: {error:?}"))
 }
 
 fn call(domain: &mut Domain, entry: Entry, argument: u64) -> Result<u64, ()> {
-    // SAFETY: what the entry points here do wrong is what the domain is there to contain.
+    // SAFETY: the entry points write only their stack and what the domain may not write, which traps.
     unsafe { domain.enter(entry, argument) }.map_err(|failure| match failure {
         Failure::Trap(_) => (),
-        Failure::NotReady(error) => panic!("the domain could not be made ready: {error:?}"),
+        Failure::NotReady(error) => panic!("cannot prepare the domain: {error:?}"),
     })
 }
 
-/// Writes into the kernel's memory, and checks whose rights were in force.
+/// Checks that all rights are in force, and stores the interrupted rights in the kernel's memory.
 fn handler(interrupted: Rights) {
     assert_eq!(fence::read(), Rights { pkru: KeyRights::ALL, pkrs: KeyRights::ALL });
     SEEN.store(u64::from(interrupted.behind(Fence::current()).bits()), Ordering::Relaxed);
@@ -48,24 +48,24 @@ unsafe extern "C" fn interrupt(_: u64) -> u64 {
 
 unsafe extern "C" fn interrupt_then_write(address: u64) -> u64 {
     traps::software_interrupt();
-    // SAFETY: none: this is the mistake.
+    // SAFETY: this is the violation. The write traps, so it changes nothing.
     unsafe { (address as *mut u64).write_volatile(0xbad) };
     0
 }
 
-fn a_handler_has_the_kernels_rights() {
+fn a_handler_has_all_rights() {
     traps::on_software_interrupt(handler);
     with_each_fence(|| {
         let mut domain = new();
         SEEN.store(0, Ordering::Relaxed);
         assert_eq!(call(&mut domain, interrupt, 0), Ok(7));
         let seen = KeyRights::from_bits(SEEN.load(Ordering::Relaxed) as u32);
-        assert!(seen.get(domain.memory().key()).is_empty(), "{seen}: it struck in the domain");
-        assert!(!seen.get(pkru::ProtectionKey::DEFAULT).is_empty(), "{seen}: it struck in the domain");
+        assert!(seen.get(domain.memory().key()).is_empty(), "{seen} are not the domain's rights");
+        assert!(!seen.get(pkru::ProtectionKey::DEFAULT).is_empty(), "{seen} are not the domain's rights");
     });
 }
 
-fn the_domain_has_its_own_rights_again_afterwards() {
+fn a_domain_has_its_own_rights_after_an_interrupt() {
     traps::on_software_interrupt(handler);
     with_each_fence(|| {
         assert_eq!(call(&mut new(), interrupt_then_write, SEEN.as_ptr() as u64), Err(()));
@@ -77,7 +77,7 @@ unsafe extern "C" fn spin(rounds: u64) -> u64 {
     (0..rounds).fold(1, |sum, round| core::hint::black_box(sum ^ round))
 }
 
-fn timer_interrupts_strike_in_a_domain() {
+fn the_timer_interrupts_a_domain() {
     timer::start();
     with_each_fence(|| {
         let mut domain = new();
@@ -88,12 +88,12 @@ fn timer_interrupts_strike_in_a_domain() {
                 return;
             }
         }
-        panic!("only {} ticks struck in the domain", timer::ticks().1 - before);
+        panic!("only {} ticks interrupted the domain", timer::ticks().1 - before);
     });
     timer::stop();
 }
 
-fn rewinds_under_timer_interrupts() {
+fn rewinds_work_under_timer_interrupts() {
     traps::on_software_interrupt(handler);
     timer::start();
     with_each_fence(|| {
