@@ -33,7 +33,7 @@ pub fn print(arguments: fmt::Arguments<'_>) {
     x86_64::instructions::interrupts::without_interrupts(|| send(PORT.lock().as_mut(), arguments));
 }
 
-/// Prints for a panic, which may have struck while [`print`] held the lock.
+/// Prints for a panic, which may occur while [`print`] holds the lock.
 pub(crate) fn print_from_panic(arguments: fmt::Arguments<'_>) {
     x86_64::instructions::interrupts::without_interrupts(|| match PORT.try_lock() {
         Some(mut port) => send(port.as_mut(), arguments),

@@ -81,7 +81,7 @@ fn exception(frame: &mut Frame, rights: &mut Rights) {
     let Some(context) = gate.running(rights.behind(fence)) else {
         exit::fail(format_args!("unexpected trap: {trap}\n{frame:#x?}"));
     };
-    // SAFETY: the kernel has one CPU, the trap struck with this context's rights, and `frame` and `rights` below take
+    // SAFETY: the kernel has one CPU, the trap was raised with this context's rights, and `frame` and `rights` below take
     // over the returned state unchanged.
     let rewind = unsafe { gate.rewind(context) };
     *LAST.lock() = Some(trap);
