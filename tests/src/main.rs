@@ -5,10 +5,12 @@
 //! | `pkru-tests all` | all of the below |
 //! | `pkru-tests host` | unit and documentation tests, and the guest suites natively where the CPU has keys |
 //! | `pkru-tests qemu` | the bare-metal suites, and the guest suites and examples on each kernel |
+//! | `pkru-tests floors FOLDER…` | nothing; checks the module layers of the crates in these source folders |
 //! | `pkru-tests inside BINARY…` | in a guest: the suites of these binaries, each test in a process of its own |
 
 mod bare;
 mod build;
+mod floors;
 mod guest;
 mod host;
 mod inside;
@@ -26,8 +28,9 @@ fn main() -> ExitCode {
         ["all"] => host::run(&mut tally).and_then(|()| qemu(&mut tally)),
         ["host"] => host::run(&mut tally),
         ["qemu"] => qemu(&mut tally),
+        ["floors", folders @ ..] if !folders.is_empty() => return floors::run(folders),
         ["inside", binaries @ ..] if !binaries.is_empty() => return inside::run(binaries),
-        _ => Err("usage: pkru-tests all | host | qemu".into()),
+        _ => Err("usage: pkru-tests all | host | qemu | floors FOLDER…".into()),
     };
     if let Err(error) = result {
         eprintln!("pkru-tests: {error}");

@@ -1,0 +1,133 @@
+//! Checks the layers of a crate's modules, its floors, from its source.
+//!
+//! The documentation of the crate's `lib.rs` has the table of floors, see [`table`]. A module may use modules of its
+//! own floor and of lower ones, and no modules may use each other in a loop. The crate root is above all floors.
+//!
+//! A module is a file here. It uses the file that defines a name, through whichever re-exports it gets the name; for a
+//! name of another crate, the file that re-exports it. A re-export itself uses nothing. Tests and documentation do not
+//! count.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`table`] | the table of floors |
+//! | [`source`] | the modules, and the paths that each one mentions |
+//! | [`names`] | which module defines what a path names |
+//! | [`loops`] | loops in a graph |
+//!
+//! Not seen: method calls, whose types are not known here; names that a macro puts together; symbols that the linker
+//! resolves; a local variable that hides a re-exported name.
+
+mod loops;
+mod names;
+mod source;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+
+use names::Dependency;
+use source::Crate;
+use table::Floors;
+
+/// Reads a file. Tests read from memory.
+type Read<'a> = &'a dyn Fn(&Path) -> io::Result<String>;
+
+/// Checks the crates whose `lib.rs` is in these folders, and prints what is wrong.
+pub(crate) fn run(folders: &[&str]) -> ExitCode {
+    let mut code = ExitCode::SUCCESS;
+    for folder in folders {
+        match check(Path::new(folder), &|file| std::fs::read_to_string(file)) {
+            Ok(summary) => println!("floors: {summary} ({folder})"),
+            Err(errors) => {
+                code = ExitCode::FAILURE;
+                errors.iter().for_each(|error| eprintln!("{error}"));
+                eprintln!("floors: errors: {} ({folder})", errors.len());
+            }
+        }
+    }
+    code
+}
+
+/// Checks one crate. Returns a summary, or all errors.
+fn check(folder: &Path, read: Read<'_>) -> Result<String, Vec<String>> {
+    let root = folder.join("lib.rs");
+    let floors = read(&root)
+        .map_err(|error| format!("{}: cannot read it: {error}", root.display()))
+        .and_then(|text| Floors::parse(&root, &text))
+        .map_err(|error| vec![error])?;
+    let modules = Crate::read(&root, read).map_err(|error| vec![error])?;
+
+    let dependencies = names::dependencies(&modules);
+    let mut errors = floors.mismatches(&modules);
+    errors.extend(climbs(&modules, &floors, &dependencies));
+    errors.extend(knots(&modules, &dependencies));
+    if !errors.is_empty() {
+        return Err(errors);
+    }
+    let count = modules.files().count() - 1;
+    Ok(format!("{count} modules on {} floors, no import goes up, no loops", floors.count()))
+}
+
+/// Returns an error for each pair of modules of which one uses the other on a higher floor.
+fn climbs(modules: &Crate, floors: &Floors, dependencies: &[Dependency]) -> Vec<String> {
+    let mut pairs: BTreeMap<_, Vec<&Dependency>> = BTreeMap::new();
+    for dependency in dependencies {
+        pairs.entry((dependency.from, dependency.to)).or_default().push(dependency);
+    }
+    let mut errors = Vec::new();
+    for ((from, to), uses) in pairs {
+        // The root has no floor: it may use everyone. A module that the table lacks is an error already.
+        let Some(low) = floors.of(modules, from) else { continue };
+        let (place, advice) = match floors.of(modules, to) {
+            Some(high) if high > low => (format!("floor {high}"), format!("move this code up to floor {high}")),
+            None if to == Crate::ROOT => ("above all floors".into(), "move what it uses to a module below".into()),
+            _ => continue,
+        };
+        let lines: BTreeSet<_> =
+            uses.iter().map(|dependency| dependency.line).filter(|&line| line != uses[0].line).collect();
+        let lines: Vec<_> = lines.iter().map(usize::to_string).collect();
+        let also = if lines.is_empty() { String::new() } else { format!(" (also in line {})", lines.join(", ")) };
+        errors.push(format!(
+            "{} (floor {low}) uses {} ({place}): `{}`{also}; {advice}, or have the caller hand the value down",
+            arrow_start(modules, uses[0]),
+            modules.name(to),
+            uses[0].path,
+        ));
+    }
+    errors
+}
+
+/// Returns an error for each shortest loop through some module, and one for the modules that several loops tie together.
+fn knots(modules: &Crate, dependencies: &[Dependency]) -> Vec<String> {
+    let mut arrows: BTreeMap<_, &Dependency> = BTreeMap::new();
+    // The import of a module takes nothing from it yet: what is used through it is mentioned as well.
+    for dependency in dependencies.iter().filter(|dependency| !dependency.is_module) {
+        arrows.entry((dependency.from, dependency.to)).or_insert(dependency);
+    }
+    let mut errors = Vec::new();
+    for knot in loops::find(&arrows.keys().copied().collect()) {
+        let names = |list: &[usize], between: &str| {
+            list.iter().map(|&module| modules.name(module)).collect::<Vec<_>>().join(between)
+        };
+        if knot.loops.len() > 1 {
+            errors.push(format!("these {} use each other: {}", knot.modules.len(), names(&knot.modules, ", ")));
+        }
+        for chain in &knot.loops {
+            let mut error = format!("loop: {} → {}", names(chain, " → "), modules.name(chain[0]));
+            for (from, to) in loops::pairs(chain) {
+                let arrow = arrows[&(from, to)];
+                error += &format!("\n    {} uses {}: `{}`", arrow_start(modules, arrow), modules.name(to), arrow.path);
+            }
+            errors.push(error);
+        }
+    }
+    errors
+}
+
+fn arrow_start(modules: &Crate, arrow: &Dependency) -> String {
+    format!("{}:{}: {}", modules[arrow.from].file.display(), arrow.line, modules.name(arrow.from))
+}
