@@ -107,6 +107,13 @@ unsafe impl Platform for Kernel {
     type Memory = Memory;
     type Trap = Trap;
     type Error = Error;
+    type Caller = ();
+    /// A domain keeps its key for life.
+    type Lease = ();
+
+    fn acquire(&self, _: &mut Memory, (): ()) -> Result<(), Error> {
+        Ok(())
+    }
 
     fn map(&self, sizes: Sizes) -> Result<Memory, Error> {
         let key = allocate_key()?;
@@ -125,7 +132,7 @@ unsafe impl Platform for Kernel {
         Ok(())
     }
 
-    unsafe fn enter(&self, memory: &mut Memory, entry: Entry, argument: u64) -> Result<u64, Trap> {
+    unsafe fn enter(&self, memory: &mut Memory, (): &(), entry: Entry, argument: u64) -> Result<u64, Trap> {
         // SAFETY: `map` made the context and its stack, and `memory` is borrowed, so no other call uses them. A fence is
         // selected only where CR4.FSGSBASE is 1. `traps` rewinds. The caller promises that the entry point may run.
         match unsafe { Fence::current().gate().enter(&raw mut memory.context, entry, argument) } {

@@ -14,8 +14,8 @@
 //! | 4 | `probe`, `timer` | Each handles one kind of trap, and `traps` calls it with all rights in force. |
 //! | 5 | `traps` | The entry of every trap: it starts with the interrupted code's rights, and puts all rights in force before it handles the trap. |
 //! | 6 | `domain` | The platform of `pkru`'s domains: what it reads in a domain's memory is hostile. |
-//! | 7 | `testing` | Test suites: nothing in the kernel uses them. |
-//! | 8 | `start`, `boot` | The set-up: only these modules know the whole kernel. |
+//! | 7 | `start`, `boot` | The set-up: only these modules know the whole kernel. |
+//! | 8 | `testing` | Test suites: nothing in the kernel uses them. |
 //!
 //! The assembly is in three modules: `boot` switches to long mode, `traps` has the entry stubs, and `probe` the single
 //! accesses. Unsafe code is denied, except in the modules that allow it with a reason.

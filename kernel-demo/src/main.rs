@@ -90,7 +90,7 @@ fn new(name: &str) -> Domain {
 fn work(name: &str, domain: &mut Domain) {
     let heap = domain.memory().heap().start.as_u64();
     // SAFETY: `sum_in_heap` uses only the domain's stack and heap.
-    match unsafe { domain.enter(sum_in_heap, heap) } {
+    match unsafe { domain.enter(&(), sum_in_heap, heap) } {
         Ok(sum) => println!("domain {name} works in its own memory: the sum of its table is {sum}"),
         Err(failure) => panic!("the call in domain {name} failed: {failure:?}"),
     }
@@ -98,7 +98,7 @@ fn work(name: &str, domain: &mut Domain) {
 
 fn write(domain: &mut Domain, address: u64) {
     // SAFETY: the domain may not write the address, so the write traps and changes nothing.
-    match unsafe { domain.enter(write_word, address) } {
+    match unsafe { domain.enter(&(), write_word, address) } {
         Err(Failure::Trap(trap)) => println!("  trapped: {trap}\n  rewound"),
         other => panic!("the write to {address:#x} was not contained: {other:?}"),
     }

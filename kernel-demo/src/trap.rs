@@ -16,9 +16,6 @@ pub(crate) const TIMER: u8 = 0x20;
 /// The vector of the software interrupt.
 pub(crate) const SOFTWARE: u8 = 0x40;
 
-/// The RFLAGS bits that a rewind clears: TF, DF, NT and AC. Code in a domain can set them.
-const DOMAIN_FLAGS: u64 = 1 << 8 | 1 << 10 | 1 << 14 | 1 << 18;
-
 /// The registers at a trap, in the order in which the CPU and the entry stub push them.
 #[derive(Debug)]
 #[repr(C)]
@@ -54,7 +51,7 @@ impl Frame {
         self.instruction = rewind.instruction;
         self.rsp = rewind.stack;
         self.r10 = rewind.r10;
-        self.rflags &= !DOMAIN_FLAGS;
+        self.rflags &= !Rewind::CLEARED_FLAGS;
     }
 }
 

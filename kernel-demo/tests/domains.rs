@@ -51,7 +51,7 @@ fn new() -> Domain {
 
 fn call(domain: &mut Domain, entry: Entry, argument: u64) -> Result<u64, Trap> {
     // SAFETY: the entry points write only the domain's memory and what the domain may not write, which traps.
-    unsafe { domain.enter(entry, argument) }.map_err(|failure| match failure {
+    unsafe { domain.enter(&(), entry, argument) }.map_err(|failure| match failure {
         Failure::Trap(trap) => trap,
         Failure::NotReady(error) => panic!("cannot prepare the domain: {error:?}"),
     })

@@ -29,7 +29,7 @@ fn new() -> Domain {
 
 fn call(domain: &mut Domain, entry: Entry, argument: u64) -> Result<u64, ()> {
     // SAFETY: the entry points write only their stack and what the domain may not write, which traps.
-    unsafe { domain.enter(entry, argument) }.map_err(|failure| match failure {
+    unsafe { domain.enter(&(), entry, argument) }.map_err(|failure| match failure {
         Failure::Trap(_) => (),
         Failure::NotReady(error) => panic!("cannot prepare the domain: {error:?}"),
     })

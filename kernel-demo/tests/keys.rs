@@ -156,7 +156,7 @@ fn nonzero_ecx_is_a_general_protection_fault() {
         kernel_demo::domain::Domain::new(kernel_demo::domain::Kernel, pkru::domain::Sizes { stack: 8192, heap: 8192 })
             .expect("a domain can be created");
     // SAFETY: the function only raises an exception, which rewinds the domain.
-    let result = unsafe { domain.enter(rdpkru_with_ecx_1, 0) };
+    let result = unsafe { domain.enter(&(), rdpkru_with_ecx_1, 0) };
     let Err(pkru::domain::Failure::Trap(trap)) = result else { panic!("{result:?}") };
     assert_eq!(trap.cause, Cause::Exception(13));
     // SAFETY: CR4.PKE is 1, so RDPKRU with ECX = 0 raises no exception.

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::ProtectionKey;
+use crate::{KeySet, ProtectionKey};
 
 /// A set of protection keys to hand out and take back.
 ///
@@ -24,17 +24,17 @@ use crate::ProtectionKey;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyAllocator {
-    /// Bit n is set while key n is free to hand out. Invariant: bit 0 is never set.
-    free: u16,
-    /// Bit n is set if this allocator may hand out key n.
-    usable: u16,
+    /// The keys that are free. Invariant: without key 0.
+    free: KeySet,
+    /// The keys that this allocator hands out, free or not.
+    usable: KeySet,
 }
 
 impl KeyAllocator {
     /// Creates an allocator of keys 1 to 15. Key 0 tags everything else and is never handed out.
     #[must_use]
     pub const fn new() -> Self {
-        Self { free: 0xfffe, usable: 0xfffe }
+        Self { free: KeySet::ALL_BUT_DEFAULT, usable: KeySet::ALL_BUT_DEFAULT }
     }
 
     /// Takes a key out for good, because something else uses it.
@@ -43,11 +43,11 @@ impl KeyAllocator {
     ///
     /// [`KeyError::NotFree`] if it is handed out, reserved already, or key 0.
     pub const fn reserve(&mut self, key: ProtectionKey) -> Result<(), KeyError> {
-        if self.free & Self::bit(key) == 0 {
+        if !self.free.contains(key) {
             return Err(KeyError::NotFree { key });
         }
-        self.free &= !Self::bit(key);
-        self.usable &= !Self::bit(key);
+        self.free.remove(key);
+        self.usable.remove(key);
         Ok(())
     }
 
@@ -57,12 +57,12 @@ impl KeyAllocator {
     ///
     /// [`KeyError::Exhausted`] if none is free.
     pub const fn allocate(&mut self) -> Result<ProtectionKey, KeyError> {
-        match ProtectionKey::new(self.free.trailing_zeros() as u8) {
+        match self.free.first() {
             Some(key) => {
-                self.free &= !Self::bit(key);
+                self.free.remove(key);
                 Ok(key)
             }
-            None => Err(KeyError::Exhausted { limit: self.usable.count_ones() as u8 }),
+            None => Err(KeyError::Exhausted { limit: self.usable.len() as u8 }),
         }
     }
 
@@ -72,21 +72,17 @@ impl KeyAllocator {
     ///
     /// [`KeyError::NotAllocated`] if this allocator did not hand it out.
     pub const fn free(&mut self, key: ProtectionKey) -> Result<(), KeyError> {
-        if self.usable & !self.free & Self::bit(key) == 0 {
+        if !self.usable.contains(key) || self.free.contains(key) {
             return Err(KeyError::NotAllocated { key });
         }
-        self.free |= Self::bit(key);
+        self.free.insert(key);
         Ok(())
     }
 
     /// Returns how many keys are free.
     #[must_use]
     pub const fn available(&self) -> usize {
-        self.free.count_ones() as usize
-    }
-
-    const fn bit(key: ProtectionKey) -> u16 {
-        1 << key.number()
+        self.free.len()
     }
 }
 

@@ -23,29 +23,41 @@ use crate::{AccessRights, KeyRights, ProtectionKey};
 /// # Safety
 ///
 /// [`Domain::enter`] is sound only if the platform keeps what its methods promise: a key belongs to one domain at a
-/// time, a domain's memory carries its key in all its pages when it is entered, and `enter` ends with the caller's
+/// time, all pages of a domain's memory carry its key while a lease of it exists, and `enter` ends with the caller's
 /// rights in force.
 pub unsafe trait Platform {
     /// The memory of one domain.
     type Memory;
     /// A record of a trap.
     type Trap;
-    /// Why a key or memory was not to be had.
+    /// Why there is no key or no memory.
     type Error;
+    /// Who enters a domain, such as a thread; `()` if the platform need not know.
+    type Caller: Copy;
+    /// Proof that a domain's memory carries its key. The domain keeps the key until the lease is dropped; `()` if it
+    /// keeps its key for life.
+    type Lease;
 
-    /// Maps a domain's memory, zeroed, with guard pages around the stack. It has a key of its own at the latest when it
-    /// is [prepared](Self::prepare).
+    /// Maps a domain's memory, zeroed, with guard pages around the stack.
     ///
     /// # Errors
     ///
-    /// If a key or the sizes cannot be had; then nothing is left behind.
+    /// If there is no key, or no memory of these sizes. Nothing is left behind then.
     fn map(&self, sizes: Sizes) -> Result<Self::Memory, Self::Error>;
 
-    /// Makes fresh memory ready to run in, or makes it ready again after [`discard`](Self::discard).
+    /// Gives the memory its key, for use by this caller, until the lease is dropped.
     ///
     /// # Errors
     ///
-    /// If that needs something which cannot be had.
+    /// If there is no key.
+    fn acquire(&self, memory: &mut Self::Memory, caller: Self::Caller) -> Result<Self::Lease, Self::Error>;
+
+    /// Makes fresh memory ready to run in, or makes it ready again after [`discard`](Self::discard). It is called
+    /// while a lease of the memory exists.
+    ///
+    /// # Errors
+    ///
+    /// If a resource that this needs is exhausted.
     fn prepare(&self, memory: &mut Self::Memory) -> Result<(), Self::Error>;
 
     /// Runs `entry` in the domain.
@@ -56,8 +68,15 @@ pub unsafe trait Platform {
     ///
     /// # Safety
     ///
-    /// As for [`Gate::enter`](crate::gate::Gate::enter), except for what this platform provides.
-    unsafe fn enter(&self, memory: &mut Self::Memory, entry: Entry, argument: u64) -> Result<u64, Self::Trap>;
+    /// As for [`Gate::enter`](crate::gate::Gate::enter), except for what this platform provides. The lease is of this
+    /// memory.
+    unsafe fn enter(
+        &self,
+        memory: &mut Self::Memory,
+        lease: &Self::Lease,
+        entry: Entry,
+        argument: u64,
+    ) -> Result<u64, Self::Trap>;
 
     /// Drops everything that the memory holds: afterwards it reads as zeros.
     fn discard(&self, memory: &mut Self::Memory);
@@ -119,10 +138,20 @@ impl<P: Platform> Domain<P> {
     ///
     /// # Errors
     ///
-    /// What the platform gives if a key or memory is not to be had; then nothing is left behind.
+    /// The platform's, if there is no key or no memory. Nothing is left behind then.
     pub fn new(platform: P, sizes: Sizes) -> Result<Self, P::Error> {
         let memory = ManuallyDrop::new(platform.map(sizes)?);
         Ok(Self { platform, memory, state: State::Discarded })
+    }
+
+    /// Gives the domain its key, for calls by this caller, until the lease is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The platform's, if there is no key.
+    #[inline]
+    pub fn acquire(&mut self, caller: P::Caller) -> Result<P::Lease, P::Error> {
+        self.platform.acquire(&mut self.memory, caller)
     }
 
     /// Calls `entry` with `argument` in the domain, and returns the word that it returned.
@@ -135,14 +164,20 @@ impl<P: Platform> Domain<P> {
     ///
     /// # Safety
     ///
-    /// As for [`Gate::enter`](crate::gate::Gate::enter), except for what the platform provides.
+    /// As for [`Gate::enter`](crate::gate::Gate::enter), except for what the platform provides. The lease is of this
+    /// domain.
     #[inline]
-    pub unsafe fn enter(&mut self, entry: Entry, argument: u64) -> Result<u64, Failure<P::Trap, P::Error>> {
+    pub unsafe fn enter(
+        &mut self,
+        lease: &P::Lease,
+        entry: Entry,
+        argument: u64,
+    ) -> Result<u64, Failure<P::Trap, P::Error>> {
         if self.state != State::Ready {
             self.make_ready().map_err(Failure::NotReady)?;
         }
-        // SAFETY: the caller answers for the entry point.
-        unsafe { self.run(entry, argument) }
+        // SAFETY: the caller answers for the lease and the entry point.
+        unsafe { self.run(lease, entry, argument) }
     }
 
     /// Notes that the word which [`enter`](Self::enter) returned was not the end of the call, but a
@@ -165,17 +200,22 @@ impl<P: Platform> Domain<P> {
     /// # Safety
     ///
     /// As for [`enter`](Self::enter); and `entry` takes up the stack of the suspended call.
-    pub unsafe fn resume(&mut self, entry: Entry, argument: u64) -> Result<u64, Failure<P::Trap, P::Error>> {
+    pub unsafe fn resume(
+        &mut self,
+        lease: &P::Lease,
+        entry: Entry,
+        argument: u64,
+    ) -> Result<u64, Failure<P::Trap, P::Error>> {
         assert_eq!(self.state, State::Running, "no call is suspended");
-        // SAFETY: the caller answers for the entry point; the memory was ready when the call began.
-        unsafe { self.run(entry, argument) }
+        // SAFETY: the caller answers for the lease and the entry point; the memory was ready when the call began.
+        unsafe { self.run(lease, entry, argument) }
     }
 
     #[inline]
-    unsafe fn run(&mut self, entry: Entry, argument: u64) -> Result<u64, Failure<P::Trap, P::Error>> {
+    unsafe fn run(&mut self, lease: &P::Lease, entry: Entry, argument: u64) -> Result<u64, Failure<P::Trap, P::Error>> {
         self.state = State::Running;
-        // SAFETY: the caller answers for the entry point, and a domain that is ready for its memory.
-        match unsafe { self.platform.enter(&mut self.memory, entry, argument) } {
+        // SAFETY: the caller answers for the lease and the entry point; the memory is ready.
+        match unsafe { self.platform.enter(&mut self.memory, lease, entry, argument) } {
             Ok(value) => {
                 self.state = State::Ready;
                 Ok(value)
@@ -276,6 +316,8 @@ mod tests {
         key: ProtectionKey,
         bytes: Vec<u8>,
         prepared: u32,
+        /// Leases are clones of it.
+        lease: Rc<()>,
     }
 
     // SAFETY: there is no isolation to break.
@@ -283,6 +325,8 @@ mod tests {
         type Memory = Memory;
         type Trap = &'static str;
         type Error = KeyError;
+        type Caller = ();
+        type Lease = Rc<()>;
 
         fn map(&self, sizes: Sizes) -> Result<Memory, KeyError> {
             if sizes.heap > LIMIT {
@@ -290,10 +334,15 @@ mod tests {
             }
             let key = self.keys.borrow_mut().allocate()?;
             self.mapped.set(self.mapped.get() + 1);
-            Ok(Memory { key, bytes: vec![0; sizes.stack + sizes.heap], prepared: 0 })
+            Ok(Memory { key, bytes: vec![0; sizes.stack + sizes.heap], prepared: 0, lease: Rc::new(()) })
+        }
+
+        fn acquire(&self, memory: &mut Memory, (): ()) -> Result<Rc<()>, KeyError> {
+            Ok(memory.lease.clone())
         }
 
         fn prepare(&self, memory: &mut Memory) -> Result<(), KeyError> {
+            assert!(Rc::strong_count(&memory.lease) > 1, "there is a lease");
             if self.fail_prepare.get() {
                 return Err(KeyError::Exhausted { limit: 0 });
             }
@@ -302,7 +351,14 @@ mod tests {
             Ok(())
         }
 
-        unsafe fn enter(&self, memory: &mut Memory, entry: Entry, argument: u64) -> Result<u64, &'static str> {
+        unsafe fn enter(
+            &self,
+            memory: &mut Memory,
+            lease: &Rc<()>,
+            entry: Entry,
+            argument: u64,
+        ) -> Result<u64, &'static str> {
+            assert!(Rc::ptr_eq(lease, &memory.lease));
             memory.bytes[0] = 0xff;
             // SAFETY: the tests' entry points do nothing unsafe.
             match unsafe { entry(argument) } {
@@ -316,6 +372,7 @@ mod tests {
         }
 
         fn unmap(&self, memory: Memory) {
+            assert_eq!(Rc::strong_count(&memory.lease), 1, "no lease is left");
             self.mapped.set(self.mapped.get() - 1);
             self.keys.borrow_mut().free(memory.key).unwrap();
         }
@@ -326,8 +383,9 @@ mod tests {
     }
 
     fn enter(domain: &mut Domain<Host>, argument: u64) -> Result<u64, Failure<&'static str, KeyError>> {
-        // SAFETY: `same` does nothing unsafe.
-        unsafe { domain.enter(same, argument) }
+        let lease = domain.acquire(()).map_err(Failure::NotReady)?;
+        // SAFETY: `same` does nothing unsafe, and the lease is this domain's.
+        unsafe { domain.enter(&lease, same, argument) }
     }
 
     const SIZES: Sizes = Sizes { stack: 64, heap: 64 };
@@ -349,8 +407,10 @@ mod tests {
         let mut domain = Domain::new(Host::default(), SIZES).unwrap();
         assert_eq!(enter(&mut domain, 7), Ok(7));
         domain.suspended();
-        // SAFETY: `same` does nothing unsafe.
-        assert_eq!(unsafe { domain.resume(same, 8) }, Ok(8));
+        let lease = domain.acquire(()).unwrap();
+        // SAFETY: `same` does nothing unsafe, and the lease is this domain's.
+        assert_eq!(unsafe { domain.resume(&lease, same, 8) }, Ok(8));
+        drop(lease);
         assert_eq!((domain.state(), domain.memory().prepared), (State::Ready, 1));
         domain.suspended();
         assert_eq!(domain.state(), State::Running);
@@ -360,9 +420,11 @@ mod tests {
     #[test]
     #[should_panic(expected = "no call is suspended")]
     fn a_call_that_is_not_suspended_is_not_resumed() {
-        let mut domain = Domain::new(Host::default(), SIZES).unwrap();
-        // SAFETY: `same` does nothing unsafe.
-        let _ = unsafe { domain.resume(same, 1) };
+        // No destructor of the platform runs: a lease is left.
+        let mut domain = ManuallyDrop::new(Domain::new(Host::default(), SIZES).unwrap());
+        let lease = domain.acquire(()).unwrap();
+        // SAFETY: `same` does nothing unsafe, and the lease is this domain's.
+        let _ = unsafe { domain.resume(&lease, same, 1) };
     }
 
     #[test]

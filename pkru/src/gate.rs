@@ -227,6 +227,11 @@ pub struct Rewind {
     pub rights: KeyRights,
 }
 
+impl Rewind {
+    /// The bits of RFLAGS that a domain may have set and that must be clear when the caller resumes: TF, DF, NT and AC.
+    pub const CLEARED_FLAGS: u64 = 1 << 8 | 1 << 10 | 1 << 14 | 1 << 18;
+}
+
 /// The contexts of running calls, by the number of the domain's own key. On pages of its own.
 #[repr(align(4096))]
 struct Active([AtomicPtr<Context>; ProtectionKey::COUNT]);

@@ -64,12 +64,15 @@ pub mod heap;
 #[cfg(target_arch = "x86_64")]
 pub mod instructions;
 pub mod key;
+mod key_set;
 pub mod model;
 #[cfg(all(feature = "paging", target_arch = "x86_64"))]
 pub mod paging;
 #[cfg(target_arch = "x86_64")]
 pub mod registers;
 pub mod rights;
+pub mod xsave;
 
 pub use key::ProtectionKey;
+pub use key_set::KeySet;
 pub use rights::{AccessRights, KeyRights};

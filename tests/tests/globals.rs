@@ -119,7 +119,7 @@ fn everything_else_stays_closed() {
     }
     // What this crate relies on.
     let mut pages = 0;
-    for target in pkru_userspace::monitor_pages().into_iter().flat_map(|range| range.step_by(4096)) {
+    for target in pkru_userspace::trusted_pages().into_iter().flat_map(|range| range.step_by(4096)) {
         pages += 1;
         // SAFETY: none: this is the mistake.
         let violation = contain(&mut open, || unsafe { (target as *mut u8).write_volatile(0) });

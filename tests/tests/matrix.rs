@@ -211,7 +211,7 @@ fn every_way_to_every_place() {
     // Far below what calls use.
     let on_stack = of_stack.call(|| (&raw const *black_box(&OLD.swap_bytes())) as u64 - (256 << 10)).unwrap();
     let in_locals = of_locals.call(|| thread_pointer() + UNUSED_IN_TCB).unwrap();
-    let [monitor, gate] = pkru_userspace::monitor_pages();
+    let [monitor, gate] = pkru_userspace::trusted_pages();
 
     let mut targets = vec![
         Target::new("the caller's heap", &raw mut *heap),

@@ -66,11 +66,11 @@ fn a_transient_domain_whose_result_is_not_received() {
     impl Transfer for Unwelcome {
         type Wire = u8;
 
-        fn lend(self) -> u8 {
+        fn into_wire(self) -> u8 {
             0
         }
 
-        fn receive(_: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        fn from_wire(_: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
             panic!("not received")
         }
     }

@@ -230,11 +230,11 @@ thread_local! { static MIDDLE: std::cell::RefCell<Option<Box<dyn FnOnce()>>> = c
 impl Transfer for InTheMiddle {
     type Wire = u8;
 
-    fn lend(self) -> u8 {
+    fn into_wire(self) -> u8 {
         0
     }
 
-    fn receive(_: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+    fn from_wire(_: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
         let function = MIDDLE.take();
         function.into_iter().for_each(|function| function());
         Ok(Self)

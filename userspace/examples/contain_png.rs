@@ -60,12 +60,12 @@ struct Picture {
 impl Transfer for Picture {
     type Wire = <(u32, u32, Vec<u8>) as Transfer>::Wire;
 
-    fn lend(self) -> Self::Wire {
-        (self.width, self.height, self.pixels).lend()
+    fn into_wire(self) -> Self::Wire {
+        (self.width, self.height, self.pixels).into_wire()
     }
 
-    fn receive(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        let (width, height, pixels) = Transfer::receive(wire, memory)?;
+    fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        let (width, height, pixels) = Transfer::from_wire(wire, memory)?;
         Ok(Self { width, height, pixels })
     }
 }

@@ -22,6 +22,11 @@ pub enum Error {
     /// The program's `malloc`, or Rust's global allocator, does not lead to this crate, so code in a domain could not
     /// allocate.
     MallocNotRouted,
+    /// A trial call in the new domain ended in a violation.
+    TrialCall {
+        /// What [`Violation`](crate::Violation) says of it.
+        violation: String,
+    },
     /// The calling code runs in a domain, which cannot make or call another.
     InDomain,
     /// No protection key is left: the program, [regions](crate::Region) and the [limit](crate::set_key_limit) leave too
@@ -93,6 +98,7 @@ impl fmt::Display for Error {
                 "the program's allocator does not lead to pkru-userspace's malloc: link the crate into the executable, with no other \
                  library that replaces malloc and no `#[global_allocator]` but the system's",
             ),
+            Self::TrialCall { violation } => write!(f, "a trial call in the new domain failed: {violation}"),
             Self::InDomain => f.write_str("code in a domain cannot make or call another domain: let its caller do that"),
             Self::KeysExhausted { limit } => {
                 write!(

@@ -1,7 +1,10 @@
-//! Isolated domains for ordinary Linux programs.
+//! Run C and unsafe Rust in isolated domains of a Linux process.
 //!
-//! A [`Domain`] runs C and unsafe Rust in the process, fenced by memory protection keys, so that a mistake there ends
-//! one call and not the program. The mechanism is the crate `pkru`; this crate brings it to Linux.
+//! Code in a [`Domain`] can read the program's memory and write only its own. Memory protection keys (PKU) enforce that:
+//! the CPU traps a wrong access, the domain is discarded, execution rewinds to the call, and the caller gets an `Err`.
+//! The mechanism is the crate `pkru`; this crate brings it to Linux.
+//!
+//! # Examples
 //!
 //! ```
 //! use pkru_userspace::Domain;
@@ -11,39 +14,71 @@
 //! assert_eq!(domain.call(|| 6 * 7).unwrap(), 42);
 //! ```
 //!
-//! | module | subject |
+//! | item | subject |
 //! |---|---|
 //! | [`Domain`], [`Builder`] | making a domain and calling into it |
-//! | [`Pool`] | domains that threads take turns with |
-//! | [`Violation`] | what ended a call |
+//! | [`Pool`] | domains that threads share |
+//! | [`Violation`] | why a call ended |
 //! | [`CallbackArguments`] | calling back from a domain |
 //! | [`Region`], [`Vault`] | memory that domains share, and memory that none can read |
 //! | [`transfer`] | how results leave a domain |
-//! | [`capability`] | what this machine and kernel can do |
+//! | [`capability`] | what this machine and kernel offer |
 //! | [`Error`] | why there is no domain |
 //!
-//! Inside: `platform` is Linux as `pkru`'s platform; `process` and `thread` get those two ready; `keys` says which
-//! domain has which protection key; `signal` handles faults and hands other signals on; `mapping` maps memory; `tls`
-//! lays out thread-locals; `interpose` has the functions of the C library that this crate replaces; `binding` binds
-//! libraries, `library` gives their data away; `fork` keeps domains working in the program's children, `turn` is a lock
-//! for that; `report`, `ending` and `symbol` say what went wrong; `sys` has every system call.
+//! # Terms
+//!
+//! | term | meaning |
+//! |---|---|
+//! | domain | a stack, a heap and thread-locals under one protection key, and code that runs with rights to write these alone |
+//! | caller | the thread that calls into a domain, and its code outside |
+//! | rights | what the PKRU register of a thread allows for each key |
+//! | gate | the code that switches stack and rights on the way into a domain and out |
+//! | rewind | resuming at the call, after a trap in the domain |
+//! | discard | emptying a domain's memory |
+//! | violation | the outcome of a call whose code misbehaved |
+//! | pinned key | a key whose domain a call is using, so that no other domain can take it |
+//! | closed key | the key of memory that no domain may access |
+//! | wire | the plain words that a result crosses as |
+//! | mailbox | the page at the top of a domain's stack where a call leaves its wire |
+//! | callback | a closure of the caller's that code in a domain can call |
+//! | transient | of a domain: discarded before each call |
+//! | vault, region | memory that no domain can read; memory that named domains share |
+//!
+//! # Inside
+//!
+//! The modules stand on floors. A module imports from its own floor and from those below, and no imports form a loop;
+//! `make lint` checks both by this table.
+//!
+//! | floor | modules | rule |
+//! |---|---|---|
+//! | 1 | `error`, `trusted`, `rights` | They know no other module. |
+//! | 2 | `sys` | Every system call and every call of the dynamic loader; no policy. |
+//! | 3 | `fork_lock`, `keys`, `memory` | Keys and memory; they know no threads and no domains. |
+//! | 4 | `loader`, `capability` | What is loaded, and what the machine offers. |
+//! | 5 | `inside`, `transfer` | `inside` runs with a domain's rights: it takes no lock and writes no static, and nothing outside relies on it. `transfer` checks what comes out. |
+//! | 6 | `thread`, `signal` | The record of a thread; signals and faults. Async-signal-safe. |
+//! | 7 | `backend`, `interpose` | What isolates a domain; the C library's functions that this crate replaces, which only dispatch. |
+//! | 8 | `setup`, `violation` | Making process and threads ready; what a trap was. |
+//! | 9 | `shared`, `domain` | The public face. |
 //!
 //! # What linking this crate does
 //!
-//! It defines functions of the C library for the whole executable: `malloc` and its family; `sigaction`, `signal`,
-//! `sigset` and their like, `sigaltstack`, `sigprocmask` and `pthread_sigmask`, `pthread_kill`; `abort`, `exit`,
-//! `longjmp` and their like, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`; `fork`, `posix_spawn`, `system`,
-//! `popen`; `__cxa_thread_atexit_impl`. Outside domains they do what they always do.
+//! It defines functions of the C library for the whole executable: the `malloc` family; `sigaction`, `signal`, `sigset`
+//! and their variants, `sigaltstack`, `sigprocmask` and `pthread_sigmask`, `pthread_kill`; `abort`, `exit`, `longjmp` and
+//! their variants, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`; `fork`, `posix_spawn`, `system`, `popen`;
+//! `__cxa_thread_atexit_impl`. Outside domains they act as before.
 //!
-//! The first domain, vault or region takes over the handling of signals: the kernel then calls this crate, which calls
-//! the program's handlers. It sets a panic hook, which hands panics outside domains on to the hook before it; set your
-//! own earlier, or panics in domains come without their message. It registers handlers of forks, and starts a thread
-//! which ends at once. A thread that enters its first domain has the signals of faults unblocked for good, gets an
-//! alternate signal stack, and gives up restartable sequences.
+//! The first domain, vault or region takes over signal handling: the kernel then calls this crate, which calls the
+//! program's handlers. It sets a panic hook that passes panics outside domains to the previous hook. Set your own hook
+//! earlier, or panics in domains have no message. It registers fork handlers, and starts a thread that ends at once. A
+//! thread that enters its first domain unblocks the signals of faults for good, gets an alternate signal stack, and
+//! unregisters its restartable sequences.
 //!
 //! # Features
 //!
 //! `log`, on by default: each violation is an event of the `log` crate, with the target `pkru` and the level warn.
+
+#![deny(unsafe_code)]
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu")))]
 compile_error!("pkru-userspace needs x86-64 Linux with glibc");
@@ -52,47 +87,36 @@ compile_error!(
     "pkru-userspace needs glibc linked dynamically: it replaces malloc, which a static glibc does not let it do"
 );
 
-mod binding;
-mod callback;
+mod backend;
 pub mod capability;
 mod domain;
-mod ending;
 mod error;
-mod fork;
-mod globals;
+mod fork_lock;
+mod inside;
 mod interpose;
 mod keys;
-mod library;
-mod mapping;
-mod monitor;
-mod platform;
-mod pool;
-mod process;
-mod region;
-mod report;
+mod loader;
+mod memory;
+mod rights;
+mod setup;
+mod shared;
 mod signal;
-mod symbol;
 mod sys;
 mod thread;
-mod tls;
 pub mod transfer;
-mod turn;
-mod vault;
+mod trusted;
 mod violation;
 
-pub use callback::{Callback, CallbackArguments, Callbacks};
-pub use domain::{Builder, Domain};
+pub use domain::{Builder, Callback, CallbackArguments, Callbacks, Domain, Pool, Pooled};
 pub use error::Error;
-pub use globals::Globals;
+pub use keys::statics::Globals;
 pub use keys::{hand_in_key, set_key_limit};
-#[doc(hidden)]
-pub use monitor::pages as monitor_pages;
 pub use pkru::fault::KeyFault;
 pub use pkru::heap::HeapError;
 pub use pkru::rights::Access;
 pub use pkru::{AccessRights, KeyRights, ProtectionKey};
-pub use pool::{Pool, Pooled};
-pub use region::{Region, RegionAccess};
-pub use symbol::Symbol;
-pub use vault::Vault;
-pub use violation::{Violation, ViolationKind};
+pub use shared::region::{Region, RegionAccess};
+pub use shared::vault::Vault;
+#[doc(hidden)]
+pub use trusted::pages as trusted_pages;
+pub use violation::{Symbol, Violation, ViolationKind};

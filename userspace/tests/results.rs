@@ -81,14 +81,14 @@ struct Kept(Bytes);
 impl Transfer for Kept {
     type Wire = Bytes;
 
-    fn lend(self) -> Bytes {
+    fn into_wire(self) -> Bytes {
         self.0
     }
 
-    fn receive(wire: Bytes, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+    fn from_wire(wire: Bytes, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
         // Twice, which is no mistake either.
-        Vec::<u8>::receive(wire, memory)?;
-        Vec::<u8>::receive(wire, memory)?;
+        Vec::<u8>::from_wire(wire, memory)?;
+        Vec::<u8>::from_wire(wire, memory)?;
         Ok(Self(wire))
     }
 }
@@ -98,7 +98,7 @@ fn a_wire_that_is_sent_again_frees_nothing() {
     const WORDS: [&str; 4] = ["one", "two", "three", "four"];
     thread_local! { static WORDS_IN_DOMAIN: RefCell<Option<Box<[&'static str; 4]>>> = const { RefCell::new(None) }; }
     let mut domain = need!(domain("again"));
-    let Kept(wire) = domain.call(|| Kept(vec![0u8; size_of_val(&WORDS)].lend())).unwrap();
+    let Kept(wire) = domain.call(|| Kept(vec![0u8; size_of_val(&WORDS)].into_wire())).unwrap();
     let at = wire_address(&mut domain, wire);
     let place = domain
         .call(|| {
@@ -132,10 +132,10 @@ fn lent_blocks_are_freed() {
     struct Ignored;
     impl Transfer for Ignored {
         type Wire = Bytes;
-        fn lend(self) -> Bytes {
-            vec![2u8; 1 << 16].lend()
+        fn into_wire(self) -> Bytes {
+            vec![2u8; 1 << 16].into_wire()
         }
-        fn receive(_: Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        fn from_wire(_: Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
             Ok(Self)
         }
     }
@@ -152,21 +152,21 @@ fn nesting_stays_within_the_callers_stack() {
     struct Nodes(Bytes);
     impl Transfer for Nodes {
         type Wire = Bytes;
-        fn lend(self) -> Bytes {
+        fn into_wire(self) -> Bytes {
             self.0
         }
-        fn receive(wire: Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        fn from_wire(wire: Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
             Ok(Self(wire))
         }
     }
     impl<const N: usize> Transfer for Node<N> {
         type Wire = <([u8; N], Nodes) as Transfer>::Wire;
-        fn lend(self) -> Self::Wire {
-            (self.0, Nodes(self.1.lend())).lend()
+        fn into_wire(self) -> Self::Wire {
+            (self.0, Nodes(self.1.into_wire())).into_wire()
         }
-        fn receive(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-            let (data, Nodes(nodes)) = Transfer::receive(wire, memory)?;
-            Ok(Self(data, Transfer::receive(nodes, memory)?))
+        fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+            let (data, Nodes(nodes)) = Transfer::from_wire(wire, memory)?;
+            Ok(Self(data, Transfer::from_wire(nodes, memory)?))
         }
     }
     fn nest<const N: usize>(domain: &mut Domain, depth: usize) -> Result<usize, ViolationKind> {

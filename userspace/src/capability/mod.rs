@@ -9,18 +9,19 @@
 //! cargo run --example doctor
 //! ```
 
+#![expect(unsafe_code, reason = "experiments change signal actions and rights in a forked child")]
+
 mod survey;
 
-use std::arch::naked_asm;
 use std::io;
 use std::ptr::NonNull;
 
 use pkru::cpuid::Features;
+use pkru::domain::default_rights;
 use pkru::{AccessRights, ProtectionKey};
 
-use crate::domain::default_rights;
 use crate::sys::Outcome;
-use crate::{Error, sys, tls};
+use crate::{Error, rights, sys};
 
 pub use survey::{Finding, Found, Missing, Rseq, Subject, Survey, survey};
 
@@ -58,7 +59,7 @@ pub enum SignalFrame {
 ///
 /// What is missing, in the order in which it is needed.
 pub fn detect() -> Result<Capability, Error> {
-    if tls::is_in_domain() {
+    if rights::is_in_domain() {
         return Err(Error::InDomain);
     }
     let features = Features::of_this_cpu();
@@ -124,12 +125,6 @@ fn fault_as_a_domain(frame: SignalFrame, rseq: Option<usize>) -> io::Result<u8> 
     unsafe { sys::set_action(libc::SIGSEGV, sys::Action::new(sys::answer_yes as *const () as usize, flags, 0)) }?;
     let rights = default_rights(of_stack).with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY);
     // SAFETY: it faults, and the handler or the kernel ends the child.
-    unsafe { write_with(rights.bits(), NonNull::from(&0u64)) };
+    unsafe { sys::write_with(rights.bits(), NonNull::from(&0u64)) };
     Ok(0)
-}
-
-/// Writes to an address with these rights.
-#[unsafe(naked)]
-unsafe extern "C" fn write_with(rights: u32, address: NonNull<u64>) {
-    naked_asm!("mov eax, edi", "xor ecx, ecx", "xor edx, edx", "wrpkru", "mov [rsi], rsi", "ud2")
 }

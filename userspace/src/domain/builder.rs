@@ -1,5 +1,7 @@
 //! Making domains.
 
+#![expect(unsafe_code, reason = "two options have safety contracts")]
+
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,21 +11,24 @@ use pkru::AccessRights;
 use pkru::domain::{Domain as Core, Sizes, default_rights};
 use pkru::{KeyRights, ProtectionKey};
 
-use super::{Domain, Hook, Limits};
-use crate::library::Given;
-use crate::monitor::monitored;
-use crate::platform::{Linux, MAILBOX};
-use crate::process::Process;
-use crate::region::Region;
+use super::limits::Limits;
+use super::{Domain, Hook};
+use crate::backend::pku::{MAILBOX, PkuBackend};
+use crate::fork_lock::ForkLock;
+use crate::keys::statics::Globals;
+use crate::loader::library_data::LibraryData;
+use crate::setup::{self, globals, process};
+use crate::shared::region::{Region, RegionAccess};
 use crate::signal::panics;
-use crate::turn::Turn;
-use crate::violation::ViolationKind;
-use crate::{Error, Globals, globals, sys, thread, tls};
+use crate::thread::signal_stack_key;
+use crate::trusted::trusted;
+use crate::violation::{Violation, ViolationKind};
+use crate::{Error, rights, sys};
 
-monitored! {
+trusted! {
     /// Whether a trial has shown what std does about a panic.
     static HAS_LEARNED: AtomicBool = AtomicBool::new(false);
-    static LEARNING: Turn = Turn::new();
+    static LEARNING: ForkLock = ForkLock::new();
 }
 
 /// Chooses what a [`Domain`] is made of.
@@ -49,7 +54,7 @@ impl Builder {
     /// The smallest heap, in bytes.
     const MINIMUM_HEAP: usize = 4 * 4096;
 
-    pub(super) fn new(name: &str) -> Self {
+    fn new(name: &str) -> Self {
         Self {
             name: name.into(),
             stack: 1 << 20,
@@ -105,7 +110,7 @@ impl Builder {
     }
 
     /// Has a function called with each violation, before the caller gets it; not with [`ViolationKind::Retired`].
-    pub fn on_violation(mut self, hook: impl Fn(&crate::Violation) + Send + Sync + 'static) -> Self {
+    pub fn on_violation(mut self, hook: impl Fn(&Violation) + Send + Sync + 'static) -> Self {
         self.hook = Some(Arc::new(hook));
         self
     }
@@ -157,7 +162,7 @@ impl Builder {
     }
 
     /// Lets the domain use a region of shared memory: read it, or read and write it.
-    pub fn region(mut self, region: &Region, access: crate::RegionAccess) -> Self {
+    pub fn region(mut self, region: &Region, access: RegionAccess) -> Self {
         self.regions.push((region.clone(), access.rights()));
         self
     }
@@ -174,7 +179,7 @@ impl Builder {
         let (globals, limits, hook) = (self.globals, self.limits, self.hook.clone());
         let mut domain = self.assemble()?;
         if !HAS_LEARNED.load(Ordering::Acquire) {
-            let _alone = LEARNING.take();
+            let _guard = LEARNING.lock();
             if !HAS_LEARNED.load(Ordering::Acquire) {
                 match globals {
                     Globals::Protected => domain.try_a_panic(),
@@ -190,7 +195,7 @@ impl Builder {
     }
 
     fn assemble(self) -> Result<Domain, Error> {
-        if tls::is_in_domain() {
+        if rights::is_in_domain() {
             return Err(Error::InDomain);
         }
         let limit = sys::physical_memory();
@@ -201,43 +206,49 @@ impl Builder {
                 return Err(Error::Size { part, requested, minimum, limit });
             }
         }
-        let rights = self.rights(Process::get()?);
+        process::make_ready()?;
+        let rights = self.rights();
         if self.globals == Globals::Writable {
-            globals::open(thread::make_ready()?)?;
+            globals::open_statics(setup::thread::make_ready()?)?;
         }
-        let libraries = self.libraries.iter().map(|name| Given::new(name)).collect::<Result<_, _>>()?;
+        let libraries = self.libraries.iter().map(|name| LibraryData::take(name)).collect::<Result<_, _>>()?;
         let sizes = Sizes { stack: self.stack + MAILBOX, heap: self.heap };
-        let core = Core::new(Linux { rights, libraries, globals: self.globals }, sizes)?;
+        let core = Core::new(PkuBackend { rights, libraries, globals: self.globals }, sizes)?;
         let regions = self.regions.iter().cloned().map(|(region, _)| region).collect();
         let mut domain = Domain::new(core, self.name.clone(), regions);
-        domain.try_out()?;
+        domain.try_an_allocation()?;
         Ok(domain)
     }
 
-    /// The rights of the domain but for its own key.
-    fn rights(&self, process: &Process) -> KeyRights {
+    /// Returns the domain's rights to all keys but its own and the statics'.
+    fn rights(&self) -> KeyRights {
         let nobody = default_rights(ProtectionKey::DEFAULT).with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY);
-        let with_stack = process.signal_stack_key().map_or(nobody, |key| nobody.with(key, AccessRights::READ_WRITE));
+        let with_stack = signal_stack_key().map_or(nobody, |key| nobody.with(key, AccessRights::READ_WRITE));
         self.regions.iter().fold(with_stack, |rights, (region, access)| rights.with(region.key(), *access))
     }
 }
 
 impl Domain {
-    /// A first call, to see whether the program's allocator leads to the domain's heap: it may have a
-    /// `#[global_allocator]` that is not the system's.
-    fn try_out(&mut self) -> Result<(), Error> {
+    /// Starts to make a domain. The name appears in violations.
+    pub fn builder(name: &str) -> Builder {
+        Builder::new(name)
+    }
+
+    /// Makes a trial call that allocates. The program may have a `#[global_allocator]` that does not use the domain's
+    /// heap.
+    fn try_an_allocation(&mut self) -> Result<(), Error> {
         let heap = self.core.memory().heap();
         match self.call(|| std::ptr::from_ref(&*Box::new(0u64)) as usize) {
             Ok(block) if heap.contains(&block) => Ok(()),
-            Err(violation) => match violation.into_kind() {
-                ViolationKind::NotReady(error) => Err(error),
-                _ => Err(Error::MallocNotRouted),
-            },
             Ok(_) => Err(Error::MallocNotRouted),
+            Err(violation) => Err(match violation.kind() {
+                ViolationKind::NotReady(error) => error.clone(),
+                _ => Error::TrialCall { violation: violation.to_string() },
+            }),
         }
     }
 
-    /// A call that panics, so that the fault handler learns what std does about a panic.
+    /// Makes a trial call that panics, from which the fault handler learns which statics std writes then.
     fn try_a_panic(&mut self) {
         self.core.memory().set_learning(true);
         let result = self.call(|| -> () { panic!("to see how that goes") });

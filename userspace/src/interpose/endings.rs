@@ -1,11 +1,13 @@
-//! Functions by which code ends the program or leaves its frames. In a domain they end the call.
+//! Functions that end the program or leave frames. In a domain they end the call.
+
+#![expect(unsafe_code, reason = "it defines C functions")]
 
 use std::ffi::{c_char, c_int, c_void};
 use std::mem;
 
 use super::Next;
-use crate::report::{self, Report};
-use crate::{thread, tls};
+use crate::inside::libc as inside;
+use crate::{rights, sys, thread};
 
 /// abort(3).
 ///
@@ -14,12 +16,8 @@ use crate::{thread, tls};
 /// None: it is C's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn abort() -> ! {
-    // SAFETY: the pointer is null, or in a domain leads to its heap.
-    if let Some(heap) = unsafe { tls::current_heap().as_ref() } {
-        report::end_call(match heap.last_failed() {
-            0 => Report::Abort,
-            size => Report::OutOfMemory { size },
-        });
+    if let Some(heap) = inside::heap() {
+        inside::abort(heap);
     }
     // SAFETY: it is the C library's function of this name.
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(Next::abort.get()) };
@@ -37,8 +35,8 @@ macro_rules! exits {
             /// None: it is C's.
             #[unsafe(no_mangle)]
             pub(crate) unsafe extern "C" fn $name(status: c_int) -> ! {
-                if thread::is_in_domain() {
-                    report::end_call(Report::Exit { status });
+                if rights::is_in_domain() {
+                    inside::exit(status);
                 }
                 // SAFETY: it is the C library's function of this name.
                 let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(c_int) -> !>(Next::$name.get()) };
@@ -67,8 +65,8 @@ exits! {
 /// None: it is the compiler's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn __stack_chk_fail() -> ! {
-    if thread::is_in_domain() {
-        report::end_call(Report::StackSmashed);
+    if rights::is_in_domain() {
+        inside::stack_chk_fail();
     }
     // SAFETY: it is the C library's function of this name.
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(Next::__stack_chk_fail.get()) };
@@ -89,9 +87,8 @@ pub(crate) unsafe extern "C" fn __assert_fail(
     function: *const c_char,
 ) -> ! {
     type Function = unsafe extern "C" fn(*const c_char, *const c_char, libc::c_uint, *const c_char) -> !;
-    if thread::is_in_domain() {
-        let words = [assertion.addr(), file.addr(), line as usize];
-        report::end_call(Report::Assertion { words: words.as_ptr().expose_provenance() });
+    if rights::is_in_domain() {
+        inside::assert_fail(assertion, file, line);
     }
     // SAFETY: it is the C library's function of this name.
     let next = unsafe { mem::transmute::<usize, Function>(Next::__assert_fail.get()) };
@@ -106,8 +103,8 @@ pub(crate) unsafe extern "C" fn __assert_fail(
 /// None: it is C++'s.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
-    if thread::is_in_domain() {
-        report::end_call(Report::Exception);
+    if rights::is_in_domain() {
+        inside::terminate();
     }
     match Next::terminate.find() {
         Some(next) => {
@@ -129,8 +126,8 @@ pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
 /// As for the C++ library.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _ZN10__cxxabiv111__terminateEPFvvE(handler: *mut c_void) -> ! {
-    if thread::is_in_domain() {
-        report::end_call(Report::Exception);
+    if rights::is_in_domain() {
+        inside::terminate();
     }
     match Next::terminate_with.find() {
         Some(next) => {
@@ -154,8 +151,7 @@ pub(crate) unsafe extern "C" fn _ZN10__cxxabiv111__terminateEPFvvE(handler: *mut
 
 /// Returns the stack pointer that a jump buffer holds.
 ///
-/// glibc keeps it rotated and mixed with the thread's pointer guard (2.36, `sysdeps/x86_64/jmpbuf-offsets.h` and
-/// `sysdeps/unix/sysv/linux/x86_64/pointer_guard.h`).
+/// glibc keeps it rotated and mixed with the thread's pointer guard (2.36, `sysdeps/x86_64/jmpbuf-offsets.h`).
 ///
 /// # Safety
 ///
@@ -164,10 +160,7 @@ unsafe fn stack_of(buffer: *const c_void) -> usize {
     const STACK: usize = 6;
     // SAFETY: the buffer is longer than that.
     let mangled = unsafe { buffer.cast::<u64>().wrapping_add(STACK).read() };
-    let guard: u64;
-    // SAFETY: the C library keeps the guard at this place of the thread's descriptor.
-    unsafe { std::arch::asm!("mov {}, fs:0x30", out(reg) guard, options(nostack, readonly, preserves_flags)) };
-    (mangled.rotate_right(17) ^ guard) as usize
+    (mangled.rotate_right(17) ^ sys::pointer_guard()) as usize
 }
 
 macro_rules! jumps {
@@ -182,12 +175,10 @@ macro_rules! jumps {
             pub(crate) unsafe extern "C" fn $name(buffer: *mut c_void, value: c_int) -> ! {
                 // SAFETY: the caller answers for the buffer.
                 let target = unsafe { stack_of(buffer) };
-                if thread::is_in_domain() {
-                    if !tls::is_on_own_stack(target) {
-                        report::end_call(Report::Jump { target });
-                    }
+                if rights::is_in_domain() {
+                    inside::longjmp(target);
                 } else if let Some(thread) = thread::current() {
-                    thread.jumping(target);
+                    thread.before_jump(target);
                 }
                 // SAFETY: it is the C library's function of this name.
                 let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*mut c_void, c_int) -> !>(Next::$name.get()) };

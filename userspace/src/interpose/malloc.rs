@@ -1,20 +1,22 @@
-//! The C library's malloc family, replaced: in a domain it serves the domain's heap, outside it forwards to the C
-//! library.
+//! The malloc family.
 //!
-//! Rust's default allocator calls these too. Which heap a call is for is read from a thread-local, of which each domain
-//! has a copy of its own; so a switch of domains costs nothing here.
+//! In a domain it allocates from the domain's heap; outside it forwards to the C library. Rust's default allocator
+//! calls these functions too. A thread-local says which heap to use. Each domain has its own copy of it, so that
+//! entering a domain writes nothing here.
 //!
-//! In a domain a pointer that is not a live block of its heap ends the call with a violation.
+//! In a domain a pointer that is no live block of its heap ends the call with a violation.
+
+#![expect(unsafe_code, reason = "it defines C functions")]
 
 use std::arch::naked_asm;
 use std::ffi::{c_int, c_void};
 use std::ptr::{self, NonNull};
 
-use pkru::heap::{ALIGNMENT, DomainHeap, HeapError};
+use pkru::heap::DomainHeap;
 
 use super::Next;
-use crate::report::{self, Report};
-use crate::{sys, tls};
+use crate::inside::libc::{self as inside, heap};
+use crate::sys;
 
 unsafe extern "C" {
     fn __libc_malloc(size: usize) -> *mut c_void;
@@ -24,35 +26,9 @@ unsafe extern "C" {
     fn __libc_memalign(align: usize, size: usize) -> *mut c_void;
 }
 
-/// Returns the heap of the domain that is running, or `None` outside.
-#[inline]
-fn domain_heap<'a>() -> Option<&'a mut DomainHeap> {
-    // SAFETY: the pointer is null, or in a domain leads to its heap, which only the one call that is running there
-    // uses; the functions here return before another takes it.
-    unsafe { tls::current_heap().as_mut() }
-}
-
-fn pointer(block: Option<NonNull<u8>>) -> *mut c_void {
-    match block {
-        Some(block) => block.as_ptr().cast(),
-        None => fail(libc::ENOMEM),
-    }
-}
-
-#[cold]
 fn fail(errno: c_int) -> *mut c_void {
-    // SAFETY: errno is a thread-local of the calling code, in a domain the domain's own.
-    let place = unsafe { libc::__errno_location() };
-    // SAFETY: as above.
-    unsafe { place.write(errno) };
+    sys::set_errno(errno);
     ptr::null_mut()
-}
-
-fn checked<T>(result: Result<T, HeapError>, caller: u64) -> T {
-    match result {
-        Ok(value) => value,
-        Err(error) => report::end_call(Report::InvalidFree(error, caller)),
-    }
 }
 
 /// malloc(3).
@@ -62,8 +38,8 @@ fn checked<T>(result: Result<T, HeapError>, caller: u64) -> T {
 /// None: it is C's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
-    match domain_heap() {
-        Some(heap) => pointer(heap.allocate(size, ALIGNMENT)),
+    match heap() {
+        Some(heap) => inside::malloc(heap, size),
         // SAFETY: the C library's own function with the same contract.
         None => unsafe { __libc_malloc(size) },
     }
@@ -76,14 +52,14 @@ pub(crate) unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
 /// None: it is C's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
-    match domain_heap() {
-        Some(heap) => pointer(count.checked_mul(size).and_then(|size| heap.allocate_zeroed(size))),
+    match heap() {
+        Some(heap) => inside::calloc(heap, count, size),
         // SAFETY: the C library's own function with the same contract.
         None => unsafe { __libc_calloc(count, size) },
     }
 }
 
-/// realloc(3). In a domain a size of 0 gives a block of its own, as C17 allows.
+/// realloc(3). In a domain a size of 0 allocates a block, as C17 allows.
 ///
 /// # Safety
 ///
@@ -91,17 +67,16 @@ pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void
 #[unsafe(no_mangle)]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn realloc(block: *mut c_void, size: usize) -> *mut c_void {
-    // The return address says who is to blame if the block is none.
+    // The return address tells whose mistake an invalid block is.
     naked_asm!("mov rdx, [rsp]", "jmp {}", sym reallocate)
 }
 
 unsafe extern "C" fn reallocate(block: *mut c_void, size: usize, caller: u64) -> *mut c_void {
-    match (domain_heap(), NonNull::new(block.cast())) {
-        (Some(heap), None) => pointer(heap.allocate(size, ALIGNMENT)),
+    match heap() {
         // SAFETY: the caller gives the block up.
-        (Some(heap), Some(block)) => pointer(checked(unsafe { heap.reallocate(block, size) }, caller)),
-        (None, old) => {
-            if let Some(old) = old {
+        Some(heap) => unsafe { inside::realloc(heap, block, size, caller) },
+        None => {
+            if let Some(old) = NonNull::new(block.cast()) {
                 refuse_of_domain(old);
             }
             // SAFETY: the C library's own function with the same contract.
@@ -141,13 +116,9 @@ pub(crate) unsafe extern "C" fn free(block: *mut c_void) {
 }
 
 unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
-    match domain_heap() {
-        Some(heap) => {
-            if let Some(block) = NonNull::new(block.cast()) {
-                // SAFETY: the caller gives the block up.
-                checked(unsafe { heap.free(block) }, caller);
-            }
-        }
+    match heap() {
+        // SAFETY: the caller gives the block up.
+        Some(heap) => unsafe { inside::free(heap, block, caller) },
         None => {
             let Some(given) = NonNull::new(block.cast()) else { return };
             refuse_of_domain(given);
@@ -157,8 +128,8 @@ unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
     }
 }
 
-/// Outside domains: ends the program if a block is a domain's. The C library would act on whatever the domain has left
-/// there.
+/// Outside domains: ends the program if a block is a domain's. The C library would trust what the domain has left
+/// before it.
 #[inline]
 fn refuse_of_domain(block: NonNull<u8>) {
     // SAFETY: the C library keeps 16 bytes of its own before each block.
@@ -170,7 +141,7 @@ fn refuse_of_domain(block: NonNull<u8>) {
 #[cold]
 fn refuse() -> ! {
     const MESSAGE: &[u8] = b"pkru-userspace: a domain's block was freed, resized or measured outside the domain\n";
-    // SAFETY: the message is readable. There is nothing to be done if it cannot be written.
+    // SAFETY: the message is readable.
     unsafe { libc::write(libc::STDERR_FILENO, MESSAGE.as_ptr().cast(), MESSAGE.len()) };
     // SAFETY: abort can be called at any time.
     unsafe { libc::abort() }
@@ -183,9 +154,8 @@ fn refuse() -> ! {
 /// None: it is C's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn memalign(align: usize, size: usize) -> *mut c_void {
-    match domain_heap() {
-        Some(heap) if align.is_power_of_two() => pointer(heap.allocate(size, align)),
-        Some(_) => fail(libc::EINVAL),
+    match heap() {
+        Some(heap) => inside::memalign(heap, align, size),
         // SAFETY: the C library's own function with the same contract.
         None => unsafe { __libc_memalign(align, size) },
     }
@@ -215,8 +185,8 @@ pub(crate) unsafe extern "C" fn posix_memalign(out: *mut *mut c_void, align: usi
     if !align.is_power_of_two() || !align.is_multiple_of(size_of::<*mut c_void>()) {
         return libc::EINVAL;
     }
-    let block = match domain_heap() {
-        Some(heap) => heap.allocate(size, align).map_or(ptr::null_mut(), |block| block.as_ptr().cast()),
+    let block = match heap() {
+        Some(heap) => inside::posix_memalign(heap, align, size),
         // SAFETY: the C library's own function with the same contract.
         None => unsafe { __libc_memalign(align, size) },
     };
@@ -266,8 +236,8 @@ pub(crate) unsafe extern "C" fn malloc_usable_size(block: *mut c_void) -> usize 
 
 unsafe extern "C" fn usable_size(block: *mut c_void, caller: u64) -> usize {
     let Some(block) = NonNull::new(block) else { return 0 };
-    if let Some(heap) = domain_heap() {
-        return checked(heap.usable_size(block.cast()), caller);
+    if let Some(heap) = heap() {
+        return inside::malloc_usable_size(heap, block, caller);
     }
     refuse_of_domain(block.cast());
     let Some(next) = Next::malloc_usable_size.find() else { return 0 };

@@ -23,8 +23,8 @@ pub(crate) mod thread_exit;
 use std::ffi::{CStr, c_int};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::monitor::monitored;
 use crate::sys;
+use crate::trusted::trusted;
 
 macro_rules! next {
     ($($function:ident = $name:literal,)*) => {
@@ -67,7 +67,7 @@ next! {
     __cxa_thread_atexit_impl = c"__cxa_thread_atexit_impl",
 }
 
-monitored! {
+trusted! {
     /// Their addresses, 0 where one was not yet looked for.
     static ADDRESSES: [AtomicUsize; NAMES.len()] = [const { AtomicUsize::new(0) }; NAMES.len()];
 }
@@ -82,10 +82,7 @@ pub(crate) fn find_all() {
 
 /// Fails as functions of the C library do.
 fn fail(errno: c_int) -> c_int {
-    // SAFETY: errno is a thread-local of the calling code.
-    let place = unsafe { libc::__errno_location() };
-    // SAFETY: as above.
-    unsafe { place.write(errno) };
+    sys::set_errno(errno);
     -1
 }
 

@@ -1,6 +1,8 @@
 //! The functions for signals that are older than sigaction(2). The C library has them go past the ones that
 //! [`signals`](super::signals) replaces.
 
+#![expect(unsafe_code, reason = "it defines C functions")]
+
 use std::ffi::c_int;
 use std::ptr;
 

@@ -5,11 +5,14 @@
 //! that, and a domain that may write some of them fails at the next, with the first locked for good. `vfork` takes
 //! none: its child runs in the domain too, and can end or become another program.
 
+#![expect(unsafe_code, reason = "it defines C functions")]
+
 use std::ffi::{c_char, c_int};
 use std::mem;
 
-use super::{Next, fail};
-use crate::thread;
+use super::Next;
+use crate::inside::libc::not_permitted;
+use crate::rights;
 
 macro_rules! spawns {
     ($($(#[$doc:meta])* $name:ident;)*) => {
@@ -36,7 +39,7 @@ macro_rules! spawns {
                     *const *mut c_char,
                     *const *mut c_char,
                 ) -> c_int;
-                if thread::is_in_domain() {
+                if rights::is_in_domain() {
                     return libc::EPERM;
                 }
                 // SAFETY: it is the C library's function of this name.
@@ -66,8 +69,8 @@ spawns! {
 /// glibc 2.36, `posix/fork.c`.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn fork() -> libc::pid_t {
-    if thread::is_in_domain() {
-        return fail(libc::EPERM);
+    if rights::is_in_domain() {
+        return not_permitted();
     }
     // SAFETY: it is the C library's function of this name.
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> libc::pid_t>(Next::fork.get()) };
@@ -82,8 +85,8 @@ pub(crate) unsafe extern "C" fn fork() -> libc::pid_t {
 /// As C says.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn system(command: *const c_char) -> c_int {
-    if thread::is_in_domain() {
-        return fail(libc::EPERM);
+    if rights::is_in_domain() {
+        return not_permitted();
     }
     // SAFETY: it is the C library's function of this name.
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*const c_char) -> c_int>(Next::system.get()) };
@@ -99,8 +102,8 @@ pub(crate) unsafe extern "C" fn system(command: *const c_char) -> c_int {
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn popen(command: *const c_char, mode: *const c_char) -> *mut libc::FILE {
     type Function = unsafe extern "C" fn(*const c_char, *const c_char) -> *mut libc::FILE;
-    if thread::is_in_domain() {
-        fail(libc::EPERM);
+    if rights::is_in_domain() {
+        not_permitted();
         return std::ptr::null_mut();
     }
     // SAFETY: it is the C library's function of this name.

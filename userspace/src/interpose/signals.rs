@@ -5,13 +5,16 @@
 //! crate's alternate stack. A program that makes these system calls itself, past the C library, changes that behind
 //! this crate's back.
 
+#![expect(unsafe_code, reason = "it defines C functions")]
+
 use std::ffi::c_int;
 use std::mem;
 
 use super::{Next, fail};
-use crate::signal::{FAULTS, actions};
-use crate::sys::{self, Action, AlternateStack};
-use crate::thread;
+use crate::inside::libc::not_permitted;
+use crate::signal::actions;
+use crate::sys::{self, Action, AlternateStack, FAULTS};
+use crate::{rights, thread};
 
 fn checked(result: std::io::Result<()>) -> c_int {
     match result {
@@ -27,7 +30,7 @@ fn set(signal: c_int, new: Option<Action>) -> std::io::Result<Action> {
     if OF_THE_LIBRARY.contains(&signal) {
         return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
     }
-    if thread::is_in_domain() {
+    if rights::is_in_domain() {
         return Err(std::io::Error::from_raw_os_error(libc::EPERM));
     }
     if actions::is_in_force() && actions::is_kept(signal) {
@@ -137,8 +140,8 @@ pub(crate) unsafe extern "C" fn __sysv_signal(signal: c_int, handler: libc::sigh
 /// As C says.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut libc::stack_t) -> c_int {
-    if thread::is_in_domain() {
-        return fail(libc::EPERM);
+    if rights::is_in_domain() {
+        return not_permitted();
     }
     let thread = thread::current();
     let before = thread.map_or_else(sys::alternate_stack, |thread| thread.programs_stack().get());
@@ -180,7 +183,7 @@ pub(crate) unsafe extern "C" fn pthread_sigmask(
     if let Some(mask) = &mut mask {
         // Those two are the C library's own.
         let mut never = 1u64 << 31 | 1 << 32;
-        if thread::is_in_domain() || thread::current().is_some() {
+        if rights::is_in_domain() || thread::current().is_some() {
             never |= FAULTS.iter().fold(0, |all, signal| all | 1 << (signal - 1));
         }
         if how != libc::SIG_UNBLOCK {
@@ -217,7 +220,7 @@ pub(crate) unsafe extern "C" fn sigprocmask(how: c_int, new: *const libc::sigset
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn pthread_kill(target: libc::pthread_t, signal: c_int) -> c_int {
     type Function = unsafe extern "C" fn(libc::pthread_t, c_int) -> c_int;
-    if thread::is_in_domain() && target as usize != sys::thread_handle() {
+    if rights::is_in_domain() && target as usize != sys::thread_handle() {
         return libc::EPERM;
     }
     // SAFETY: it is the C library's function of this name.

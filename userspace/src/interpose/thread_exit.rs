@@ -5,10 +5,12 @@
 //! the domain is discarded, so in a domain there is nothing to note. Outside, registration goes to the C library as
 //! ever.
 
+#![expect(unsafe_code, reason = "it defines C functions")]
+
 use std::ffi::{c_int, c_void};
 
 use super::Next;
-use crate::tls;
+use crate::memory::locals;
 
 type Destructor = unsafe extern "C" fn(*mut c_void);
 type Register = unsafe extern "C" fn(Destructor, *mut c_void, *mut c_void) -> c_int;
@@ -28,7 +30,7 @@ pub(crate) unsafe extern "C" fn __cxa_thread_atexit_impl(
     object: *mut c_void,
     library: *mut c_void,
 ) -> c_int {
-    if tls::is_in_domain() {
+    if locals::says_in_domain() {
         return 0;
     }
     // SAFETY: it is the C library's function of this name.

@@ -1,16 +1,16 @@
 //! What the program wants to happen on each signal.
 //!
-//! The kernel calls this crate for every signal that has a handler, on this crate's signal stack; what the program
-//! asked for stands here. See [`crate::interpose::signals`] for how it gets here.
+//! The kernel calls this crate for every signal that has a handler, on this crate's signal stack. This table keeps what
+//! the program asked for; the functions that replace sigaction(2) and its like write it.
+
+#![expect(unsafe_code, reason = "it installs signal handlers")]
 
 use std::ffi::c_int;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
-use super::{FAULTS, entry};
-use crate::fork;
-use crate::monitor::monitored;
-use crate::sys::{self, Action, BlockedSignals};
+use crate::sys::{self, Action, BlockedSignals, FAULTS, is_forking};
+use crate::trusted::trusted;
 
 const SIGNALS: usize = 65;
 
@@ -26,10 +26,12 @@ struct Cell {
 struct Table {
     cells: [Cell; SIGNALS],
     writing: AtomicBool,
+    /// The address of the handler that the kernel calls.
+    entry: AtomicUsize,
     is_in_force: AtomicBool,
 }
 
-monitored! {
+trusted! {
     static TABLE: Table = Table {
         cells: [const {
             Cell {
@@ -40,14 +42,16 @@ monitored! {
             }
         }; SIGNALS],
         writing: AtomicBool::new(false),
+        entry: AtomicUsize::new(0),
         is_in_force: AtomicBool::new(false),
     };
 }
 
-/// Runs with the table to itself, and every signal blocked, for a handler on this thread would wait for it in vain.
+/// Runs a function with the table locked and every signal blocked: a handler on this thread would wait for the lock for
+/// ever.
 fn alone<R>(function: impl FnOnce() -> R) -> R {
-    if fork::is_here() {
-        // In another handler of forks. The lock is this thread's.
+    if is_forking() {
+        // In a fork handler of the program's this thread holds the lock.
         return function();
     }
     let _blocked = BlockedSignals::new();
@@ -57,14 +61,14 @@ fn alone<R>(function: impl FnOnce() -> R) -> R {
     result
 }
 
-/// Lets nobody else write the table; every signal is blocked.
+/// Locks the table. Every signal is blocked by the caller.
 pub(crate) fn lock() {
     while TABLE.writing.swap(true, Ordering::Acquire) {
         std::hint::spin_loop();
     }
 }
 
-/// Ends that.
+/// Unlocks it.
 pub(crate) fn unlock() {
     TABLE.writing.store(false, Ordering::Release);
 }
@@ -105,18 +109,23 @@ pub(crate) const fn is_kept(signal: c_int) -> bool {
     signal > 0 && (signal as usize) < SIGNALS && !matches!(signal, libc::SIGKILL | libc::SIGSTOP | CANCEL)
 }
 
-/// Returns whether the table is in force: [`adopt`] was called.
+/// Returns whether the table is in force: [`take_over`] was called.
 pub(crate) fn is_in_force() -> bool {
     TABLE.is_in_force.load(Ordering::Acquire)
 }
 
-/// Takes over the handlers that there are.
-pub(super) fn adopt() -> io::Result<()> {
+/// Takes over the program's handlers. From now on the kernel calls `entry` in their place.
+///
+/// # Safety
+///
+/// `entry` is a handler that can be called at any instruction.
+pub(super) unsafe fn take_over(entry: usize) -> io::Result<()> {
+    TABLE.entry.store(entry, Ordering::Relaxed);
     let result = alone(|| {
         for signal in (1..SIGNALS as c_int).filter(|signal| is_kept(*signal)) {
             let action = sys::action(signal)?;
-            if action.handler == entry as *const () as usize {
-                // Of an attempt that did not end: it failed, or a fork left it to the parent.
+            if action.handler == entry {
+                // An earlier attempt took it over, and failed later or stayed behind in the parent of a fork.
                 continue;
             }
             write(signal, action);
@@ -151,14 +160,14 @@ pub(super) fn reset(signal: c_int) {
     unlock();
 }
 
-/// Tells the kernel: to call this crate if there is a handler, or if the signal is one that a fault raises.
+/// Sets the kernel's action: this crate's handler if the program has one, or if a fault raises the signal.
 fn put_in_force(signal: c_int, action: &Action) -> io::Result<()> {
     const KEPT: c_int = libc::SA_RESTART | libc::SA_NOCLDSTOP | libc::SA_NOCLDWAIT;
     let kernels = if action.is_function() || FAULTS.contains(&signal) {
         // Where the program has no handler of its own, it does not expect to have its system calls interrupted.
         let restart = if action.is_function() { 0 } else { libc::SA_RESTART as u64 };
         let flags = action.flags & KEPT as u64 | restart | (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64;
-        Action::new(entry as *const () as usize, flags, u64::MAX)
+        Action::new(TABLE.entry.load(Ordering::Relaxed), flags, u64::MAX)
     } else {
         *action
     };

@@ -1,128 +1,73 @@
 //! Rust panics in a domain.
 //!
 //! Before std calls the panic hook it counts the panic, and takes a lock that keeps the hook from being replaced: two
-//! writes to statics, which a domain cannot make. The call is lost in any case, and nothing else looks at those statics
-//! on its behalf, so the fault handler does as if they were made: it sets the registers as the instruction would, and
-//! leaves memory alone. Then the hook runs in the domain, which is this crate's, and reports the message.
+//! writes to statics, which fault in a domain. The call is lost in any case, and nothing else looks at those statics on
+//! its behalf. So the fault handler sets the registers as if the instruction had written, leaves memory alone, and
+//! resumes behind it. The hook then runs in the domain and reports the message ([`inside::panic`](crate::inside::panic)).
 //!
-//! Which instructions these are is learned from a panic in the first domain. A domain with `Globals::Writable` does
-//! make those writes; there the hook takes them back.
+//! The instructions are learned from a panic in a trial call. A domain with `Globals::Writable` makes the writes; there
+//! the hook undoes them.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+#![expect(unsafe_code, reason = "it reads an instruction and its operand in a domain")]
+
+use std::sync::atomic::Ordering;
 
 use pkru::fault::ErrorCode;
-use pkru::registers::Pkru;
 use pkru::rights::Access;
 
-use super::Trap;
-use crate::monitor::monitored;
-use crate::report::{self, Report};
-use crate::{globals, tls};
+use super::trap::Interrupted;
+use crate::inside::panic::{PANIC_WRITES, PanicWrite};
+use crate::keys::statics;
 
-/// One of those instructions, and what it does to what.
-struct Write {
-    /// The address of the instruction; 0: there is none.
-    instruction: AtomicU64,
-    static_at: AtomicU64,
-    /// What it adds.
-    difference: AtomicU64,
-    /// The size of the static in bytes.
-    size: AtomicU64,
-}
-
-monitored! {
-    static LEARNED: [Write; 4] = [const {
-        Write {
-            instruction: AtomicU64::new(0),
-            static_at: AtomicU64::new(0),
-            difference: AtomicU64::new(0),
-            size: AtomicU64::new(0),
-        }
-    }; 4];
-}
-
-/// Installs a hook that reports panics in domains, and hands all others to the hook before it.
-pub(crate) fn install_hook() {
-    // It cannot be replaced while this thread panics, as in a destructor; then panics in domains have no message.
-    if std::thread::panicking() {
-        return;
-    }
-    let previous = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        if tls::is_in_domain() {
-            take_back();
-            let message = panic.to_string();
-            // A Rust panic does not get as far as a frame that cannot unwind, for it ends here.
-            if message.ends_with("panic in a function that cannot unwind") {
-                report::end_call(Report::Exception);
-            }
-            report::end_call(Report::Panic { text: message.as_ptr().addr(), length: message.len() });
-        }
-        previous(panic);
-    }));
-}
-
-/// Forgets what a trial has taught, because it did not end as it should.
+/// Forgets the instructions, because the trial did not end as expected.
 pub(crate) fn forget() {
-    LEARNED.iter().for_each(|write| write.instruction.store(0, Ordering::Relaxed));
+    PANIC_WRITES.iter().for_each(|write| write.instruction.store(0, Ordering::Relaxed));
 }
 
-/// Whether a fault is one of those writes; if `learning`, it is learned as one.
-pub(super) fn is_bookkeeping(trap: &Trap, learning: bool) -> bool {
-    let is_write = ErrorCode::from_bits_retain(trap.error_code).access() == Access::Write;
-    if !trap.key.is_some_and(globals::is_of_the_program) || !is_write {
-        return false;
-    }
-    let place_of = |address| LEARNED.iter().find(|write| write.instruction.load(Ordering::Relaxed) == address);
-    if learning
-        && place_of(trap.instruction).is_none()
-        && let Some(free) = place_of(0)
-    {
-        free.static_at.store(trap.address, Ordering::Relaxed);
-        free.instruction.store(trap.instruction, Ordering::Relaxed);
-    }
-    // The same instruction on something else is a mistake like any other.
-    place_of(trap.instruction).is_some_and(|write| write.static_at.load(Ordering::Relaxed) == trap.address)
+/// What a write of std's about a panic does to the registers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Skip {
+    found: Instruction,
+    /// What the static holds.
+    value: u64,
 }
 
-/// In a domain that may write statics: takes the writes back that std has made about a panic which ends here.
-fn take_back() {
-    let Some(key) = globals::key() else { return };
-    // SAFETY: there are domains, so there is PKU.
-    if !unsafe { Pkru::assume() }.read().get(key).is_empty() {
-        return;
-    }
-    for write in LEARNED.iter().filter(|write| write.instruction.load(Ordering::Relaxed) != 0) {
-        let (address, difference) = (write.static_at.load(Ordering::Relaxed), write.difference.load(Ordering::Relaxed));
-        if write.size.load(Ordering::Relaxed) == 8 {
-            // SAFETY: it is a static of std's, an atomic of that size, which this panic has changed by as much.
-            unsafe { &*(address as *const AtomicU64) }.fetch_sub(difference, Ordering::Release);
-        } else {
-            // SAFETY: as above.
-            unsafe { &*(address as *const AtomicU32) }.fetch_sub(difference as u32, Ordering::Release);
-        }
-    }
+fn find(instruction: u64) -> Option<&'static PanicWrite> {
+    PANIC_WRITES.iter().find(|write| write.instruction.load(Ordering::Relaxed) == instruction)
 }
 
-/// Does as if the instruction at which a domain has faulted had been executed, but for its write; `false` if it is none
-/// that this knows.
+/// Recognises a fault as one of those writes; with `learning`, every fault of an atomic instruction on a static is one.
 ///
 /// # Safety
 ///
-/// The frame is that of a page fault by the instruction's write to `address`.
-pub(super) unsafe fn pass_over(context: &mut libc::ucontext_t, address: u64) -> bool {
-    let registers = &mut context.uc_mcontext.gregs;
-    let instruction = registers[libc::REG_RIP as usize] as *const [u8; 15];
+/// The values are those of a signal that struck in a domain's call.
+pub(super) unsafe fn recognize(at: &Interrupted, learning: bool) -> Option<Skip> {
+    let is_write = ErrorCode::from_bits_retain(at.error_code).access() == Access::Write;
+    if !at.key.is_some_and(statics::is_programs) || !is_write {
+        return None;
+    }
+    match find(at.instruction) {
+        // The same instruction on another address is a mistake like any other.
+        Some(write) if write.target.load(Ordering::Relaxed) == at.address => {}
+        None if learning && find(0).is_some() => {}
+        _ => return None,
+    }
     // SAFETY: the instruction has just been fetched; what follows it in its page or the next is code too.
-    let code = unsafe { instruction.read_unaligned() };
-    let Some(found) = Instruction::decode(&code) else { return false };
+    let code = unsafe { (at.instruction as *const [u8; 15]).read_unaligned() };
+    let found = Instruction::decode(&code)?;
     let value = if found.is_wide {
         // SAFETY: the instruction reads there, and has faulted only for its write.
-        unsafe { (address as *const u64).read_unaligned() }
+        unsafe { (at.address as *const u64).read_unaligned() }
     } else {
         // SAFETY: as above.
-        u64::from(unsafe { (address as *const u32).read_unaligned() })
+        u64::from(unsafe { (at.address as *const u32).read_unaligned() })
     };
+    Some(Skip { found, value })
+}
+
+/// Sets the registers as if the instruction had written, and notes what it does for [`PANIC_WRITES`].
+pub(super) fn skip(context: &mut libc::ucontext_t, at: &Interrupted, Skip { found, value }: Skip) {
+    let registers = &mut context.uc_mcontext.gregs;
     let mask = if found.is_wide { u64::MAX } else { u64::from(u32::MAX) };
     registers[libc::REG_EFL as usize] &= !ZERO;
     let operand = registers[found.register] as u64;
@@ -131,11 +76,11 @@ pub(super) unsafe fn pass_over(context: &mut libc::ucontext_t, address: u64) -> 
         Operation::ExchangeAdd => operand,
         Operation::CompareExchange => operand.wrapping_sub(value),
     };
-    if let Some(write) =
-        LEARNED.iter().find(|write| write.instruction.load(Ordering::Relaxed) == instruction.addr() as u64)
-    {
+    if let Some(write) = find(at.instruction).or_else(|| find(0)) {
+        write.target.store(at.address, Ordering::Relaxed);
         write.difference.store(difference & mask, Ordering::Relaxed);
         write.size.store(if found.is_wide { 8 } else { 4 }, Ordering::Relaxed);
+        write.instruction.store(at.instruction, Ordering::Relaxed);
     }
     match found.operation {
         Operation::Add => {}
@@ -149,14 +94,13 @@ pub(super) unsafe fn pass_over(context: &mut libc::ucontext_t, address: u64) -> 
         }
     }
     registers[libc::REG_RIP as usize] += found.length as i64;
-    true
 }
 
 /// The flag ZF.
 const ZERO: i64 = 1 << 6;
 
 /// An atomic instruction that writes memory.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 struct Instruction {
     operation: Operation,
     /// The index of its register operand in a frame.
@@ -166,7 +110,7 @@ struct Instruction {
     length: usize,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 enum Operation {
     /// ADD, INC: only flags would tell what was there.
     Add,

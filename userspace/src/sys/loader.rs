@@ -1,5 +1,7 @@
 //! The dynamic loader: what is loaded, and where symbols are.
 
+#![expect(unsafe_code, reason = "it calls the dynamic loader")]
+
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -7,9 +9,10 @@ use std::ptr::NonNull;
 use std::slice;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::BlockedSignals;
-use crate::fork;
-use crate::monitor::monitored;
+use super::fork::is_forking;
+use super::memory::page_size;
+use super::signals::BlockedSignals;
+use crate::trusted::trusted;
 
 /// A loaded object: the executable, a library, or the kernel's vDSO. A library stays loaded while this value lives.
 #[derive(Debug)]
@@ -100,7 +103,7 @@ impl Library {
 
     /// Returns the pages of its writable data.
     pub(crate) fn writable_pages(&self) -> Vec<Range<usize>> {
-        let page = super::page_size();
+        let page = page_size();
         let writable = self.segments.iter().filter(|segment| segment.writable).map(|segment| &segment.addresses);
         let pages = writable.map(|addresses| {
             let mut start = addresses.start & !(page - 1);
@@ -123,7 +126,7 @@ impl Library {
     }
 }
 
-monitored! { static ITERATING: Mutex<()> = Mutex::new(()); }
+trusted! { static ITERATING: Mutex<()> = Mutex::new(()); }
 
 /// Lets no other thread of this crate's iterate over the loaded objects. That takes a lock of the loader's which stays
 /// taken in the child of a fork (glibc 2.36, `elf/dl-iteratephdr.c`). Signals are to be blocked, for their handlers may
@@ -134,8 +137,8 @@ pub(crate) fn lock_loader() -> MutexGuard<'static, ()> {
 
 /// Calls a function for each loaded object, with `data`.
 fn iterate(function: unsafe extern "C" fn(*mut libc::dl_phdr_info, usize, *mut c_void) -> c_int, data: *mut c_void) {
-    // In another handler of forks the lock is this thread's.
-    let _alone = (!fork::is_here()).then(lock_loader);
+    // In a fork handler of the program's this thread holds the lock.
+    let _alone = (!is_forking()).then(lock_loader);
     // SAFETY: the function gets back what is passed here; the callers pass what it expects, which lives across the
     // call.
     unsafe { libc::dl_iterate_phdr(Some(function), data) };
@@ -191,7 +194,7 @@ pub(crate) fn loaded_count() -> u64 {
 unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, data: *mut c_void) -> c_int {
     // SAFETY: the loader passes a valid struct.
     let info = unsafe { &*info };
-    // SAFETY: `for_each_library` passes its vector.
+    // SAFETY: `libraries` passes its vector, and nothing else uses it during the iteration.
     let libraries = unsafe { &mut *data.cast::<Vec<Library>>() };
     // SAFETY: the struct has that many headers there.
     let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };

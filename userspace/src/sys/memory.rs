@@ -1,5 +1,7 @@
 //! Memory and protection keys.
 
+#![expect(unsafe_code, reason = "it makes system calls")]
+
 use std::io;
 use std::ops::Range;
 use std::ptr::{self, NonNull};

@@ -1,10 +1,19 @@
 //! Every system call and every call of the dynamic loader, with the types of the rest of the crate.
+//!
+//! It holds no policy: what is called when is decided above.
 
+mod assembly;
+mod fork;
 mod loader;
 mod memory;
 mod probe;
-mod process;
+mod rseq;
+mod signals;
+mod threads;
+mod timers;
 
+pub(crate) use assembly::{answer_yes, copy_shared, pointer_guard, thread_id, thread_pointer, write_with};
+pub(crate) use fork::{around_forks, begin_fork, end_fork, is_forking};
 pub(crate) use loader::{
     Library, TlsModule, function_at, libraries, loaded_count, lock_loader, lookup, lookup_next, next_symbol,
     prepare_unwinding, touch_module,
@@ -13,12 +22,16 @@ pub(crate) use memory::{
     DontNeed, discard, map_again, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
 };
 pub(crate) use probe::{
-    Outcome, RSEQ_GIVEN_UP, RSEQ_NONE, answer_yes, fork_probe, free_all_keys, fsgsbase, kernel_release, keys_in_all,
-    keys_left, memfd_secret, mseal, pkru_in_signal_frame, rseq, syscall_user_dispatch,
+    Outcome, RSEQ_GIVEN_UP, RSEQ_NONE, fork_probe, free_all_keys, fsgsbase, kernel_release, keys_in_all, keys_left,
+    memfd_secret, mseal, pkru_in_signal_frame, rseq, syscall_user_dispatch,
 };
-pub(crate) use process::{
-    Action, AlternateStack, BlockedSignals, SS_AUTODISARM, Timer, action, alternate_stack, around_forks, at_exit,
-    auxiliary, change_mask, create_timer, delete_timer, exit_with, pause_timer, process_id, resend,
-    restore_alternate_stack, rseq_area, send_value, set_action, set_alternate_stack, set_for_thread, set_mask,
-    set_timer, start_a_thread, thread_exists, thread_handle, thread_id, thread_key, threads, unblock, unregister_rseq,
+pub(crate) use rseq::{rseq_area, unregister_rseq};
+pub(crate) use signals::{
+    Action, AlternateStack, BlockedSignals, FAULTS, SS_AUTODISARM, action, alternate_stack, change_mask, resend,
+    restore_alternate_stack, send_value, set_action, set_alternate_stack, set_mask, unblock,
 };
+pub(crate) use threads::{
+    at_exit, auxiliary, exit_with, process_id, set_errno, set_for_thread, start_a_thread, thread_exists, thread_handle,
+    thread_key, threads,
+};
+pub(crate) use timers::{Timer, create_timer, delete_timer, pause_timer, set_timer};

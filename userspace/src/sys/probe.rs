@@ -1,18 +1,23 @@
-//! Experiments in a forked child, and what the kernel says of itself.
+//! Experiments in a forked child, and what the kernel reports of itself.
 //!
-//! A child is a copy: what an experiment breaks, takes or registers goes with it.
+//! A child is a copy of the process: what an experiment breaks, takes or registers goes away with it.
+
+#![expect(unsafe_code, reason = "it makes system calls in a forked child")]
 
 use std::ffi::{CStr, c_int, c_void};
 use std::io;
 use std::mem;
 use std::ptr;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use pkru::ProtectionKey;
 use pkru::instructions::{rdfsbase, rdpkru, wrfsbase, wrpkru};
 
+use super::assembly::{ANSWER_YES_SIZE, answer_yes, thread_pointer};
 use super::memory::{map_reserved, page_size, pkey_alloc, unmap};
-use super::process::{Action, exit_with, process_id, rseq_area, set_action, unblock, unregister_rseq};
+use super::rseq::{register_rseq, rseq_area, unregister_rseq};
+use super::signals::{Action, set_action, unblock};
+use super::threads::{exit_with, process_id};
 
 /// How an experiment ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,16 +70,6 @@ pub(crate) unsafe fn fork_probe(function: impl FnOnce() -> io::Result<u8>) -> io
     }
 }
 
-/// A signal handler that ends a child with 1, the yes of an experiment, with nothing but registers.
-#[unsafe(naked)]
-pub(crate) unsafe extern "C" fn answer_yes(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
-    // exit_group.
-    std::arch::naked_asm!("mov eax, 231", "mov edi, 1", "syscall", "ud2")
-}
-
-/// The bytes of [`answer_yes`], rounded up.
-const ANSWER_YES_SIZE: usize = 16;
-
 /// Answers how many keys the kernel still has for this process.
 pub(crate) fn keys_left() -> io::Result<Outcome> {
     // SAFETY: the experiment makes system calls only.
@@ -123,7 +118,7 @@ pub(crate) fn fsgsbase() -> io::Result<Outcome> {
         unsafe { wrfsbase(base) };
         // SAFETY: the instruction has just worked.
         let after = unsafe { rdfsbase() };
-        Ok(u8::from(base == after && base as usize == crate::tls::thread_pointer()))
+        Ok(u8::from(base == after && base as usize == thread_pointer()))
     };
     // SAFETY: the experiment makes system calls, and executes instructions that leave the thread as it was.
     unsafe { fork_probe(experiment) }
@@ -193,8 +188,10 @@ unsafe extern "C" fn change_pkru(_: c_int, info: *mut libc::siginfo_t, context: 
 
 /// No restartable-sequences area was registered.
 pub(crate) const RSEQ_NONE: u8 = 0;
+
 /// One was, and can be unregistered.
 pub(crate) const RSEQ_GIVEN_UP: u8 = 1;
+
 /// One was, and stays.
 const RSEQ_STAYS: u8 = 2;
 
@@ -213,38 +210,6 @@ pub(crate) fn rseq() -> io::Result<Outcome> {
     };
     // SAFETY: the experiment makes system calls only.
     unsafe { fork_probe(experiment) }
-}
-
-#[repr(align(32))]
-struct RseqArea([AtomicU64; 4]);
-
-/// The CPU's number, in the upper half of the first word, is yet to be written.
-static RSEQ_AREA: RseqArea = RseqArea([const { AtomicU64::new(0) }; 4]);
-
-/// Registers an area of this module's for the calling thread; to see whether there is one, and for a child.
-///
-/// # References
-///
-/// Linux 6.12, `include/uapi/linux/rseq.h`.
-pub(crate) fn register_rseq() -> io::Result<()> {
-    RSEQ_AREA.0[0].store(0xffff_ffff << 32, Ordering::Relaxed);
-    rseq_call(0)
-}
-
-/// Undoes it.
-pub(crate) fn unregister_own_rseq() -> io::Result<()> {
-    const UNREGISTER: c_int = 1;
-    rseq_call(UNREGISTER)
-}
-
-fn rseq_call(flags: c_int) -> io::Result<()> {
-    // The signature says which handlers of aborted sequences are genuine, and here are none.
-    let (length, signature) = (size_of::<RseqArea>(), 0);
-    // SAFETY: the area is as large as the kernel's first version of it, aligned, read by nobody, and stays.
-    match unsafe { libc::syscall(libc::SYS_rseq, RSEQ_AREA.0.as_ptr(), length, flags, signature) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Answers whether the kernel hands a thread's system calls to the thread on request.

@@ -1,0 +1,300 @@
+//! Domains fenced by PKU, in the memory of this process.
+
+#![expect(unsafe_code, reason = "it makes domain memory ready and enters the gate")]
+
+use std::cell::Cell;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use pkru::domain::{Entry, Platform, Sizes};
+use pkru::gate::{Context, Exit, Gate};
+use pkru::heap::{ALIGNMENT, DomainHeap};
+use pkru::{AccessRights, KeyRights, ProtectionKey};
+
+use crate::keys::statics::{self, Globals};
+use crate::keys::{Caller, Pin, Tagged};
+use crate::loader::bind;
+use crate::loader::library_data::LibraryData;
+use crate::memory::mapping::Mapping;
+use crate::memory::tls;
+use crate::signal::trap::{Running, Trap};
+use crate::{Error, rights, sys};
+
+/// The size in bytes of the mailbox: the top of a domain's stack, where a call leaves its result.
+pub(crate) const MAILBOX: usize = 4096;
+
+/// The platform of one domain.
+#[derive(Debug)]
+pub(crate) struct PkuBackend {
+    /// The domain's rights to all keys but its own and the statics'.
+    pub(crate) rights: KeyRights,
+    /// Libraries whose data the domain owns.
+    pub(crate) libraries: Vec<LibraryData>,
+    /// What it may do with other statics.
+    pub(crate) globals: Globals,
+}
+
+/// The memory of one domain.
+pub(crate) struct Memory {
+    mapping: Mapping<3>,
+    tagged: Arc<Tagged>,
+    /// Boxed, so that the gate and the fault handler can rely on its address. Invariant: while the domain has a key,
+    /// the context has the same.
+    running: Box<Running>,
+    rights: KeyRights,
+    globals: Globals,
+    thread_locals: Option<tls::Template>,
+    /// The [number](Caller::number) of the thread that the thread-locals were laid out for.
+    thread: u64,
+}
+
+const STACK: usize = 0;
+const TLS: usize = 1;
+const HEAP: usize = 2;
+
+// SAFETY: what `Running` holds is used by the call that is running, on its thread; between calls by the owner alone.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    #[cold]
+    fn acquire_slowly(&mut self, caller: Caller, pin: Option<Pin>) -> Result<Pin, Error> {
+        let pin = pin.map_or_else(|| self.assign_key(caller, None), Ok)?;
+        if self.thread != caller.number {
+            self.mapping.check()?;
+            ensure_rights(pin.key());
+            // What code has left in thread-locals may be bound to the thread that it ran on.
+            if let Some(template) = &self.thread_locals {
+                // SAFETY: the template is of this memory, where nothing runs.
+                unsafe { template.lay_out() };
+            }
+            self.thread = caller.number;
+        }
+        Ok(pin)
+    }
+
+    /// Acquires the key again that the domain had when its call was suspended: the suspended code expects it.
+    pub(crate) fn acquire_again(&mut self, caller: Caller) -> Result<Pin, Error> {
+        self.assign_key(caller, Some(self.running.context.key()))
+    }
+
+    #[cold]
+    fn assign_key(&mut self, caller: Caller, want: Option<ProtectionKey>) -> Result<Pin, Error> {
+        let pin = self.tagged.assign_key(caller, want)?;
+        let key = pin.key();
+        ensure_rights(key);
+        let rights = statics::add_rights(self.rights, self.globals).with(key, AccessRights::READ_WRITE);
+        self.running.context.set_key(key, rights);
+        Ok(pin)
+    }
+
+    /// Makes sure after a call that the calling thread has rights to the domain's memory.
+    #[inline]
+    pub(crate) fn ensure_rights_after_call(&self) {
+        let context = &self.running.context;
+        if !context.caller_has_rights() {
+            rights::allow(context.key());
+        }
+    }
+
+    /// Sets whether the next call is a trial that panics.
+    pub(crate) fn set_learning(&self, learning: bool) {
+        self.running.learning.set(learning);
+    }
+
+    /// Returns whether the next call is a trial that panics.
+    pub(crate) const fn is_learning(&self) -> bool {
+        self.running.learning.get()
+    }
+
+    /// Returns the key that the domain has at the moment.
+    pub(crate) fn key(&self) -> Option<ProtectionKey> {
+        self.tagged.key()
+    }
+
+    /// Returns the number of the key that the domain has, or had when it was last called.
+    pub(crate) const fn key_in_call(&self) -> u64 {
+        self.running.context.key().number() as u64
+    }
+
+    /// Returns the end of the stack that code in the domain starts on.
+    pub(crate) const fn stack_end(&self) -> u64 {
+        self.running.context.stack()
+    }
+
+    /// Returns the addresses of the mailbox.
+    #[inline]
+    pub(crate) fn mailbox(&self) -> Range<usize> {
+        let stack = self.mapping.part(STACK);
+        stack.end - MAILBOX..stack.end
+    }
+
+    /// Returns the memory that results can lie in.
+    #[inline]
+    pub(crate) fn readable(&self) -> [Range<usize>; 2] {
+        [self.mapping.part(STACK), self.mapping.part(HEAP)]
+    }
+
+    /// Returns whether an address lies in a guard page of the domain.
+    pub(crate) fn is_guard(&self, address: usize) -> bool {
+        self.mapping.is_guard(address)
+    }
+
+    /// Returns the heap's addresses.
+    #[inline]
+    pub(crate) fn heap(&self) -> Range<usize> {
+        self.mapping.part(HEAP)
+    }
+
+    /// Returns the stack's addresses.
+    pub(crate) fn stack(&self) -> Range<usize> {
+        self.mapping.part(STACK)
+    }
+
+    /// Copies words from the domain's stack, upwards from an address. The calling thread has rights to the memory.
+    pub(crate) fn stack_words(&self, from: u64, most: usize) -> Vec<u64> {
+        let Some(from) = (from as usize).checked_next_multiple_of(size_of::<u64>()) else { return Vec::new() };
+        let (stack, end) = (self.stack(), self.mailbox().start);
+        if !stack.contains(&from) || from >= end {
+            return Vec::new();
+        }
+        let count = ((end - from) / size_of::<u64>()).min(most);
+        let mut words = vec![0u64; count];
+        // SAFETY: the range is in the domain's memory, where nothing runs.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u64, words.as_mut_ptr(), count) };
+        words
+    }
+
+    /// Returns the size of the last allocation that failed in the domain, as its heap says. The calling thread has
+    /// rights to the memory.
+    pub(crate) fn failed_allocation(&self) -> usize {
+        let heap = self.heap().start as *const DomainHeap;
+        // SAFETY: the heap's bookkeeping is there, in mapped memory, where nothing runs. Only an integer in it is read, for
+        // which any bytes are a value.
+        unsafe { DomainHeap::last_failed_of(heap) }
+    }
+
+    /// Copies a text that code in the domain has left there; `None` if it is not all in the domain's memory. The calling
+    /// thread has rights to the memory.
+    pub(crate) fn text(&self, address: usize, length: usize) -> Option<String> {
+        const MOST: usize = 4096;
+        let length = length.min(MOST);
+        let end = address.checked_add(length)?;
+        self.readable().iter().find(|range| range.start <= address && end <= range.end)?;
+        let mut bytes = vec![0; length];
+        // SAFETY: the range is in the domain's memory, where nothing runs.
+        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), length) };
+        Some(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Returns the [count of loaded objects](sys::loaded_count) when the domain was last made ready.
+    pub(crate) fn loaded_count(&self) -> u64 {
+        self.thread_locals.as_ref().map_or(0, tls::Template::loaded_count)
+    }
+
+    /// Returns the addresses of the thread-locals.
+    pub(crate) fn thread_locals(&self) -> Range<usize> {
+        self.mapping.part(TLS)
+    }
+}
+
+/// Makes sure that the calling thread has rights to a key.
+fn ensure_rights(key: ProtectionKey) {
+    if !rights::has(key) {
+        rights::allow(key);
+    }
+}
+
+// SAFETY: keys come from one table, and a lease pins the key that all pages of its domain carry; memory is unmapped before
+// its key is free again; the gate returns with the caller's rights.
+unsafe impl Platform for PkuBackend {
+    type Memory = Memory;
+    type Trap = Trap;
+    type Error = Error;
+    type Caller = Caller;
+    type Lease = Pin;
+
+    fn map(&self, sizes: Sizes) -> Result<Memory, Error> {
+        let mapping = Mapping::new([sizes.stack, tls::SIZE, sizes.heap])?;
+        let running = Running {
+            context: Context::without_key(0, 0),
+            stack: mapping.part(STACK),
+            trap: Cell::new(None),
+            in_panic: Cell::new(false),
+            learning: Cell::new(false),
+        };
+        let own = [STACK, TLS, HEAP].map(|part| mapping.part(part));
+        let ranges = own.into_iter().chain(self.libraries.iter().flat_map(LibraryData::ranges)).collect();
+        Ok(Memory {
+            mapping,
+            tagged: Tagged::new(ranges),
+            running: Box::new(running),
+            rights: self.rights,
+            globals: self.globals,
+            thread_locals: None,
+            thread: 0,
+        })
+    }
+
+    #[inline]
+    fn acquire(&self, memory: &mut Memory, caller: Caller) -> Result<Pin, Error> {
+        match memory.tagged.pin(caller) {
+            Some(pin) if memory.thread == caller.number => Ok(pin),
+            pin => memory.acquire_slowly(caller, pin),
+        }
+    }
+
+    fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
+        memory.mapping.check()?;
+        // A signal handler that calls another domain would wait for locks that are held here.
+        let _quiet = sys::BlockedSignals::new();
+        // A lease pins this key.
+        ensure_rights(memory.running.context.key());
+        drop(bind::bind_all());
+        self.libraries.iter().for_each(LibraryData::restore);
+        let range = memory.heap();
+        let heap = NonNull::new(range.start as *mut DomainHeap).expect("a heap does not start at 0");
+        let skip = size_of::<DomainHeap>().next_multiple_of(ALIGNMENT);
+        // SAFETY: the heap has at least its smallest size, so the bookkeeping does not take it all.
+        let bottom = unsafe { heap.cast::<u8>().add(skip) };
+        // SAFETY: the heap's memory is the domain's and mapped; until the domain runs nothing else uses it.
+        let value = unsafe { DomainHeap::new(bottom, range.len() - skip) };
+        // SAFETY: the first bytes are left for the bookkeeping.
+        unsafe { heap.write(value) };
+        let (place, stack) = (memory.thread_locals(), memory.stack());
+        // SAFETY: the memory for thread-locals is the domain's, fresh or discarded, so it is zeroed.
+        let fs_base = unsafe { tls::lay_out(&mut memory.thread_locals, &place, heap, &stack) }?;
+        let stack = memory.mailbox().start as u64;
+        memory.running.context.set_place(stack, fs_base);
+        Ok(())
+    }
+
+    #[inline]
+    unsafe fn enter(&self, memory: &mut Memory, lease: &Pin, entry: Entry, argument: u64) -> Result<u64, Trap> {
+        debug_assert_eq!(lease.key(), memory.running.context.key(), "the lease is of this memory");
+        // The fault handler uses the whole of it.
+        let context = (&raw mut *memory.running).cast::<Context>();
+        // SAFETY: the memory was mapped and made ready; the lease pins its key; the thread is ready; the fault handler is
+        // installed; the caller answers for the entry point.
+        match unsafe { Gate::Pkru.enter(context, entry, argument) } {
+            Exit::Returned(value) => Ok(value),
+            Exit::Rewound => {
+                Err(memory.running.trap.take().expect("a call is rewound by the handler, which notes why"))
+            }
+        }
+    }
+
+    fn discard(&self, memory: &mut Memory) {
+        if memory.mapping.discard() && memory.tagged.tag_again().is_err() {
+            memory.mapping.set_lost();
+        }
+    }
+
+    fn unmap(&self, memory: Memory) {
+        let Memory { mapping, tagged, .. } = memory;
+        tagged.release(|| {
+            let is_unmapped = mapping.unmap().is_ok();
+            self.libraries.iter().fold(is_unmapped, |is_clean, library| library.give_back() && is_clean)
+        });
+    }
+}

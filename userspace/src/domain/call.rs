@@ -1,0 +1,318 @@
+//! Calling into a domain.
+
+#![expect(unsafe_code, reason = "it enters domains and copies their results")]
+
+use std::any::type_name;
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+
+use pkru::domain::{Domain as Core, Failure};
+
+use super::Domain;
+use super::callback::{self, Callback, CallbackArguments, Callbacks, Suspended};
+use super::deadline::{Deadline, DeadlineError};
+use crate::Error;
+use crate::backend::pku::{MAILBOX, PkuBackend};
+use crate::inside::callback::{Head, RESUME};
+use crate::inside::entry::{self, Call};
+use crate::setup;
+use crate::signal::trap::Trap;
+use crate::thread::{self, Thread};
+use crate::transfer::{DomainMemory, Transfer};
+use crate::violation::{Violation, ViolationKind, classify};
+
+impl Domain {
+    /// Runs a function in the domain.
+    ///
+    /// The function reads what it has captured in place, in the caller's memory. It is [`Fn`], because it cannot write
+    /// there: a `Cell`, a lock or an atomic of the caller's ends in a violation, and so does what writes statics of the
+    /// C library or of std (`println!`, `std::env`). Its result is [`Transfer`]red: the caller copies and checks it.
+    /// What the result is made of besides vectors and strings can have at most 4096 bytes.
+    ///
+    /// A panic ends the call, also within `catch_unwind`. Code in a domain starts no threads (a violation) and no
+    /// processes (`fork`, `posix_spawn`, `system` and `popen` fail with `EPERM`), sets no signal handlers and sends
+    /// other threads no signals (`EPERM`). Functions that write the C library's own state, or std's, end in a
+    /// violation: `localtime_r`, `setlocale`, `dlopen`, `pthread_once`, `std::thread::current`; see [`Builder`](super::Builder) for the
+    /// ways out.
+    ///
+    /// Thread-locals in the domain are its own: what the closure captures must not rely on the caller's, as a handle that
+    /// indexes one does.
+    ///
+    /// A mistake shows when memory outside is touched, not when it is made: what code does to its own domain's heap may
+    /// end a later call.
+    ///
+    /// If calls of other threads have all protection keys at that moment, this waits for one of them to end; in the
+    /// middle of another call, as in a signal handler, only for half a second or so. A signal handler may call a domain
+    /// as far as it may allocate memory: what it interrupts must not be in the middle of that.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pkru_userspace::{Domain, ViolationKind};
+    ///
+    /// # if pkru_userspace::capability::detect().is_err() { return }
+    /// let mut domain = Domain::builder("decoder").build().unwrap();
+    /// let mut sample = [1, 2, 3];
+    /// let output = sample.as_mut_ptr();
+    /// match domain.call(|| unsafe { output.write(9) }).map_err(|violation| violation.kind().clone()) {
+    ///     Ok(()) => unreachable!("the output buffer is not the domain's"),
+    ///     Err(ViolationKind::Key(fault)) => assert_eq!(fault.address, output as u64),
+    ///     Err(other) => panic!("{other}"),
+    /// }
+    /// assert_eq!(sample, [1, 2, 3]);
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// How the code misbehaved. Nothing outside the domain was written, and it can be called again; the next call finds
+    /// it empty. Destructors of what lived in the domain do not run. Code in a domain cannot call a domain, but it can
+    /// ask its caller to, by a [callback](Self::call_with).
+    #[inline]
+    pub fn call<F: Fn() -> R, R: Transfer>(&mut self, function: F) -> Result<R, Violation> {
+        const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result of more than 4096 bytes goes in a Vec") };
+        const { assert!(align_of::<R::Wire>() <= MAILBOX) };
+        if self.has_limits {
+            return self.call_with_name(&mut [], |_| function(), type_name::<F>());
+        }
+        let Some(thread) = thread::current() else {
+            return self.call_from_new_thread(function);
+        };
+        let lease = match self.core.acquire(thread.caller()) {
+            Ok(lease) => lease,
+            Err(error) => return Err(self.not_ready(error)),
+        };
+        let mailbox = self.core.memory().mailbox().start;
+        let call = Call { function: &function, mailbox };
+        // SAFETY: the thread is ready, and the lease is this domain's. What `run` does wrong in the domain is what the
+        // domain contains; its result is not trusted. The call's data and what it refers to outlive it, and the domain
+        // cannot write them.
+        let result = unsafe { self.core.enter(&lease, entry::run::<F, R>, &raw const call as u64) };
+        let received = match result {
+            Ok(_) => self.receive(mailbox),
+            Err(failure) => Err(self.failed(failure, type_name::<F>())),
+        };
+        drop(lease);
+        received.map_err(|violation| self.report(violation))
+    }
+
+    /// Runs a function in the domain that can call back: each closure in `callbacks` becomes a C function, which code
+    /// in the domain can call by the pointer that the function is given for it.
+    ///
+    /// A callback runs as ordinary code of the caller, with the caller's rights, on the caller's stack: it may change
+    /// what it has captured, and call other domains. What it is called with, and when, is up to the code in the domain,
+    /// and not to be trusted: see [`CallbackArguments`]. The pointers mean nothing after this call: code that keeps one
+    /// and uses it in a later call has a violation, unless that call has as many callbacks.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pkru_userspace::Domain;
+    ///
+    /// # if pkru_userspace::capability::detect().is_err() { return }
+    /// let mut domain = Domain::builder("walker").build().unwrap();
+    /// let mut seen = Vec::new();
+    /// let result = domain.call_with(&mut [&mut |arguments| { seen.push(arguments.word(0)); 7 }], |callbacks| {
+    ///     // SAFETY: C code would be handed this pointer, as the type that it expects.
+    ///     let visit: extern "C" fn(u64) -> u64 = unsafe { std::mem::transmute(callbacks[0].pointer()) };
+    ///     visit(1) + visit(2)
+    /// });
+    /// assert_eq!((result.unwrap(), seen), (14, vec![1, 2]));
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As for [`call`](Self::call).
+    ///
+    /// # Panics
+    ///
+    /// With a callback's own panic; the domain is empty afterwards. If there are more than 64 callbacks.
+    pub fn call_with<F: Fn(&[Callback]) -> R, R: Transfer>(
+        &mut self,
+        callbacks: Callbacks<'_, '_>,
+        function: F,
+    ) -> Result<R, Violation> {
+        self.call_with_name(callbacks, function, type_name::<F>())
+    }
+
+    fn call_with_name<F: Fn(&[Callback]) -> R, R: Transfer>(
+        &mut self,
+        callbacks: Callbacks<'_, '_>,
+        function: F,
+        name: &'static str,
+    ) -> Result<R, Violation> {
+        const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result of more than 4096 bytes goes in a Vec") };
+        const { assert!(align_of::<R::Wire>() <= MAILBOX) };
+        if self.is_retired() {
+            return Err(self.violation(ViolationKind::Retired));
+        }
+        let thread = match setup::thread::make_ready() {
+            Ok(thread) => thread,
+            Err(error) => return Err(self.not_ready(error)),
+        };
+        let received = self.run_with(callbacks, function, thread, name);
+        if self.limits.transient {
+            self.core.discard_later();
+        }
+        if received.is_ok() {
+            self.violations = 0;
+        }
+        received.map_err(|violation| self.report(violation))
+    }
+
+    fn run_with<F: Fn(&[Callback]) -> R, R: Transfer>(
+        &mut self,
+        callbacks: Callbacks<'_, '_>,
+        function: F,
+        thread: &Thread,
+        name: &'static str,
+    ) -> Result<R, Violation> {
+        let not_ready = |error, domain: &Self| domain.violation(ViolationKind::NotReady(error));
+        let caller = thread.caller();
+        let mut lease = self.core.acquire(caller).map_err(|error| not_ready(error, self))?;
+        let deadline = Deadline::start(self.limits.deadline, thread).map_err(|error| self.violation(error.into()))?;
+        let memory = self.core.memory();
+        let mailbox = memory.mailbox().start;
+        let pointers = callback::pointers(callbacks.len());
+        let function = || function(&pointers);
+        let call = Call { function: &function, mailbox };
+        let head = Head::new(&raw const call as u64, callbacks.len(), memory.key_in_call(), memory.stack_end());
+        let entry = entry::with_callbacks(&function);
+        // SAFETY: as in `call`.
+        let mut result = unsafe { self.core.enter(&lease, entry, &raw const head as u64) };
+        loop {
+            deadline.pause();
+            let request = match result {
+                Ok(0) => return self.receive(mailbox),
+                Ok(request) => request,
+                Err(failure) => return Err(self.failed(failure, name)),
+            };
+            self.core.memory().ensure_rights_after_call();
+            let Some(suspended) = Suspended::read(request, self.core.memory(), callbacks.len()) else {
+                self.core.discard();
+                return Err(self.violation(ViolationKind::Callback));
+            };
+            // The closure may call so many domains that this one's key is needed.
+            drop(lease);
+            self.core.suspended();
+            let value = {
+                let mut arguments = CallbackArguments::new(&suspended, self.core.memory_mut(), caller);
+                callbacks[suspended.index](&mut arguments)
+            };
+            lease = self.core.memory_mut().acquire_again(caller).map_err(|error| not_ready(error, self))?;
+            if let Err(error) = deadline.go_on() {
+                self.core.discard();
+                return Err(self.violation(error.into()));
+            }
+            let reply = suspended.reply(value);
+            // SAFETY: as in `call`; the entry point continues on the domain's stack where the call left it.
+            result = unsafe { self.core.resume(&lease, RESUME, &raw const reply as u64) };
+        }
+    }
+
+    #[cold]
+    fn call_from_new_thread<F: Fn() -> R, R: Transfer>(&mut self, function: F) -> Result<R, Violation> {
+        match setup::thread::make_ready() {
+            Ok(_) => self.call(function),
+            Err(error) => Err(self.not_ready(error)),
+        }
+    }
+
+    /// Reads the result that a call has left in the mailbox.
+    #[inline]
+    fn receive<R: Transfer>(&mut self, mailbox: usize) -> Result<R, Violation> {
+        // `from_wire` can panic, and a transient domain is to be discarded all the same.
+        let core = DiscardedLater(&mut self.core);
+        core.0.memory().ensure_rights_after_call();
+        let mut wire = MaybeUninit::<R::Wire>::uninit();
+        // SAFETY: the mailbox is in the domain's memory, which this thread can read; nothing runs in the domain. This is
+        // the only copy: what is checked is what is used.
+        unsafe { std::ptr::copy_nonoverlapping(mailbox as *const R::Wire, wire.as_mut_ptr(), 1) };
+        // SAFETY: any bytes are a value of a plain type.
+        let wire = unsafe { wire.assume_init() };
+        let ranges = core.0.memory().readable();
+        // SAFETY: these are the domain's mapped memory, which this thread can read; nothing runs in the domain.
+        let memory = unsafe { DomainMemory::new(&ranges) };
+        let received = R::from_wire(wire, &memory);
+        core.disarm();
+        received.map_err(|invalid| {
+            self.discard();
+            self.violation(ViolationKind::InvalidResult(invalid))
+        })
+    }
+
+    #[cold]
+    fn failed(&mut self, failure: Failure<Trap, Error>, closure: &'static str) -> Violation {
+        let trap = match failure {
+            Failure::Trap(trap) => trap,
+            Failure::NotReady(error) => return self.violation(ViolationKind::NotReady(error)),
+        };
+        let memory = self.core.memory();
+        memory.ensure_rights_after_call();
+        let loaded = memory.loaded_count();
+        let (kind, instruction) = classify(memory, &trap);
+        if let Some((then, last)) = &self.last
+            && *then == loaded
+            && last.is(&kind, instruction)
+        {
+            return last.clone();
+        }
+        let violation = Violation::of_trap(self.name.clone(), kind, instruction, closure);
+        self.last = Some((loaded, violation.clone()));
+        violation
+    }
+
+    #[cold]
+    fn not_ready(&self, error: Error) -> Violation {
+        // With its own copy of the name: code in another domain gets here too, and cannot write this one's count.
+        Violation::new(Arc::from(&*self.name), ViolationKind::NotReady(error))
+    }
+
+    #[cold]
+    fn violation(&self, kind: ViolationKind) -> Violation {
+        Violation::new(self.name.clone(), kind)
+    }
+
+    /// Counts a violation, logs it, and calls the hook.
+    #[cold]
+    fn report(&mut self, violation: Violation) -> Violation {
+        if self.core.memory().is_learning() {
+            return violation;
+        }
+        if self.limits.retire_after.is_some()
+            && !matches!(violation.kind(), ViolationKind::NotReady(_) | ViolationKind::Retired)
+        {
+            self.violations = self.violations.saturating_add(1);
+        }
+        #[cfg(feature = "log")]
+        log::warn!(target: "pkru", "{violation}");
+        if let Some(hook) = &self.hook {
+            hook(&violation);
+        }
+        violation
+    }
+}
+
+impl From<DeadlineError> for ViolationKind {
+    fn from(error: DeadlineError) -> Self {
+        match error {
+            DeadlineError::Passed => Self::Deadline,
+            DeadlineError::Timer(error) => Self::NotReady(error),
+        }
+    }
+}
+
+/// Has a domain discarded before the next call, unless it is disarmed.
+struct DiscardedLater<'a>(&'a mut Core<PkuBackend>);
+
+impl DiscardedLater<'_> {
+    #[inline]
+    fn disarm(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for DiscardedLater<'_> {
+    fn drop(&mut self) {
+        self.0.discard_later();
+    }
+}

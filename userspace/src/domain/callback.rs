@@ -1,0 +1,152 @@
+//! Callbacks, as the caller sees them.
+//!
+//! A call that asks for a callback is [suspended](Suspended): no domain runs while the closure does, so that it may call
+//! any other. The caller copies the request and checks it before it uses it.
+
+#![expect(unsafe_code, reason = "it copies from and to domain memory")]
+
+use std::ffi::c_void;
+use std::fmt;
+
+use crate::backend::pku::Memory;
+use crate::inside::callback::{MOST, Reply, Request, function};
+use crate::keys::Caller;
+use crate::transfer::InvalidResult;
+
+/// The closures that code in a domain can call, see [`Domain::call_with`](crate::Domain::call_with).
+pub type Callbacks<'a, 'b> = &'a mut [&'b mut dyn FnMut(&mut CallbackArguments<'_>) -> u64];
+
+/// What code in a domain calls to have a closure of its caller's run.
+#[derive(Debug, Clone, Copy)]
+pub struct Callback {
+    index: usize,
+}
+
+impl Callback {
+    /// Returns the address of a C function that takes up to six integers or pointers and returns one; an `int` is its
+    /// low half.
+    ///
+    /// To call it outside a domain aborts the program.
+    #[must_use]
+    pub fn pointer(self) -> *const c_void {
+        function(self.index)
+    }
+}
+
+/// Returns the callbacks of a call that has so many.
+///
+/// # Panics
+///
+/// If they are more than there are functions for.
+pub(crate) fn pointers(count: usize) -> Vec<Callback> {
+    assert!(count <= MOST, "a call can have {MOST} callbacks, and not {count}");
+    (0..count).map(|index| Callback { index }).collect()
+}
+
+/// What code in a domain has called a callback with: hostile until it is checked.
+///
+/// The words are whatever it has put into six registers; C code that calls with fewer leaves anything in the others.
+/// One that stands for a pointer must not be used as one: what it points to is read with [`read`](Self::read) and
+/// written with [`write`](Self::write), which refuse everything but the domain's own memory.
+pub struct CallbackArguments<'a> {
+    words: [u64; 6],
+    memory: &'a mut Memory,
+    caller: Caller,
+}
+
+impl<'a> CallbackArguments<'a> {
+    pub(crate) const fn new(suspended: &Suspended, memory: &'a mut Memory, caller: Caller) -> Self {
+        Self { words: suspended.words, memory, caller }
+    }
+
+    /// Returns an argument, counted from 0.
+    ///
+    /// # Panics
+    ///
+    /// If `index` is above 5.
+    #[must_use]
+    pub const fn word(&self, index: usize) -> u64 {
+        self.words[index]
+    }
+
+    /// Copies bytes out of the domain's stack or heap.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidResult::OutOfBounds`] if they are not all in one of those.
+    pub fn read(&mut self, address: u64, length: usize) -> Result<Vec<u8>, InvalidResult> {
+        self.check(address, length)?;
+        let mut bytes = vec![0; length];
+        let target = bytes.as_mut_ptr();
+        // SAFETY: the range is in the domain's memory, which this thread can use while the key is pinned; nothing runs
+        // in the domain.
+        self.with_memory(|| unsafe { std::ptr::copy_nonoverlapping(address as *const u8, target, length) })?;
+        Ok(bytes)
+    }
+
+    /// Copies bytes into the domain's stack or heap.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidResult::OutOfBounds`] if they do not all fit into one of those.
+    pub fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), InvalidResult> {
+        self.check(address, bytes.len())?;
+        // SAFETY: as in `read`; and no Rust value of the caller's is there.
+        self.with_memory(|| unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) })
+    }
+
+    fn check(&self, address: u64, length: usize) -> Result<(), InvalidResult> {
+        if is_within(self.memory, address, length) {
+            Ok(())
+        } else {
+            Err(InvalidResult::OutOfBounds { address, length: length as u64 })
+        }
+    }
+
+    /// Runs something that uses the domain's memory, which may have lost its key since the call was suspended.
+    fn with_memory(&mut self, function: impl FnOnce()) -> Result<(), InvalidResult> {
+        let _lease = self.memory.acquire_again(self.caller).map_err(|_| InvalidResult::NoKey)?;
+        function();
+        Ok(())
+    }
+}
+
+impl fmt::Debug for CallbackArguments<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CallbackArguments").field("words", &format_args!("{:#x?}", self.words)).finish_non_exhaustive()
+    }
+}
+
+fn is_within(memory: &Memory, address: u64, length: usize) -> bool {
+    let start = address as usize;
+    start.checked_add(length).is_some_and(|end| {
+        memory.readable().iter().any(|range| range.start <= start && start < range.end && end <= range.end)
+    })
+}
+
+/// A call that waits for its callback.
+#[derive(Debug)]
+pub(crate) struct Suspended {
+    request: u64,
+    /// Invariant: the call has that callback.
+    pub(crate) index: usize,
+    words: [u64; 6],
+}
+
+impl Suspended {
+    /// Copies a request and checks it; `None` if it is invalid. The calling thread has rights to the domain's memory.
+    pub(crate) fn read(request: u64, memory: &Memory, count: usize) -> Option<Self> {
+        if !is_within(memory, request, size_of::<Request>()) {
+            return None;
+        }
+        // SAFETY: the range is in the domain's memory, where nothing runs; any bytes are a request.
+        let Request { index, words } = unsafe { (request as *const Request).read_unaligned() };
+        let index = usize::try_from(index).ok().filter(|index| *index < count)?;
+        Some(Self { request, index, words })
+    }
+
+    /// Returns what the domain resumes with.
+    pub(crate) const fn reply(&self, value: u64) -> Reply {
+        Reply { stack: self.request, value }
+    }
+}

@@ -1,0 +1,152 @@
+//! Domains that threads take turns with.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::{Builder, Domain};
+use crate::Error;
+
+/// A number of domains of one kind, for any number of threads.
+///
+/// # Examples
+///
+/// ```
+/// use pkru_userspace::{Domain, Pool};
+///
+/// # if pkru_userspace::capability::detect().is_err() { return Ok(()) }
+/// let pool = Pool::new(Domain::builder("worker"), 4);
+/// std::thread::scope(|scope| {
+///     for thread in 0..8u64 {
+///         let pool = &pool;
+///         scope.spawn(move || {
+///             let mut domain = pool.get().expect("this machine has protection keys");
+///             assert_eq!(domain.call(|| thread * thread).expect("nothing goes wrong here"), thread * thread);
+///         });
+///     }
+/// });
+/// # Ok::<(), pkru_userspace::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Pool {
+    builder: Builder,
+    most: usize,
+    state: Mutex<State>,
+    returned: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    idle: Vec<Domain>,
+    /// Those that are idle, in use or being made.
+    count: usize,
+}
+
+impl Pool {
+    /// Makes a pool of up to `most` domains, which are made when they are first needed.
+    ///
+    /// # Panics
+    ///
+    /// If `most` is 0.
+    #[must_use]
+    pub fn new(builder: Builder, most: usize) -> Self {
+        assert!(most > 0, "a pool has at least one domain");
+        Self { builder, most, state: Mutex::default(), returned: Condvar::new() }
+    }
+
+    /// Takes a domain, which goes back when it is dropped. It waits while all of them are in use, also if that is by
+    /// the calling thread.
+    ///
+    /// A domain keeps what calls leave in it, also from one thread to the next, unless the builder makes it
+    /// [transient](Builder::transient). One that is [retired](Builder::retire_after) is replaced by a new one.
+    ///
+    /// # Errors
+    ///
+    /// Why a domain could not be made.
+    pub fn get(&self) -> Result<Pooled<'_>, Error> {
+        let mut state = self.lock();
+        loop {
+            if let Some(taken) = self.take(&mut state) {
+                drop(state);
+                return self.make(taken);
+            }
+            state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Takes a domain as [`get`](Self::get) does, or returns `None` where that would wait.
+    ///
+    /// # Errors
+    ///
+    /// Why a domain could not be made.
+    pub fn try_get(&self) -> Result<Option<Pooled<'_>>, Error> {
+        let taken = self.take(&mut self.lock());
+        taken.map(|taken| self.make(taken)).transpose()
+    }
+
+    /// Takes an idle domain, or the right to make one.
+    fn take(&self, state: &mut State) -> Option<Option<Domain>> {
+        // The one that was used last is the likeliest to have a key.
+        if let Some(domain) = state.idle.pop() {
+            return Some(Some(domain));
+        }
+        (state.count < self.most).then(|| {
+            state.count += 1;
+            None
+        })
+    }
+
+    fn make(&self, taken: Option<Domain>) -> Result<Pooled<'_>, Error> {
+        // It goes back when it is dropped, also if there is no domain in it.
+        let mut pooled = Pooled { pool: self, domain: taken };
+        if pooled.domain.is_none() {
+            pooled.domain = Some(self.builder.clone().build()?);
+        }
+        Ok(pooled)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A domain of a [`Pool`].
+pub struct Pooled<'a> {
+    pool: &'a Pool,
+    /// Invariant: it is there once the user has this, until it is dropped.
+    domain: Option<Domain>,
+}
+
+impl Deref for Pooled<'_> {
+    type Target = Domain;
+
+    fn deref(&self) -> &Domain {
+        self.domain.as_ref().expect("it is there until this is dropped")
+    }
+}
+
+impl DerefMut for Pooled<'_> {
+    fn deref_mut(&mut self) -> &mut Domain {
+        self.domain.as_mut().expect("it is there until this is dropped")
+    }
+}
+
+impl Drop for Pooled<'_> {
+    fn drop(&mut self) {
+        // One that is retired makes room for a new one.
+        let domain = self.domain.take().filter(|domain| !domain.is_retired());
+        let mut state = self.pool.lock();
+        match domain {
+            Some(domain) => state.idle.push(domain),
+            None => state.count -= 1,
+        }
+        drop(state);
+        self.pool.returned.notify_one();
+    }
+}
+
+impl fmt::Debug for Pooled<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.domain.fmt(f)
+    }
+}

@@ -1,0 +1,23 @@
+//! What runs with a domain's rights.
+//!
+//! Code in this folder takes no lock and writes no static. What it finds in the domain's memory may be spoiled; the
+//! worst that follows is a violation. Nothing outside relies on what it says.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`entry`] | the function that a call enters |
+//! | [`callback`] | asking the caller for a callback |
+//! | [`abort`] | ending the call |
+//! | [`exported`] | blocks that results refer to |
+//! | [`libc`] | functions of the C library, as they act in a domain |
+//! | `panic` | the panic hook |
+//!
+//! Three more pieces run with a domain's rights and live elsewhere: `Transfer::into_wire`, which users implement
+//! ([`crate::transfer`]); `pkru`'s heap; and `pkru`'s gate up to the switch of rights.
+
+pub(crate) mod abort;
+pub(crate) mod callback;
+pub(crate) mod entry;
+pub(crate) mod exported;
+pub(crate) mod libc;
+pub(crate) mod panic;

@@ -1,0 +1,351 @@
+//! Property tests of the key table over a simulated system whose every call can fail.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use pkru::{KeySet, ProtectionKey};
+use proptest::prelude::*;
+
+use super::caller::Caller;
+use super::slots::{Pin, Slots};
+use super::table::{Keys, Table, Tagged, Tagger};
+
+/// Keys and page tables, simulated.
+#[derive(Default)]
+struct Simulated(RefCell<System>);
+
+#[derive(Default)]
+struct System {
+    /// How many keys can be allocated yet.
+    keys_left: usize,
+    allocated: u8,
+    /// The key of each page that is mapped, key 0 if it was never tagged.
+    pages: BTreeMap<usize, ProtectionKey>,
+    /// Which of the next calls fail.
+    failures: Vec<bool>,
+}
+
+impl System {
+    fn fails(&mut self) -> bool {
+        self.failures.pop().unwrap_or(false)
+    }
+}
+
+impl Tagger for Simulated {
+    type Quiet = ();
+
+    fn quiet(&self) {}
+
+    fn allocate(&self) -> io::Result<Option<ProtectionKey>> {
+        let mut system = self.0.borrow_mut();
+        if system.fails() {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        if system.keys_left == 0 {
+            return Ok(None);
+        }
+        system.keys_left -= 1;
+        system.allocated += 1;
+        Ok(ProtectionKey::new(system.allocated))
+    }
+
+    unsafe fn tag(&self, pages: Range<usize>, key: ProtectionKey) -> io::Result<()> {
+        let mut system = self.0.borrow_mut();
+        for page in pages {
+            // Like the kernel, it can fail in the middle of a range.
+            if system.fails() {
+                return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+            }
+            *system.pages.get_mut(&page).expect("a page that is tagged is mapped") = key;
+        }
+        Ok(())
+    }
+}
+
+/// What a test does next. Numbers choose among what there is.
+#[derive(Debug, Clone)]
+enum Step {
+    NewMemory,
+    Call {
+        memory: usize,
+        thread: usize,
+    },
+    EndCall {
+        call: usize,
+    },
+    /// Resumes a suspended call, which wants the key that it had.
+    CallWithKey {
+        memory: usize,
+        thread: usize,
+        key: u8,
+    },
+    Drop {
+        memory: usize,
+        is_clean: bool,
+    },
+    MapAnew {
+        memory: usize,
+    },
+    Take,
+    GiveBack {
+        taken: usize,
+    },
+    Closed,
+    Limit {
+        keys: usize,
+    },
+    HandIn,
+    WhileNoneHasAKey {
+        thread: usize,
+    },
+    Fail {
+        failures: Vec<bool>,
+    },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let number = 0..64usize;
+    prop_oneof![
+        3 => Just(Step::NewMemory),
+        8 => (number.clone(), 0..3usize).prop_map(|(memory, thread)| Step::Call { memory, thread }),
+        6 => number.clone().prop_map(|call| Step::EndCall { call }),
+        2 => (number.clone(), 0..3usize, 1..16u8)
+            .prop_map(|(memory, thread, key)| Step::CallWithKey { memory, thread, key }),
+        2 => (number.clone(), any::<bool>()).prop_map(|(memory, is_clean)| Step::Drop { memory, is_clean }),
+        1 => number.clone().prop_map(|memory| Step::MapAnew { memory }),
+        1 => Just(Step::Take),
+        1 => number.prop_map(|taken| Step::GiveBack { taken }),
+        1 => Just(Step::Closed),
+        1 => (0..16usize).prop_map(|keys| Step::Limit { keys }),
+        1 => Just(Step::HandIn),
+        1 => (0..3usize).prop_map(|thread| Step::WhileNoneHasAKey { thread }),
+        3 => proptest::collection::vec(prop::bool::weighted(0.3), 1..8).prop_map(|failures| Step::Fail { failures }),
+    ]
+}
+
+/// The pages that one memory has, in two ranges.
+const PAGES: usize = 3;
+
+struct World<'a> {
+    table: &'a Table<Simulated>,
+    next_page: usize,
+    memories: Vec<Arc<Tagged>>,
+    calls: Vec<(Arc<Tagged>, usize, Pin<'a>)>,
+    taken: Vec<ProtectionKey>,
+    /// Keys that pages carry for ever, which no table could ever free.
+    lost: KeySet,
+}
+
+fn caller(thread: usize) -> Caller {
+    Caller { number: thread as u64 + 1, signal_stack: (thread + 1) << 20 }
+}
+
+impl World<'_> {
+    fn key(&self, memory: &Tagged) -> Option<ProtectionKey> {
+        self.table.key_of(memory)
+    }
+
+    fn is_called(&self, memory: &Arc<Tagged>) -> bool {
+        self.calls.iter().any(|(called, ..)| Arc::ptr_eq(called, memory))
+    }
+
+    /// Whether a thread that asks for a key would wait for other threads, of which there are none here.
+    fn would_wait(&self, memory: &Arc<Tagged>, want: Option<ProtectionKey>) -> bool {
+        let locked = self.table.lock();
+        if self.table.key_of(memory).is_some() {
+            return false;
+        }
+        let is_pinned = |key: ProtectionKey| self.table.slots.of(key).is_pinned();
+        if let Some(want) = want {
+            return is_pinned(want) || (locked.closed.is_none() && locked.owners[want.index()].is_some());
+        }
+        let idle = locked.owned().filter(|key| !is_pinned(*key)).count();
+        let closed = usize::from(locked.closed.is_none());
+        locked.free.is_empty() && locked.ours.len() >= locked.limit.min(locked.ours.len()) && idle <= closed
+    }
+
+    fn call(&mut self, memory: usize, thread: usize, want: Option<ProtectionKey>) {
+        let Some(memory) = choose(&self.memories, memory).cloned() else { return };
+        if self.is_called(&memory) || self.would_wait(&memory, want) {
+            return;
+        }
+        let pin = match self.table.pin(&memory, caller(thread)) {
+            Some(pin) => Ok(pin),
+            None => self.table.assign_key(&memory, caller(thread), want),
+        };
+        if let Ok(pin) = pin {
+            let key = self.table.pinned_key(&pin);
+            assert_eq!(self.key(&memory), Some(key));
+            assert!(want.is_none_or(|want| want == key) || self.key(&memory).is_some());
+            self.calls.push((memory, thread, pin));
+        }
+    }
+
+    fn take(&mut self, step: Step) {
+        match step {
+            Step::NewMemory => {
+                let start = self.next_page;
+                self.next_page += PAGES;
+                let ranges = Box::new([start..start + 1, start + 1..start + PAGES]);
+                let mut system = self.table.tagger.0.borrow_mut();
+                system.pages.extend((start..start + PAGES).map(|page| (page, ProtectionKey::DEFAULT)));
+                self.memories.push(self.table.describe(ranges));
+            }
+            Step::Call { memory, thread } => self.call(memory, thread, None),
+            Step::CallWithKey { memory, thread, key } => self.call(memory, thread, ProtectionKey::new(key)),
+            Step::EndCall { call } => {
+                if !self.calls.is_empty() {
+                    drop(self.calls.swap_remove(call % self.calls.len()));
+                }
+            }
+            Step::Drop { memory, is_clean } => {
+                if self.memories.is_empty() {
+                    return;
+                }
+                let memory = self.memories.swap_remove(memory % self.memories.len());
+                if self.is_called(&memory) {
+                    self.memories.push(memory);
+                    return;
+                }
+                if !is_clean {
+                    // The table cannot know which pages are left, and gives up what they may carry.
+                    self.lost = KeySet::from_bits(self.lost.bits() | memory.tainted.load(Ordering::Relaxed));
+                    self.key(&memory).into_iter().for_each(|key| self.lost.insert(key));
+                }
+                self.table.release(&memory, || {
+                    if is_clean {
+                        let mut system = self.table.tagger.0.borrow_mut();
+                        memory.ranges.iter().cloned().flatten().for_each(|page| {
+                            system.pages.remove(&page);
+                        });
+                    }
+                    is_clean
+                });
+            }
+            Step::MapAnew { memory } => {
+                let Some(memory) = choose(&self.memories, memory) else { return };
+                {
+                    let mut system = self.table.tagger.0.borrow_mut();
+                    for page in memory.ranges.iter().cloned().flatten() {
+                        system.pages.insert(page, ProtectionKey::DEFAULT);
+                    }
+                }
+                // On failure its owner uses the memory no more.
+                let _ = self.table.tag_again(memory);
+            }
+            Step::Take => {
+                let is_safe = {
+                    let locked = self.table.lock();
+                    !locked.free.is_empty() || locked.owned().all(|key| !self.table.slots.of(key).is_pinned())
+                };
+                if is_safe && let Ok(key) = self.table.take_for_good(None) {
+                    self.taken.push(key);
+                }
+            }
+            Step::GiveBack { taken } => {
+                if !self.taken.is_empty() {
+                    self.table.give_back(self.taken.swap_remove(taken % self.taken.len()));
+                }
+            }
+            Step::Closed => {
+                let is_safe = self.table.lock().owned().all(|key| !self.table.slots.of(key).is_pinned());
+                if is_safe {
+                    let _ = self.table.closed(None);
+                }
+            }
+            Step::Limit { keys } => self.table.set_limit(keys),
+            Step::HandIn => {
+                let mut system = self.table.tagger.0.borrow_mut();
+                if system.keys_left > 0 {
+                    system.keys_left -= 1;
+                    system.allocated += 1;
+                    self.table.hand_in(ProtectionKey::new(system.allocated).expect("there are at most 15"));
+                }
+            }
+            Step::WhileNoneHasAKey { thread } => {
+                if self.calls.is_empty() {
+                    let ran = Cell::new(false);
+                    let result = self.table.while_no_domain_has_a_key(caller(thread), || {
+                        ran.set(true);
+                        Ok(())
+                    });
+                    assert_eq!(result.is_ok(), ran.get());
+                    assert!(result.is_err() || self.memories.iter().all(|memory| self.key(memory).is_none()));
+                }
+            }
+            Step::Fail { failures } => self.table.tagger.0.borrow_mut().failures = failures,
+        }
+    }
+
+    /// What holds after every step.
+    fn check(&self) {
+        let locked = self.table.lock();
+        let system = self.table.tagger.0.borrow();
+        let mut accounted = locked.free;
+        let mut add = |key: ProtectionKey, what: &str| {
+            assert!(!accounted.contains(key), "key {key} is {what}, and something else too");
+            accounted.insert(key);
+        };
+        locked.closed.into_iter().for_each(|key| add(key, "closed"));
+        self.taken.iter().for_each(|key| add(*key, "taken"));
+        for key in locked.owned() {
+            add(key, "a domain's");
+            let owner = locked.owners[key.index()].as_ref().expect("it is owned");
+            assert_eq!(self.table.key_of(owner), Some(key));
+        }
+        let mut tainted = KeySet::EMPTY;
+        for memory in &self.memories {
+            let key = self.table.key_of(memory);
+            assert!(
+                key.is_none_or(|key| locked.owners[key.index()].as_ref().is_some_and(|it| Arc::ptr_eq(it, memory)))
+            );
+            tainted = KeySet::from_bits(tainted.bits() | memory.tainted.load(Ordering::Relaxed));
+        }
+        // No key is lost: each is free, closed, taken, a domain's, or on pages that could not be tagged otherwise.
+        let everywhere = accounted.bits() | tainted.bits() | self.lost.bits();
+        assert_eq!(
+            locked.ours.bits() & !everywhere,
+            0,
+            "keys {:?} are lost",
+            KeySet::from_bits(locked.ours.bits() & !everywhere)
+        );
+        // No key is free while pages carry it.
+        for (page, key) in &system.pages {
+            assert!(!locked.free.contains(*key), "page {page} carries key {key}, which is free");
+        }
+        // A call's memory carries its key, all of it, and nothing else does.
+        for (memory, thread, pin) in &self.calls {
+            let key = self.table.pinned_key(pin);
+            assert!(self.table.slots.of(key).is_pinned_by(caller(*thread)));
+            for (page, found) in &system.pages {
+                let is_its = memory.ranges.iter().any(|range| range.contains(page));
+                assert!(is_its || *found != key || self.lost.contains(key), "page {page} carries key {key} of another");
+            }
+        }
+    }
+}
+
+fn choose<T>(of: &[T], number: usize) -> Option<&T> {
+    if of.is_empty() { None } else { of.get(number % of.len()) }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn keys_are_neither_shared_nor_lost(keys in 0..16usize, steps in proptest::collection::vec(step(), 1..60)) {
+        let keys = keys.min(15);
+        let tagger = Simulated(RefCell::new(System { keys_left: keys, ..System::default() }));
+        let table = Table { tagger, slots: Slots::new(), keys: Mutex::new(Keys::new()) };
+        let (memories, calls, taken) = (Vec::new(), Vec::new(), Vec::new());
+        let mut world = World { table: &table, next_page: 0, memories, calls, taken, lost: KeySet::EMPTY };
+        for step in steps {
+            world.take(step);
+            world.check();
+        }
+    }
+}

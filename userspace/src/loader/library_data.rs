@@ -1,0 +1,101 @@
+//! Giving a domain the writable data of a shared library.
+
+#![expect(unsafe_code, reason = "it copies a library's data")]
+
+use std::cell::Cell;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pkru::ProtectionKey;
+
+use super::bind;
+use super::owned::{self, Part, can_be_owned, is_called};
+use crate::Error;
+use crate::sys::{self, BlockedSignals, Library};
+use crate::trusted::trusted;
+
+/// A library's data, owned by a domain.
+#[derive(Debug)]
+pub(crate) struct LibraryData {
+    /// Keeps the library loaded.
+    _library: Library,
+    parts: Vec<Arc<Part>>,
+    /// A page could not be untagged: no domain can own the data any more.
+    is_lost: Cell<bool>,
+}
+
+trusted! {
+    /// Whether [`owned::return_all`] is registered.
+    static HAS_EXIT_HANDLER: AtomicBool = AtomicBool::new(false);
+}
+
+impl LibraryData {
+    /// Takes the data of a loaded library as it is now. `name` is the library's file name, with or without the version
+    /// at its end.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoLibrary`], or [`Error::LibraryInUse`] if a domain owns it or the program depends on it.
+    pub(crate) fn take(name: &str) -> Result<Self, Error> {
+        let library = sys::libraries().into_iter().find(|library| is_called(library, name));
+        let library = library.ok_or_else(|| Error::NoLibrary { name: name.into() })?;
+        if !can_be_owned(&library) {
+            return Err(Error::LibraryInUse { name: name.into() });
+        }
+        let ranges = library.writable_pages();
+        let _quiet = BlockedSignals::new();
+        // The copy has every slot bound: nothing outside the domain can write the data from now on.
+        let _binding = bind::bind_all();
+        let mut owned = owned::lock();
+        if ranges.iter().any(|range| owned.iter().any(|other| other.addresses.start == range.start)) {
+            return Err(Error::LibraryInUse { name: name.into() });
+        }
+        let contents = |range: &Range<usize>| {
+            // SAFETY: the pages are mapped while `library` lives. Other threads do not use the library at this moment,
+            // as `Builder::library` demands.
+            unsafe { std::slice::from_raw_parts(range.start as *const u8, range.len()) }.to_vec()
+        };
+        let part = |range| Arc::new(Part { contents: contents(&range), addresses: range });
+        let parts: Vec<_> = ranges.into_iter().map(part).collect();
+        if !HAS_EXIT_HANDLER.load(Ordering::Relaxed) {
+            sys::at_exit(owned::return_all).map_err(Error::system("register an exit handler"))?;
+            HAS_EXIT_HANDLER.store(true, Ordering::Relaxed);
+        }
+        owned.extend(parts.iter().cloned());
+        Ok(Self { _library: library, parts, is_lost: Cell::new(false) })
+    }
+
+    /// Returns the pages.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = Range<usize>> {
+        self.parts.iter().map(|part| part.addresses.clone())
+    }
+
+    /// Writes back what the data was when it was taken.
+    pub(crate) fn restore(&self) {
+        self.parts.iter().for_each(|part| part.restore());
+    }
+
+    /// Returns the data to the program as it was when it was taken; `false` if a page could not be untagged.
+    pub(crate) fn give_back(&self) -> bool {
+        for part in &self.parts {
+            // SAFETY: the pages are the library's data.
+            if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok() {
+                part.restore();
+            } else {
+                self.is_lost.set(true);
+            }
+        }
+        !self.is_lost.get()
+    }
+}
+
+impl Drop for LibraryData {
+    fn drop(&mut self) {
+        if !self.is_lost.get() {
+            let _quiet = BlockedSignals::new();
+            let mut owned = owned::lock();
+            owned.retain(|owned| !self.parts.iter().any(|part| part.addresses == owned.addresses));
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! The data of shared libraries that domains own.
+
+#![expect(unsafe_code, reason = "it restores a library's data")]
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pkru::ProtectionKey;
+
+use crate::rights;
+use crate::sys::{self, BlockedSignals, Library};
+use crate::trusted::trusted;
+
+/// Pages of a library's data, and what they held when a domain got them.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(super) addresses: Range<usize>,
+    pub(super) contents: Vec<u8>,
+}
+
+impl Part {
+    /// Writes back what the pages held.
+    pub(super) fn restore(&self) {
+        let (from, to) = (self.contents.as_ptr(), self.addresses.start as *mut u8);
+        // SAFETY: the pages are the library's, and as many; nothing runs in the domain that owns them.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, self.contents.len()) };
+    }
+}
+
+/// The parts that domains own.
+pub(crate) type OwnedData = Vec<Arc<Part>>;
+
+trusted! { static OWNED: Mutex<OwnedData> = Mutex::new(Vec::new()); }
+
+/// Locks the list. Signals are blocked by the caller, because their handlers may fork.
+pub(crate) fn lock() -> MutexGuard<'static, OwnedData> {
+    OWNED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns the pages that domains own.
+pub(crate) fn pages() -> Vec<Range<usize>> {
+    lock().iter().map(|part| part.addresses.clone()).collect()
+}
+
+/// Returns all data to the program when it exits, before the loader runs the libraries' destructors.
+pub(super) extern "C" fn return_all() {
+    if rights::is_in_domain() {
+        return;
+    }
+    let _quiet = BlockedSignals::new();
+    for part in lock().iter() {
+        // SAFETY: the pages are a library's data. A call that still runs in the domain that owns them faults.
+        if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok() {
+            part.restore();
+        }
+    }
+}
+
+/// Libraries that the program uses all the time.
+const INDISPENSABLE: [&str; 5] = ["libc.so", "libpthread.so", "ld-linux-x86-64.so", "libgcc_s.so", "linux-vdso.so"];
+
+/// Returns whether a domain can own a library's data.
+pub(crate) fn can_be_owned(library: &Library) -> bool {
+    !library.name.is_empty() && !INDISPENSABLE.iter().any(|name| is_called(library, name))
+}
+
+/// Returns whether a library's file has this name, with or without a version at its end.
+pub(super) fn is_called(library: &Library, name: &str) -> bool {
+    if library.name.is_empty() {
+        return false;
+    }
+    let path = library.name.to_string_lossy();
+    let file = path.rsplit('/').next().unwrap_or_default();
+    file.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}

@@ -1,0 +1,75 @@
+//! What code in a domain finds about its domain, in thread-locals of which each domain has its own copy.
+//!
+//! They are set when the domain is made ready, so that entering it writes nothing. Code in the domain can overwrite
+//! them: they serve that code, and what is decided outside never rests on them.
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::ops::Range;
+use std::ptr::{self, NonNull};
+
+use pkru::heap::DomainHeap;
+
+/// The values. Outside any domain all of them are zero.
+pub(crate) struct Locals {
+    heap: Cell<*mut DomainHeap>,
+    /// The stack's lowest address, and the one past it.
+    stack: Cell<(usize, usize)>,
+    /// The call that is running, if it has callbacks.
+    call: Cell<*const c_void>,
+}
+
+thread_local! {
+    static LOCALS: Locals = const {
+        Locals {
+            heap: Cell::new(ptr::null_mut()),
+            stack: Cell::new((0, 0)),
+            call: Cell::new(ptr::null()),
+        }
+    };
+}
+
+impl Locals {
+    /// Returns the values for a domain with this heap and stack.
+    pub(crate) const fn new(heap: NonNull<DomainHeap>, stack: &Range<usize>) -> Self {
+        Self {
+            heap: Cell::new(heap.as_ptr()),
+            stack: Cell::new((stack.start, stack.end)),
+            call: Cell::new(ptr::null()),
+        }
+    }
+
+    /// Returns the address of the calling thread's copy.
+    pub(crate) fn address() -> usize {
+        LOCALS.with(|locals| ptr::from_ref(locals).addr())
+    }
+}
+
+/// Returns the heap of the domain that the calling code runs in, or null outside any domain.
+#[inline]
+pub(crate) fn heap() -> *mut DomainHeap {
+    LOCALS.with(|locals| locals.heap.get())
+}
+
+/// Returns whether the thread-locals say that the calling code runs in a domain.
+///
+/// A domain can forge this. [`rights::is_in_domain`](crate::rights::is_in_domain) is the one to trust.
+pub(crate) fn says_in_domain() -> bool {
+    !heap().is_null()
+}
+
+/// In a domain: returns whether an address lies on its stack.
+pub(crate) fn is_on_own_stack(address: usize) -> bool {
+    let (start, end) = LOCALS.with(|locals| locals.stack.get());
+    (start..end).contains(&address)
+}
+
+/// In a domain: returns the call that is running, or null if it has no callbacks.
+pub(crate) fn call() -> *const c_void {
+    LOCALS.with(|locals| locals.call.get())
+}
+
+/// In a domain: sets the call that is running; null when it ends.
+pub(crate) fn set_call(call: *const c_void) {
+    LOCALS.with(|locals| locals.call.set(call));
+}

@@ -1,0 +1,78 @@
+//! What happens around the program's forks, so that domains work in the child.
+
+#![expect(unsafe_code, reason = "it keeps guards from before a fork to after it")]
+
+use std::cell::UnsafeCell;
+use std::sync::MutexGuard;
+
+use crate::loader::owned;
+use crate::signal::actions;
+use crate::trusted::trusted;
+use crate::violation::symbol_tables::{self, SymbolTables};
+use crate::{keys, rights, sys, thread};
+
+/// The locks that are held across a fork. In the child another thread's change to what they protect would never end.
+struct Held {
+    _owned: MutexGuard<'static, owned::OwnedData>,
+    _symbols: MutexGuard<'static, SymbolTables>,
+    // Taken after the symbol tables' lock, which is held while objects are listed.
+    _loader: MutexGuard<'static, ()>,
+    // Dropped last: signals are blocked until then.
+    keys: keys::Locked,
+}
+
+/// Not a thread-local: a fork in the destructor of one would find it gone.
+struct Place(UnsafeCell<Option<Held>>);
+
+// SAFETY: only the thread that holds the key table's lock uses it.
+unsafe impl Sync for Place {}
+
+trusted! { static HELD: Place = Place(UnsafeCell::new(None)); }
+
+/// Before a fork.
+///
+/// Functions of the C library that fork internally call this in a domain too. Nothing is prepared for that child.
+pub(super) extern "C" fn before() {
+    if rights::is_in_domain() {
+        return;
+    }
+    let keys = keys::lock();
+    let held = Held { _owned: owned::lock(), _symbols: symbol_tables::lock(), _loader: sys::lock_loader(), keys };
+    actions::lock();
+    sys::begin_fork();
+    // SAFETY: this thread holds the key table's lock.
+    unsafe { *HELD.0.0.get() = Some(held) };
+}
+
+/// After a fork, in the parent.
+pub(super) extern "C" fn after_in_parent() {
+    if rights::is_in_domain() {
+        return;
+    }
+    // SAFETY: this thread has held the key table's lock since `before`.
+    let held = unsafe { (*HELD.0.0.get()).take() };
+    after(held);
+}
+
+/// After a fork, in the child.
+pub(super) extern "C" fn after_in_child() {
+    if rights::is_in_domain() {
+        return;
+    }
+    let thread = thread::current();
+    if let Some(thread) = thread {
+        thread.after_fork();
+    }
+    // SAFETY: as in the parent, of which this is a copy.
+    let mut held = unsafe { (*HELD.0.0.get()).take() };
+    if let Some(held) = &mut held {
+        held.keys.after_fork(thread.map(thread::Thread::caller));
+    }
+    after(held);
+}
+
+fn after(held: Option<Held>) {
+    sys::end_fork();
+    actions::unlock();
+    drop(held);
+}

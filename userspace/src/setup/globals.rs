@@ -1,0 +1,125 @@
+//! Giving the statics of the program a key of their own.
+//!
+//! The writable data of the executable and of the loaded libraries gets the key. The program keeps all rights to it,
+//! domains can read it as before, and those built with [`Globals::Writable`](crate::Globals::Writable) can write it.
+//! Rights are each thread's own, and a thread without rights to the key could use no static any more. So each thread is
+//! first sent a signal whose handler adds the rights; threads that it starts inherit them. A thread that is missed gets
+//! them when it faults.
+
+#![expect(unsafe_code, reason = "it tags the pages of statics")]
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::fork_lock::ForkLock;
+use crate::keys::statics::{self, GRANT_SIGNAL};
+use crate::loader::owned;
+use crate::thread::Thread;
+use crate::trusted::{self, trusted};
+use crate::{Error, keys, rights, sys};
+
+trusted! {
+    static IS_OPEN: AtomicBool = AtomicBool::new(false);
+    static OPENING: ForkLock = ForkLock::new();
+}
+
+/// Gives the statics a key of their own, if they have none yet.
+pub(crate) fn open_statics(thread: &Thread) -> Result<(), Error> {
+    if !IS_OPEN.load(Ordering::Acquire) && keys::are_pinned_by(thread.caller()) {
+        // Another thread may be opening them, and wait for this thread's key.
+        let operation =
+            "make the program's statics writable to a domain, for the first time, within a call of another domain";
+        return Err(Error::System { operation, errno: libc::EDEADLK });
+    }
+    let _guard = OPENING.lock();
+    if IS_OPEN.load(Ordering::Acquire) {
+        return Ok(());
+    }
+    // After a failure the key is kept for another try: threads have rights to it already.
+    let key = match statics::key() {
+        Some(key) => key,
+        None => keys::take_for_good(Some(thread.caller()))?,
+    };
+    statics::set_key(key);
+    rights::allow(key);
+    // These allocate buffers at first use, which must not lie on a domain's heap.
+    drop((std::io::stdout().lock(), std::io::stderr().lock()));
+    grant_to_all_threads()?;
+    // A domain gets its rights to the statics when it next gets a key.
+    keys::while_no_domain_has_a_key(thread.caller(), || {
+        for pages in static_pages() {
+            // SAFETY: the pages are writable data of loaded objects, and stay so; every thread has rights to the key.
+            unsafe { sys::protect(pages, key) }
+                .map_err(Error::system("give the program's statics a key of their own"))?;
+        }
+        Ok(())
+    })?;
+    IS_OPEN.store(true, Ordering::Release);
+    Ok(())
+}
+
+/// Sends every thread of the process the grant signal.
+fn grant_to_all_threads() -> Result<(), Error> {
+    const LIMIT: Duration = Duration::from_secs(5);
+    let operation = "give all threads rights to the statics' key: one of them blocks SIGFPE";
+    let mut signalled = vec![sys::thread_id()];
+    loop {
+        let threads = sys::threads().map_err(Error::system("list the threads of the process"))?;
+        let new: Vec<_> = threads.into_iter().filter(|thread| !signalled.contains(thread)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        for thread in new {
+            signalled.push(thread);
+            let acknowledged = statics::acknowledged();
+            if !sys::send_value(thread, GRANT_SIGNAL, statics::grant_value()) {
+                // It has ended.
+                continue;
+            }
+            let start = Instant::now();
+            while statics::acknowledged() == acknowledged && sys::thread_exists(thread) {
+                if start.elapsed() > LIMIT {
+                    return Err(Error::System { operation, errno: libc::ETIMEDOUT });
+                }
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// Returns the pages of all statics but this crate's own and those that a domain owns.
+fn static_pages() -> Vec<Range<usize>> {
+    let mut pages: Vec<_> = sys::libraries().iter().flat_map(sys::Library::writable_pages).collect();
+    for kept in trusted::pages().into_iter().chain(owned::pages()) {
+        pages = pages.into_iter().flat_map(|range| without(&range, &kept)).collect();
+    }
+    pages
+}
+
+/// Returns the parts of a range that another does not cover.
+fn without(range: &Range<usize>, other: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let before = range.start..other.start.clamp(range.start, range.end);
+    let after = other.end.clamp(range.start, range.end)..range.end;
+    [before, after].into_iter().filter(|range| !range.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without;
+
+    #[test]
+    fn ranges_without_others() {
+        for (other, expected) in [
+            (12..15, vec![(10, 12), (15, 20)]),
+            (10..20, vec![]),
+            (5..12, vec![(12, 20)]),
+            (15..30, vec![(10, 15)]),
+            (0..5, vec![(10, 20)]),
+            (30..40, vec![(10, 20)]),
+        ] {
+            let left: Vec<_> = without(&(10..20), &other).map(|range| (range.start, range.end)).collect();
+            assert_eq!(left, expected, "without {other:?}");
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Memory that no domain can read.
+
+#![expect(unsafe_code, reason = "it keeps a value in memory of its own")]
+
+use std::fmt;
+
+use pkru::ProtectionKey;
+
+use crate::memory::mapping::Mapping;
+use crate::rights::with_access;
+use crate::setup::process;
+use crate::{Error, keys, rights, thread};
+
+/// A value that no domain can read, such as a private key.
+///
+/// It lies in memory with a protection key to which domains have no rights. The program's threads give themselves
+/// rights within [`with`](Self::with) and [`with_mut`](Self::with_mut); a thread that is started there has them for
+/// good. All vaults of a process share one key. What the value refers to is not in
+/// the vault: keep a secret in an array, not in a `Vec`.
+///
+/// # Examples
+///
+/// ```
+/// use pkru_userspace::{Domain, Vault};
+///
+/// # if pkru_userspace::capability::detect().is_err() { return Ok(()) }
+/// let secret = Vault::new([7u8; 32])?;
+/// assert_eq!(secret.with(|bytes| bytes[0]), 7);
+///
+/// let address = secret.as_ptr().cast::<u8>();
+/// let mut domain = Domain::builder("curious").build()?;
+/// // SAFETY: none: this is the mistake.
+/// assert!(domain.call(|| unsafe { address.read() }).is_err());
+/// # Ok::<(), pkru_userspace::Error>(())
+/// ```
+pub struct Vault<T> {
+    mapping: Mapping<1>,
+    key: ProtectionKey,
+    value: *mut T,
+}
+
+// SAFETY: a vault owns its value, as a box does.
+unsafe impl<T: Send> Send for Vault<T> {}
+// SAFETY: a shared vault gives shared references to its value.
+unsafe impl<T: Sync> Sync for Vault<T> {}
+
+impl<T> Vault<T> {
+    /// Moves a value into a vault. Copies that were made on the way, on the stack for instance, are not in it.
+    ///
+    /// # Errors
+    ///
+    /// What is missing on this machine, or that no key or memory is left.
+    pub fn new(value: T) -> Result<Self, Error> {
+        const { assert!(align_of::<T>() <= 4096, "a value in a vault can be aligned to a page at most") };
+        if rights::is_in_domain() {
+            return Err(Error::InDomain);
+        }
+        process::make_ready()?;
+        let key = keys::closed(thread::current_caller())?;
+        let mapping = Mapping::new([size_of::<T>().max(1)])?;
+        mapping.make_accessible(key)?;
+        let place = mapping.part(0).start as *mut T;
+        // SAFETY: the place is mapped, aligned and large enough, and open meanwhile.
+        with_access(key, || unsafe { place.write(value) });
+        Ok(Self { mapping, key, value: place })
+    }
+
+    /// Lets a function see the value.
+    pub fn with<R>(&self, function: impl FnOnce(&T) -> R) -> R {
+        // SAFETY: the value is there until this is dropped, and open meanwhile.
+        with_access(self.key, || function(unsafe { &*self.value }))
+    }
+
+    /// Lets a function change the value.
+    pub fn with_mut<R>(&mut self, function: impl FnOnce(&mut T) -> R) -> R {
+        // SAFETY: as in `with`, and this is the only reference.
+        with_access(self.key, || function(unsafe { &mut *self.value }))
+    }
+
+    /// Returns the address of the value, which can be used within [`with`](Self::with) only.
+    #[must_use]
+    pub const fn as_ptr(&self) -> *const T {
+        self.value
+    }
+}
+
+impl<T> Drop for Vault<T> {
+    fn drop(&mut self) {
+        with_access(self.key, || {
+            // SAFETY: the value was written by `new` and is not used after this.
+            unsafe { self.value.drop_in_place() };
+            let size = self.mapping.part(0).len();
+            // SAFETY: the memory is this vault's.
+            unsafe { self.value.cast::<u8>().write_bytes(0, size) };
+        });
+    }
+}
+
+impl<T> fmt::Debug for Vault<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let addresses = self.mapping.part(0);
+        f.debug_struct("Vault").field("addresses", &format_args!("{addresses:#x?}")).finish_non_exhaustive()
+    }
+}

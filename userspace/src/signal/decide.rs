@@ -1,0 +1,324 @@
+//! What to do about a signal: a pure function of what it has interrupted.
+
+use pkru::ProtectionKey;
+use pkru::rights::Access;
+
+use super::trap::{DEADLINE, Interrupted, deadline_value};
+use crate::inside::abort::AbortReason;
+use crate::keys::statics::{GRANT_SIGNAL, grant_value};
+use crate::sys::FAULTS;
+
+/// What else a decision depends on.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Facts {
+    /// The call of a domain that was interrupted: the signal's frame lies on the stack of a thread whose call is running
+    /// in a domain.
+    pub(super) call: Option<CallFacts>,
+    /// The key of the statics, if they have one of their own.
+    pub(super) statics_key: Option<ProtectionKey>,
+}
+
+/// Facts about an interrupted call.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CallFacts {
+    /// The gate is on its way out: the FS base is the caller's.
+    pub(super) is_leaving: bool,
+    /// This process is a copy that code in the domain has made. Looked at only for signals in [`FAULTS`].
+    pub(super) is_copy: bool,
+    /// The instruction is one by which std notes a panic in a static, and the handler can skip it.
+    pub(super) is_panic_write: bool,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Decision {
+    /// End the call: its caller resumes.
+    Rewind {
+        /// The reason, if code of this crate in the domain ended the call.
+        reason: Option<AbortReason>,
+    },
+    /// Resume after the instruction, as if it had written.
+    SkipPanicWrite,
+    /// Run the program's handler, or do what it wants instead.
+    Forward,
+    /// Give rights to the statics' key, and resume.
+    Grant {
+        key: ProtectionKey,
+        to: Grantee,
+        /// A thread waits to hear of it.
+        acknowledge: bool,
+    },
+    /// Resume what was interrupted.
+    Resume,
+    /// Exit: a copy of the process must not go on as the program.
+    Exit { status: i32 },
+    /// Leave the fault to the kernel: it happens again and ends the process.
+    Default,
+}
+
+/// Who gets rights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Grantee {
+    /// The interrupted code, which is the program's.
+    Interrupted,
+    /// The caller of the interrupted call, once the call ends.
+    Caller,
+    /// Nobody. The gate compares the caller's rights at this moment; the caller gets them when it faults.
+    Nobody,
+}
+
+/// Decides what to do about a signal.
+pub(super) fn decide(at: &Interrupted, facts: &Facts) -> Decision {
+    let is_grant = at.signal == GRANT_SIGNAL && at.code == libc::SI_QUEUE && at.value == grant_value();
+    if let Some(key) = facts.statics_key.filter(|_| is_grant) {
+        let to = match facts.call {
+            None => Grantee::Interrupted,
+            Some(call) if call.is_leaving => Grantee::Nobody,
+            Some(_) => Grantee::Caller,
+        };
+        return Decision::Grant { key, to, acknowledge: true };
+    }
+    match facts.call {
+        Some(call) => in_call(at, call),
+        None => outside(at, facts.statics_key),
+    }
+}
+
+fn in_call(at: &Interrupted, call: CallFacts) -> Decision {
+    if !ends_call(at) {
+        return Decision::Forward;
+    }
+    let is_abort = at.signal == libc::SIGILL && at.instruction == AbortReason::instruction();
+    let reason = is_abort.then(|| AbortReason::decode(at.arguments)).flatten();
+    if call.is_copy {
+        let status = if let Some(AbortReason::Exit { status }) = reason { status } else { libc::EXIT_FAILURE };
+        return Decision::Exit { status };
+    }
+    if call.is_panic_write {
+        return Decision::SkipPanicWrite;
+    }
+    Decision::Rewind { reason }
+}
+
+/// Returns whether a signal that struck in a domain is about the code there: a fault, one that it has sent itself, or
+/// its deadline.
+fn ends_call(at: &Interrupted) -> bool {
+    if !FAULTS.contains(&at.signal) {
+        return false;
+    }
+    match at.code {
+        libc::SI_USER | libc::SI_QUEUE | libc::SI_TKILL => at.is_own,
+        libc::SI_TIMER => is_deadline(at),
+        _ => true,
+    }
+}
+
+fn is_deadline(at: &Interrupted) -> bool {
+    at.signal == DEADLINE && at.code == libc::SI_TIMER && at.value == deadline_value()
+}
+
+fn outside(at: &Interrupted, statics_key: Option<ProtectionKey>) -> Decision {
+    if is_deadline(at) {
+        // Of a call that has just ended, or has not begun.
+        return Decision::Resume;
+    }
+    if let Some(key) = statics_key.filter(|key| at.key == Some(*key)) {
+        // The grant signal has missed this thread.
+        return Decision::Grant { key, to: Grantee::Interrupted, acknowledge: false };
+    }
+    // With a domain's rights, but in no call of this thread, the program's handler could not run.
+    let programs = at.rights.get(ProtectionKey::DEFAULT).allow(Access::Write);
+    if programs || !FAULTS.contains(&at.signal) { Decision::Forward } else { Decision::Default }
+}
+
+#[cfg(test)]
+mod tests {
+    use pkru::{AccessRights, KeyRights};
+
+    use super::*;
+    use crate::signal::trap::deadline_value;
+
+    /// Codes of signals that the kernel sends (Linux 6.12, `include/uapi/asm-generic/siginfo.h`).
+    const SEGV_MAPERR: i32 = 1;
+    const SEGV_PKUERR: i32 = 4;
+    const SI_KERNEL: i32 = 0x80;
+    const SI_TKILL: i32 = libc::SI_TKILL;
+
+    /// What a table expects.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Expected {
+        Rewind,
+        RewindFor(AbortReason),
+        Skip,
+        Forward,
+        Grant(Grantee, bool),
+        Resume,
+        Exit(i32),
+        Default,
+    }
+    use Expected::*;
+
+    fn of(decision: Decision) -> Expected {
+        match decision {
+            Decision::Rewind { reason: None } => Rewind,
+            Decision::Rewind { reason: Some(reason) } => RewindFor(reason),
+            Decision::SkipPanicWrite => Skip,
+            Decision::Forward => Forward,
+            Decision::Grant { key, to, acknowledge } => {
+                assert_eq!(key, STATICS);
+                Grant(to, acknowledge)
+            }
+            Decision::Resume => Resume,
+            Decision::Exit { status } => Exit(status),
+            Decision::Default => Default,
+        }
+    }
+
+    const STATICS: ProtectionKey = ProtectionKey::new(7).expect("7 is a key");
+    const OWN: ProtectionKey = ProtectionKey::new(3).expect("3 is a key");
+
+    /// The rights of a domain, and those of the program.
+    const DOMAINS: KeyRights = KeyRights::NONE.with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY);
+    const PROGRAMS: KeyRights = KeyRights::LINUX_INITIAL;
+
+    const SIGNAL: Interrupted = Interrupted {
+        signal: libc::SIGSEGV,
+        code: SEGV_MAPERR,
+        is_own: false,
+        value: 0,
+        address: 0x1000,
+        key: None,
+        error_code: 6,
+        instruction: 0x40_0000,
+        stack: 0x7000_0000,
+        arguments: [0; 3],
+        rights: DOMAINS,
+    };
+
+    const CALL: CallFacts = CallFacts { is_leaving: false, is_copy: false, is_panic_write: false };
+
+    /// Checks a signal in a call, and the same signal outside any, with the rights of a domain and of the program.
+    #[track_caller]
+    fn check(at: Interrupted, in_call: Expected, with_domains_rights: Expected, with_programs_rights: Expected) {
+        let facts = |call| Facts { call, statics_key: None };
+        assert_eq!(of(decide(&at, &facts(Some(CALL)))), in_call, "in a call: {at:?}");
+        let at = Interrupted { rights: DOMAINS, ..at };
+        assert_eq!(of(decide(&at, &facts(None))), with_domains_rights, "outside, with a domain's rights: {at:?}");
+        let at = Interrupted { rights: PROGRAMS, ..at };
+        assert_eq!(of(decide(&at, &facts(None))), with_programs_rights, "outside, with the program's rights: {at:?}");
+    }
+
+    #[test]
+    fn faults_end_the_call_or_are_the_programs() {
+        for (signal, code) in [
+            (libc::SIGSEGV, SEGV_MAPERR),
+            (libc::SIGSEGV, SEGV_PKUERR),
+            (libc::SIGSEGV, SI_KERNEL),
+            (libc::SIGBUS, 2),
+            (libc::SIGILL, 2),
+            (libc::SIGFPE, 1),
+            (libc::SIGTRAP, SI_KERNEL),
+            (libc::SIGTRAP, 1),
+        ] {
+            let key = (code == SEGV_PKUERR).then_some(OWN);
+            check(Interrupted { signal, code, key, ..SIGNAL }, Rewind, Default, Forward);
+        }
+    }
+
+    #[test]
+    fn signals_that_processes_send() {
+        for code in [libc::SI_USER, libc::SI_QUEUE, SI_TKILL] {
+            for signal in FAULTS {
+                // abort(3) and raise(3) in the domain, and kill(2) by another process.
+                check(Interrupted { signal, code, is_own: true, ..SIGNAL }, Rewind, Default, Forward);
+                check(Interrupted { signal, code, is_own: false, ..SIGNAL }, Forward, Default, Forward);
+            }
+            for signal in [libc::SIGALRM, libc::SIGUSR1, libc::SIGCHLD, libc::SIGTERM, 34, 64] {
+                for is_own in [true, false] {
+                    check(Interrupted { signal, code, is_own, ..SIGNAL }, Forward, Forward, Forward);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn timers() {
+        let deadline = Interrupted { signal: DEADLINE, code: libc::SI_TIMER, value: deadline_value(), ..SIGNAL };
+        check(deadline, Rewind, Resume, Resume);
+        // The program's own timers, also with the same signal.
+        check(Interrupted { value: 0, ..deadline }, Forward, Default, Forward);
+        check(Interrupted { signal: libc::SIGALRM, ..deadline }, Forward, Forward, Forward);
+        check(Interrupted { signal: libc::SIGSEGV, ..deadline }, Forward, Default, Forward);
+        // The value alone says nothing.
+        check(Interrupted { code: libc::SI_QUEUE, is_own: true, ..deadline }, Rewind, Default, Forward);
+    }
+
+    #[test]
+    fn reasons_are_read_at_one_instruction_only() {
+        let at = AbortReason::instruction();
+        let invalid = Interrupted { signal: libc::SIGILL, code: 2, instruction: at, arguments: [3, 0, 0], ..SIGNAL };
+        check(invalid, RewindFor(AbortReason::Abort), Default, Forward);
+        check(
+            Interrupted { arguments: [5, 9, 0], ..invalid },
+            RewindFor(AbortReason::Exit { status: 9 }),
+            Default,
+            Forward,
+        );
+        // A domain that jumps there with other values, or raises the exception elsewhere, only ends its call.
+        check(Interrupted { arguments: [12, 0, 0], ..invalid }, Rewind, Default, Forward);
+        check(Interrupted { instruction: at + 1, ..invalid }, Rewind, Default, Forward);
+        check(Interrupted { signal: libc::SIGSEGV, ..invalid }, Rewind, Default, Forward);
+    }
+
+    #[test]
+    fn a_copy_of_the_process_exits() {
+        let call = Some(CallFacts { is_copy: true, is_panic_write: true, ..CALL });
+        let facts = Facts { call, statics_key: None };
+        assert_eq!(of(decide(&SIGNAL, &facts)), Exit(libc::EXIT_FAILURE));
+        let instruction = AbortReason::instruction();
+        let exit = Interrupted { signal: libc::SIGILL, code: 2, instruction, arguments: [5, 42, 0], ..SIGNAL };
+        assert_eq!(of(decide(&exit, &facts)), Exit(42));
+        let other = Interrupted { signal: libc::SIGUSR1, code: libc::SI_USER, ..SIGNAL };
+        assert_eq!(of(decide(&other, &facts)), Forward);
+    }
+
+    #[test]
+    fn a_write_about_a_panic_is_skipped_in_a_call() {
+        let facts = Facts { call: Some(CallFacts { is_panic_write: true, ..CALL }), statics_key: None };
+        assert_eq!(of(decide(&SIGNAL, &facts)), Skip);
+    }
+
+    #[test]
+    fn the_grant_signal_gives_rights_to_whom_it_can() {
+        let grant =
+            Interrupted { signal: GRANT_SIGNAL, code: libc::SI_QUEUE, is_own: true, value: grant_value(), ..SIGNAL };
+        let leaving = CallFacts { is_leaving: true, ..CALL };
+        for rights in [DOMAINS, PROGRAMS] {
+            let grant = Interrupted { rights, ..grant };
+            for (call, to) in
+                [(None, Grantee::Interrupted), (Some(CALL), Grantee::Caller), (Some(leaving), Grantee::Nobody)]
+            {
+                assert_eq!(of(decide(&grant, &Facts { call, statics_key: Some(STATICS) })), Grant(to, true));
+            }
+        }
+        // Without a key there is nothing to give; with another value, code or signal it is a signal like any other.
+        for (at, statics_key) in [
+            (grant, None),
+            (Interrupted { value: 1, ..grant }, Some(STATICS)),
+            (Interrupted { code: libc::SI_USER, ..grant }, Some(STATICS)),
+            (Interrupted { signal: libc::SIGILL, ..grant }, Some(STATICS)),
+        ] {
+            assert_eq!(of(decide(&at, &Facts { call: Some(CALL), statics_key })), Rewind, "{at:?}");
+        }
+    }
+
+    #[test]
+    fn a_thread_that_the_grant_signal_missed_gets_rights_when_it_faults() {
+        let fault = Interrupted { code: SEGV_PKUERR, key: Some(STATICS), rights: PROGRAMS, ..SIGNAL };
+        let facts = |call| Facts { call, statics_key: Some(STATICS) };
+        assert_eq!(of(decide(&fault, &facts(None))), Grant(Grantee::Interrupted, false));
+        assert_eq!(of(decide(&fault, &facts(Some(CALL)))), Rewind, "a domain may not write statics");
+        let other = Interrupted { key: Some(OWN), ..fault };
+        assert_eq!(of(decide(&other, &facts(None))), Forward);
+    }
+}

@@ -1,0 +1,219 @@
+//! Signals: actions, masks, sending, and the alternate stack.
+
+#![expect(unsafe_code, reason = "it makes system calls")]
+
+use std::ffi::c_int;
+use std::io;
+use std::mem;
+use std::ops::Range;
+use std::ptr;
+
+use super::assembly::restorer;
+use super::threads::process_id;
+
+/// What happens on a signal, as the kernel has it.
+///
+/// # References
+///
+/// Linux 6.12, `arch/x86/include/uapi/asm/signal.h`, `struct sigaction`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Action {
+    /// `SIG_DFL`, `SIG_IGN` or the address of a function.
+    pub(crate) handler: usize,
+    pub(crate) flags: u64,
+    /// Set by [`set_action`].
+    restorer: usize,
+    /// The signals to block meanwhile, one bit each from signal 1.
+    pub(crate) mask: u64,
+}
+
+impl Action {
+    pub(crate) const DEFAULT: Self = Self::new(libc::SIG_DFL, 0, 0);
+
+    pub(crate) const fn new(handler: usize, flags: u64, mask: u64) -> Self {
+        Self { handler, flags, restorer: 0, mask }
+    }
+
+    /// Whether it is a function that is called.
+    pub(crate) const fn is_function(&self) -> bool {
+        !matches!(self.handler, libc::SIG_DFL | libc::SIG_IGN)
+    }
+}
+
+/// The signals that a fault raises, and the one that abort(3) raises.
+pub(crate) const FAULTS: [c_int; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGABRT];
+
+/// The size of the kernel's signal sets in bytes.
+const SET: usize = 8;
+
+/// Returns the action of a signal; async-signal-safe.
+pub(crate) fn action(signal: c_int) -> io::Result<Action> {
+    let mut action = Action::DEFAULT;
+    // SAFETY: the struct is the kernel's, and writable.
+    let result = unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, ptr::null::<Action>(), &raw mut action, SET) };
+    if result == 0 { Ok(action) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sets the action of a signal, without regard to what the C library knows of it; async-signal-safe.
+///
+/// # Safety
+///
+/// The handler is one that may be called at any instruction.
+pub(crate) unsafe fn set_action(signal: c_int, action: Action) -> io::Result<()> {
+    /// (Linux 6.12, `arch/x86/include/uapi/asm/signal.h`.)
+    const SA_RESTORER: u64 = 0x0400_0000;
+    let action = Action { flags: action.flags | SA_RESTORER, restorer: restorer as *const () as usize, ..action };
+    // SAFETY: the struct is the kernel's; the caller answers for the handler.
+    let result =
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &raw const action, ptr::null_mut::<Action>(), SET) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sets which signals are blocked in the calling thread, and returns those that were; async-signal-safe.
+pub(crate) fn set_mask(mask: u64) -> u64 {
+    let mut old = 0u64;
+    // SAFETY: both sets are the kernel's size, and live across the call, which cannot fail with these arguments.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, &raw mut old, SET) };
+    old
+}
+
+/// Every signal is blocked in the calling thread until this is dropped.
+pub(crate) struct BlockedSignals {
+    before: u64,
+}
+
+impl BlockedSignals {
+    pub(crate) fn new() -> Self {
+        Self { before: set_mask(u64::MAX) }
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        set_mask(self.before);
+    }
+}
+
+/// sigprocmask(2) with the kernel's sets; returns an error number.
+pub(crate) fn change_mask(how: c_int, mask: Option<u64>, old: *mut u64) -> c_int {
+    let new = mask.as_ref().map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: errno is a thread-local of the calling code.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above; nothing else refers to it.
+    let errno = unsafe { &mut *errno };
+    // pthread_sigmask leaves it alone.
+    let before = *errno;
+    // SAFETY: the kernel writes 8 bytes to `old`, if it is not null, or refuses.
+    let result = unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, new, old, SET) };
+    let error = mem::replace(errno, before);
+    if result == 0 { 0 } else { error }
+}
+
+/// Lets signals reach the calling thread. One that a fault raises kills the process where it is blocked.
+pub(crate) fn unblock(signals: &[c_int]) -> io::Result<()> {
+    // SAFETY: a signal set is a C struct of integers, for which zero is a value.
+    let mut set: libc::sigset_t = unsafe { mem::zeroed() };
+    // SAFETY: the set is writable.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    for signal in signals {
+        // SAFETY: as above.
+        unsafe { libc::sigaddset(&raw mut set, *signal) };
+    }
+    // SAFETY: the set lives across the call.
+    match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Sends the calling thread a signal; async-signal-safe.
+pub(crate) fn resend(signal: c_int) {
+    // SAFETY: the call touches no memory.
+    let thread = unsafe { libc::syscall(libc::SYS_gettid) };
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_tgkill, process_id(), thread, signal) };
+}
+
+/// Sends a thread of this process a signal with a value; `false` if there is no such thread.
+pub(crate) fn send_value(thread: c_int, signal: c_int, value: usize) -> bool {
+    /// `siginfo_t` as the kernel takes it for this (Linux 6.12, `include/uapi/asm-generic/siginfo.h`).
+    #[repr(C)]
+    struct Queued {
+        signal: c_int,
+        errno: c_int,
+        code: c_int,
+        padding: c_int,
+        process: u32,
+        user: u32,
+        value: usize,
+        rest: [usize; 12],
+    }
+    const { assert!(size_of::<Queued>() == size_of::<libc::siginfo_t>()) };
+    let info = Queued {
+        signal,
+        errno: 0,
+        code: libc::SI_QUEUE,
+        padding: 0,
+        process: process_id(),
+        user: 0,
+        value,
+        rest: [0; 12],
+    };
+    // SAFETY: the struct lives across the call.
+    unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, process_id(), thread, signal, &raw const info) == 0 }
+}
+
+/// A thread's alternate signal stack, as the kernel has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AlternateStack {
+    pub(crate) start: usize,
+    pub(crate) size: usize,
+    /// `SS_DISABLE` if there is none.
+    pub(crate) flags: c_int,
+}
+
+impl AlternateStack {
+    pub(crate) const NONE: Self = Self { start: 0, size: 0, flags: libc::SS_DISABLE };
+
+    /// The addresses, if there is one.
+    pub(crate) fn addresses(&self) -> Option<Range<usize>> {
+        (self.flags & libc::SS_DISABLE == 0).then(|| self.start..self.start + self.size)
+    }
+
+    pub(crate) const fn for_kernel(self) -> libc::stack_t {
+        libc::stack_t { ss_sp: ptr::without_provenance_mut(self.start), ss_flags: self.flags, ss_size: self.size }
+    }
+}
+
+/// Take the stack from its top even if the stack pointer lies in it already, where a domain may have put it.
+/// (Linux 6.12, `include/uapi/linux/signal.h`.)
+pub(crate) const SS_AUTODISARM: c_int = 1 << 31;
+
+/// Sets the calling thread's alternate signal stack; async-signal-safe.
+///
+/// # Safety
+///
+/// The memory stays mapped, for nothing else, until another stack is set.
+pub(crate) unsafe fn set_alternate_stack(stack: Range<usize>) -> io::Result<()> {
+    restore_alternate_stack(AlternateStack { start: stack.start, size: stack.len(), flags: SS_AUTODISARM })
+}
+
+/// Sets the calling thread's alternate signal stack to what the program has asked for; async-signal-safe.
+pub(crate) fn restore_alternate_stack(stack: AlternateStack) -> io::Result<()> {
+    let new = stack.for_kernel();
+    // SAFETY: `new` lives across the call. Whoever asked for the stack answers for the memory.
+    match unsafe { libc::syscall(libc::SYS_sigaltstack, &raw const new, ptr::null_mut::<libc::stack_t>()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Returns the calling thread's alternate signal stack; async-signal-safe.
+pub(crate) fn alternate_stack() -> AlternateStack {
+    let mut stack = AlternateStack::NONE.for_kernel();
+    // SAFETY: `stack` is writable, and nothing is changed.
+    unsafe { libc::syscall(libc::SYS_sigaltstack, ptr::null::<libc::stack_t>(), &raw mut stack) };
+    AlternateStack { start: stack.ss_sp as usize, size: stack.ss_size, flags: stack.ss_flags }
+}

@@ -1,0 +1,80 @@
+//! How results cross from a domain to its caller.
+//!
+//! Whatever comes out of a domain is hostile until checked. So a result crosses in two steps. In the domain
+//! [`Transfer::into_wire`] turns it into plain words, its *wire*, and leaves what they refer to in the domain's memory.
+//! The caller copies the wire once and builds a value of its own with [`Transfer::from_wire`], which checks every
+//! address, length and tag, and copies everything.
+//!
+//! Arguments need no transfer: a closure that runs in a domain reads what it captures in place.
+
+mod memory;
+mod plain;
+mod values;
+
+pub use memory::{DomainMemory, InvalidResult};
+pub use plain::{Block, Pair, Plain};
+
+/// A result that can leave a domain.
+///
+/// # Examples
+///
+/// A type of your own crosses by the wires of its fields, an enum for instance as an `Option` for each variant:
+///
+/// ```
+/// use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
+///
+/// struct Image {
+///     width: u32,
+///     pixels: Vec<u8>,
+/// }
+///
+/// impl Transfer for Image {
+///     type Wire = <(u32, Vec<u8>) as Transfer>::Wire;
+///
+///     fn into_wire(self) -> Self::Wire {
+///         (self.width, self.pixels).into_wire()
+///     }
+///
+///     fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+///         let (width, pixels) = Transfer::from_wire(wire, memory)?;
+///         Ok(Self { width, pixels })
+///     }
+/// }
+/// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot leave a domain",
+    label = "the result of this function must be `Transfer`",
+    note = "results are integers, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight such; \
+            references cannot leave, so return a `String` or a `Vec`; \
+            a pointer into the domain's memory, for a later call, leaves as a `usize`; \
+            for a type of your own implement `Transfer` by its fields, as that trait's documentation shows"
+)]
+pub trait Transfer: Sized {
+    /// What is copied out of the domain.
+    type Wire: Plain;
+
+    /// In the domain: turns the value into its wire.
+    fn into_wire(self) -> Self::Wire;
+
+    /// In the caller: builds a value from a wire, which the domain may have forged.
+    ///
+    /// # Errors
+    ///
+    /// If no value of this type can have this wire, or it refers to memory that is not the domain's.
+    fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult>;
+
+    /// In the domain: turns values into their wires. Types that are their own wires override it to do nothing.
+    #[must_use]
+    fn vec_into_wires(values: Vec<Self>) -> Vec<Self::Wire> {
+        values.into_iter().map(Self::into_wire).collect()
+    }
+
+    /// In the caller: builds values from wires. Types that are their own wires override it to do nothing.
+    ///
+    /// # Errors
+    ///
+    /// As for [`from_wire`](Self::from_wire).
+    fn vec_from_wires(wires: Vec<Self::Wire>, memory: &DomainMemory<'_>) -> Result<Vec<Self>, InvalidResult> {
+        wires.into_iter().map(|wire| Self::from_wire(wire, memory)).collect()
+    }
+}

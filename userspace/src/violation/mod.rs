@@ -1,0 +1,207 @@
+//! The outcome of a call whose code misbehaved.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`kind`] | the kinds of violation |
+//! | `classify` | which kind a trap is |
+//! | [`symbol`], [`symbol_tables`] | the names of addresses |
+
+mod classify;
+mod kind;
+mod symbol;
+pub(crate) mod symbol_tables;
+
+use std::fmt;
+use std::sync::Arc;
+
+use pkru::ProtectionKey;
+use pkru::fault::KeyFault;
+use pkru::rights::Access;
+
+use crate::inside::entry::is_entry;
+use crate::keys::statics;
+use kind::Escaped;
+
+pub(crate) use classify::classify;
+pub use kind::ViolationKind;
+pub use symbol::Symbol;
+
+/// The outcome of a call whose code misbehaved.
+///
+/// Everything outside the domain is as it was, except [regions](crate::Region) and what
+/// [`Globals::Writable`](crate::Globals::Writable) made writable. The next call finds the domain empty and works. System
+/// calls that code in the domain had made are not undone.
+///
+/// `Display` writes one line that says what happened, where, and what to do about it; `Debug` writes the same, so that
+/// `unwrap` shows it. All of it is settled when the violation occurs.
+#[derive(Clone)]
+pub struct Violation(
+    // Shared, so that a clone and a result that may be a violation are cheap.
+    Arc<Details>,
+);
+
+#[derive(Debug)]
+struct Details {
+    domain: Arc<str>,
+    kind: ViolationKind,
+    /// The instruction that was stopped, and the function that it belongs to.
+    instruction: Option<u64>,
+    symbol: Option<Symbol>,
+    /// What the accessed address belongs to.
+    target: Option<Symbol>,
+    /// Whether the page that a key protects is the program's, and not another domain's, a vault's or a region's.
+    is_programs: bool,
+}
+
+impl Violation {
+    pub(crate) fn new(domain: Arc<str>, kind: ViolationKind) -> Self {
+        let details = Details { domain, kind, instruction: None, symbol: None, target: None, is_programs: false };
+        Self(Arc::new(details))
+    }
+
+    /// Returns whether it is of this kind and at this instruction.
+    pub(crate) fn is(&self, kind: &ViolationKind, instruction: Option<u64>) -> bool {
+        self.0.instruction == instruction && self.0.kind == *kind
+    }
+
+    /// Makes a violation of a trap, as [`classify()`] has classified it. `closure` is the name of the closure that was
+    /// called.
+    pub(crate) fn of_trap(
+        domain: Arc<str>,
+        kind: ViolationKind,
+        instruction: Option<u64>,
+        closure: &'static str,
+    ) -> Self {
+        let [symbol, target] = symbol_tables::find([instruction, kind.address()]);
+        let symbol = symbol.map(|symbol| match &symbol.name {
+            // The compiler has made one function of the two.
+            Some(name) if is_entry(name) => Symbol { name: Some(closure.into()), ..symbol },
+            _ => symbol,
+        });
+        let is_programs = matches!(&kind, ViolationKind::Key(fault) if statics::is_programs(fault.key));
+        Self(Arc::new(Details { domain, kind, instruction, symbol, target, is_programs }))
+    }
+
+    /// Returns the name of the domain.
+    #[must_use]
+    pub fn domain(&self) -> &str {
+        &self.0.domain
+    }
+
+    /// Returns how the code misbehaved.
+    #[must_use]
+    pub fn kind(&self) -> &ViolationKind {
+        &self.0.kind
+    }
+
+    /// Returns the address that was accessed, if the violation is an access.
+    #[must_use]
+    pub fn address(&self) -> Option<u64> {
+        self.0.kind.address()
+    }
+
+    /// Returns the kind of access, if a key or a mapping denied it.
+    #[must_use]
+    pub fn access(&self) -> Option<Access> {
+        match self.0.kind {
+            ViolationKind::Key(KeyFault { access, .. })
+            | ViolationKind::Null { access, .. }
+            | ViolationKind::Unmapped { access, .. } => Some(access),
+            _ => None,
+        }
+    }
+
+    /// Returns the key of the page, if a key denied the access.
+    #[must_use]
+    pub fn key(&self) -> Option<ProtectionKey> {
+        match self.0.kind {
+            ViolationKind::Key(KeyFault { key, .. }) => Some(key),
+            _ => None,
+        }
+    }
+
+    /// Returns the address of the instruction, if one was stopped.
+    #[must_use]
+    pub fn instruction(&self) -> Option<u64> {
+        self.0.instruction
+    }
+
+    /// Returns the function that the instruction belongs to, if it is known.
+    #[must_use]
+    pub fn symbol(&self) -> Option<&Symbol> {
+        self.0.symbol.as_ref()
+    }
+
+    /// Returns the variable or function that the accessed address belongs to, if it is known.
+    #[must_use]
+    pub fn target(&self) -> Option<&Symbol> {
+        self.0.target.as_ref()
+    }
+
+    /// Writes what to do where code in a domain has to write the program's memory and nothing is wrong.
+    fn write_advice(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Details { kind: ViolationKind::Key(KeyFault { access: Access::Write, .. }), is_programs: true, .. } =
+            *self.0
+        else {
+            return Ok(());
+        };
+        if self.symbol().and_then(Symbol::name) == Some("pthread_create") {
+            return f.write_str("; code in a domain cannot start threads");
+        }
+        let Some(target) = self.target() else {
+            return f.write_str(
+                "; if this code has to write there, have it allocate and return what it writes, or use a `Region` or a \
+                 callback",
+            );
+        };
+        if !target.is_variable {
+            return Ok(());
+        }
+        f.write_str("; if this code has to write that static, ")?;
+        if !target.is_of_runtime {
+            f.write_str("initialise it before, outside the domain (Builder::warm_up), or ")?;
+        }
+        if target.can_be_owned {
+            let library = target.library().file_name().unwrap_or_default().display();
+            write!(f, "give the domain {library}'s data (Builder::library), or ")?;
+        }
+        f.write_str("make all statics writable in the domain (Globals::Writable)")
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Details { domain, kind, instruction, symbol, target, is_programs } = &*self.0;
+        write!(f, "domain `{}`: {kind}", Escaped(domain))?;
+        match (target, kind) {
+            (Some(target), _) => write!(f, " ({target})")?,
+            (None, ViolationKind::Key(_)) if *is_programs => f.write_str(" (the program's memory)")?,
+            (None, ViolationKind::Key(_)) => f.write_str(" (memory of another domain, a vault or a region)")?,
+            (None, _) => {}
+        }
+        if let Some(instruction) = instruction {
+            write!(f, ", at instruction {instruction:#x}")?;
+        }
+        if let Some(symbol) = symbol {
+            write!(f, " in {symbol}")?;
+        }
+        self.write_advice(f)
+    }
+}
+
+impl fmt::Debug for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::error::Error for Violation {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &self.0.kind {
+            ViolationKind::InvalidFree(error) => Some(error),
+            ViolationKind::InvalidResult(error) => Some(error),
+            ViolationKind::NotReady(error) => Some(error),
+            _ => None,
+        }
+    }
+}
