@@ -31,10 +31,10 @@ trusted! {
     static LEARNING: ForkLock = ForkLock::new();
 }
 
-/// Chooses what a [`Domain`] is made of.
+/// Builds a [`Domain`].
 ///
-/// It can be cloned, and makes as many domains as are wanted, except with a [`library`](Self::library), which only one
-/// can have.
+/// A clone builds another domain of the same kind. With a [`library`](Self::library) only one domain at a time can be
+/// built, because only one can own its data.
 #[derive(Clone)]
 #[must_use]
 pub struct Builder {
@@ -67,56 +67,56 @@ impl Builder {
         }
     }
 
-    /// Sets the size of the stack in bytes, rounded up to pages: 1 MiB if it is not set.
+    /// Sets the size of the stack in bytes, rounded up to pages. The default is 1 MiB.
     pub const fn stack_size(mut self, bytes: usize) -> Self {
         self.stack = bytes;
         self
     }
 
-    /// Sets the size of the heap in bytes, rounded up to pages: 64 MiB if it is not set. Memory is used as it is
-    /// touched.
+    /// Sets the size of the heap in bytes, rounded up to pages. The default is 64 MiB. Memory is allocated when it is
+    /// first touched.
     pub const fn heap_size(mut self, bytes: usize) -> Self {
         self.heap = bytes;
         self
     }
 
-    /// Makes the domain transient: each call finds it empty. Otherwise it is persistent: state lasts from call to call,
-    /// until a violation.
+    /// Makes the domain transient: each call finds it empty. By default state lasts from call to call until a violation.
     pub const fn transient(mut self) -> Self {
         self.limits.transient = true;
         self
     }
 
-    /// Ends each call that takes longer than this, callbacks included and the wait for a protection key not, with [`ViolationKind::Deadline`]; with zero, each
-    /// call.
+    /// Ends a call that takes longer than this with [`ViolationKind::Deadline`]. Zero ends every call.
     ///
-    /// It is real time, and costs two system calls for each call. Code that waits with the signal SIGFPE blocked by a
-    /// system call of its own (`ppoll` with a mask) is not ended before it wakes.
+    /// The time is wall-clock time. It includes callbacks, and excludes the wait for a protection key. A deadline costs
+    /// two system calls for each call. Code that waits in a system call which blocks SIGFPE (`ppoll` with a mask) ends
+    /// only when it wakes.
     pub const fn deadline(mut self, time: Duration) -> Self {
         self.limits.deadline = Some(time);
         self
     }
 
-    /// Retires the domain after so many violations with no good call between them: further calls run nothing and are
+    /// Retires the domain after this many violations in a row. Further calls then run nothing and fail with
     /// [`ViolationKind::Retired`], until [`Domain::reinstate`].
     ///
     /// # Panics
     ///
     /// If `violations` is 0.
     pub const fn retire_after(mut self, violations: u32) -> Self {
-        assert!(violations > 0, "a domain is retired by one violation at the least");
+        assert!(violations > 0, "a domain is retired after one violation at least");
         self.limits.retire_after = Some(violations);
         self
     }
 
-    /// Has a function called with each violation, before the caller gets it; not with [`ViolationKind::Retired`].
+    /// Sets a function that is called with each violation before the caller gets it, except [`ViolationKind::Retired`].
     pub fn on_violation(mut self, hook: impl Fn(&Violation) + Send + Sync + 'static) -> Self {
         self.hook = Some(Arc::new(hook));
         self
     }
 
-    /// Runs a function now, and not at each build, outside any domain: one that has code fill the tables that it keeps
-    /// in statics, which it could not in a domain. What it returns is dropped.
+    /// Runs `function` once, now, outside the domain, to initialise statics. Its result is dropped.
+    ///
+    /// Code that fills tables in statics at its first use cannot do so in a domain.
     ///
     /// # Examples
     ///
@@ -133,35 +133,38 @@ impl Builder {
         self
     }
 
-    /// Gives the domain the writable data of a loaded shared library, by the name of its file: `libfoo.so`, or with a
+    /// Gives the domain the writable data of a loaded shared library. `name` is its file name: `libfoo.so`, or with a
     /// version `libfoo.so.1`.
     ///
-    /// Code in the domain can then write the library's statics. What they are when the domain is built is kept, and
-    /// comes back when the domain is discarded or dropped. No other domain can use the library meanwhile.
+    /// Code in the domain can then write the library's statics. A discard restores them to what they were when the domain
+    /// was built, and so does dropping the domain. No other domain can use the library until then.
     ///
     /// # Safety
     ///
-    /// From now on, until the domain is dropped, the program calls nothing in the library outside the domain: what it
-    /// would find in its data is whatever code in the domain has left there, function pointers included. That holds
-    /// also for other libraries which use this one. At the program's exit the data is what it was, for destructors.
+    /// Until the domain is dropped, the program does not use the library outside the domain, also not through other
+    /// libraries: it would find what code in the domain left in the library's data, function pointers included. When the
+    /// program exits the data is restored before destructors run.
     pub unsafe fn library(mut self, name: &str) -> Self {
         self.libraries.push(name.into());
         self
     }
 
-    /// Sets what the domain may do with the statics of the program and its libraries: read them, if this is not called.
+    /// Sets what the domain may do with the statics of the program and its libraries. By default it can only read them.
     ///
     /// # Safety
     ///
-    /// With [`Globals::Writable`] the program relies on what code in the domain leaves in statics, also safe code, and
-    /// after a violation: it is what their types allow, and the program uses nothing that they point to on the domain's
-    /// heap once that is discarded or dropped, and frees none of it. [`Globals::Protected`] asks for nothing.
+    /// [`Globals::Protected`] is always safe. With [`Globals::Writable`] the caller promises that, after each call and
+    /// after a violation:
+    ///
+    /// - statics that code in the domain has written hold values of their types, also where safe code wrote them;
+    /// - the program does not free what they point to on the domain's heap, and does not use it once the domain is
+    ///   discarded or dropped.
     pub const unsafe fn globals(mut self, globals: Globals) -> Self {
         self.globals = globals;
         self
     }
 
-    /// Lets the domain use a region of shared memory: read it, or read and write it.
+    /// Gives the domain access to a region of shared memory.
     pub fn region(mut self, region: &Region, access: RegionAccess) -> Self {
         self.regions.push((region.clone(), access.rights()));
         self
@@ -169,12 +172,14 @@ impl Builder {
 
     /// Makes the domain.
     ///
-    /// The first time in a process this finds out what the machine can do, and takes over the handling of signals. Each
-    /// time it binds what libraries loaded since then call, and tries a first call.
+    /// The first domain of a process checks what the machine offers and takes over signal handling. Each domain binds the
+    /// functions of libraries that were loaded since the last one, and makes a trial call.
     ///
     /// # Errors
     ///
-    /// What is missing on this machine, a size that it cannot have, or that no protection key is left.
+    /// What the machine lacks, a size out of range, [`Error::KeysExhausted`], or [`Error::TrialCall`]. Programs built with
+    /// `-C instrument-coverage` fail with the last one, because their counters are statics: give the domain
+    /// [`Globals::Writable`].
     pub fn build(self) -> Result<Domain, Error> {
         let (globals, limits, hook) = (self.globals, self.limits, self.hook.clone());
         let mut domain = self.assemble()?;
@@ -183,8 +188,7 @@ impl Builder {
             if !HAS_LEARNED.load(Ordering::Acquire) {
                 match globals {
                     Globals::Protected => domain.try_a_panic(),
-                    // It has to be one that may not write statics. Without it panics have no message, which is no
-                    // reason to give up.
+                    // The trial needs a domain that cannot write statics. If it fails, panics have no message.
                     Globals::Writable => drop(Self::new("trial").assemble().map(|mut domain| domain.try_a_panic())),
                 }
                 HAS_LEARNED.store(true, Ordering::Release);

@@ -22,28 +22,28 @@ use crate::transfer::{DomainMemory, Transfer};
 use crate::violation::{Violation, ViolationKind, classify};
 
 impl Domain {
-    /// Runs a function in the domain.
+    /// Runs a function in the domain and returns its result.
     ///
-    /// The function reads what it has captured in place, in the caller's memory. It is [`Fn`], because it cannot write
-    /// there: a `Cell`, a lock or an atomic of the caller's ends in a violation, and so does what writes statics of the
-    /// C library or of std (`println!`, `std::env`). Its result is [`Transfer`]red: the caller copies and checks it.
-    /// What the result is made of besides vectors and strings can have at most 4096 bytes.
+    /// The function reads what it captures in place, in the caller's memory. It is [`Fn`] because it cannot write there:
+    /// writing a `Cell`, a lock or an atomic of the caller's ends in a violation. The result crosses by [`Transfer`]: the
+    /// caller copies and checks it. Apart from what vectors and strings hold, a result has at most 4096 bytes.
     ///
-    /// A panic ends the call, also within `catch_unwind`. Code in a domain starts no threads (a violation) and no
-    /// processes (`fork`, `posix_spawn`, `system` and `popen` fail with `EPERM`), sets no signal handlers and sends
-    /// other threads no signals (`EPERM`). Functions that write the C library's own state, or std's, end in a
-    /// violation: `localtime_r`, `setlocale`, `dlopen`, `pthread_once`, `std::thread::current`; see [`Builder`](super::Builder) for the
-    /// ways out.
+    /// Code in a domain cannot:
     ///
-    /// Thread-locals in the domain are its own: what the closure captures must not rely on the caller's, as a handle that
-    /// indexes one does.
+    /// - write statics, those of std and the C library included: `println!`, `std::env`, `std::thread::current`,
+    ///   `localtime_r`, `setlocale`, `dlopen` and `pthread_once` end in a violation. [`Builder`](super::Builder) has ways
+    ///   out.
+    /// - unwind: a panic ends the call, within `catch_unwind` too.
+    /// - start threads, which ends in a violation; or processes, set signal handlers and signal other threads, which
+    ///   fails with `EPERM`.
+    /// - use the caller's thread-locals: a domain has its own. A captured handle must not index them.
     ///
-    /// A mistake shows when memory outside is touched, not when it is made: what code does to its own domain's heap may
-    /// end a later call.
+    /// A mistake is noticed when memory outside is accessed. What code does to its own domain's heap may end a later
+    /// call.
     ///
-    /// If calls of other threads have all protection keys at that moment, this waits for one of them to end; in the
-    /// middle of another call, as in a signal handler, only for half a second or so. A signal handler may call a domain
-    /// as far as it may allocate memory: what it interrupts must not be in the middle of that.
+    /// If calls of other threads use all protection keys, this waits for one of them to end. Within another call, as in a
+    /// signal handler, it waits half a second at most. A signal handler may call a domain if it may allocate memory at
+    /// that point.
     ///
     /// # Examples
     ///
@@ -64,9 +64,9 @@ impl Domain {
     ///
     /// # Errors
     ///
-    /// How the code misbehaved. Nothing outside the domain was written, and it can be called again; the next call finds
-    /// it empty. Destructors of what lived in the domain do not run. Code in a domain cannot call a domain, but it can
-    /// ask its caller to, by a [callback](Self::call_with).
+    /// The violation, if the code misbehaved. Nothing outside the domain was written. The next call finds the domain
+    /// empty and works; destructors of what lived in the domain do not run. Code in a domain cannot call a domain; it can
+    /// ask its caller to by a [callback](Self::call_with).
     #[inline]
     pub fn call<F: Fn() -> R, R: Transfer>(&mut self, function: F) -> Result<R, Violation> {
         const { assert!(size_of::<R::Wire>() <= MAILBOX, "a result of more than 4096 bytes goes in a Vec") };
@@ -95,13 +95,13 @@ impl Domain {
         received.map_err(|violation| self.report(violation))
     }
 
-    /// Runs a function in the domain that can call back: each closure in `callbacks` becomes a C function, which code
-    /// in the domain can call by the pointer that the function is given for it.
+    /// Runs a function in the domain that can call back. Each closure in `callbacks` becomes a C function, and the
+    /// function gets pointers to these.
     ///
-    /// A callback runs as ordinary code of the caller, with the caller's rights, on the caller's stack: it may change
-    /// what it has captured, and call other domains. What it is called with, and when, is up to the code in the domain,
-    /// and not to be trusted: see [`CallbackArguments`]. The pointers mean nothing after this call: code that keeps one
-    /// and uses it in a later call has a violation, unless that call has as many callbacks.
+    /// A callback runs as code of the caller, with the caller's rights and on the caller's stack. It may change what it
+    /// captures and call other domains. The code in the domain chooses when it runs and with which arguments, which are
+    /// not to be trusted: see [`CallbackArguments`]. The pointers are valid during this call only. Code that keeps one and
+    /// calls it in a later call ends in a violation, unless that call has as many callbacks.
     ///
     /// # Examples
     ///
@@ -125,7 +125,7 @@ impl Domain {
     ///
     /// # Panics
     ///
-    /// With a callback's own panic; the domain is empty afterwards. If there are more than 64 callbacks.
+    /// If a callback panics; the domain is discarded then. If there are more than 64 callbacks.
     pub fn call_with<F: Fn(&[Callback]) -> R, R: Transfer>(
         &mut self,
         callbacks: Callbacks<'_, '_>,

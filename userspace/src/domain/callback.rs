@@ -16,38 +16,37 @@ use crate::transfer::InvalidResult;
 /// The closures that code in a domain can call, see [`Domain::call_with`](crate::Domain::call_with).
 pub type Callbacks<'a, 'b> = &'a mut [&'b mut dyn FnMut(&mut CallbackArguments<'_>) -> u64];
 
-/// What code in a domain calls to have a closure of its caller's run.
+/// A callback, as code in a domain calls it.
 #[derive(Debug, Clone, Copy)]
 pub struct Callback {
     index: usize,
 }
 
 impl Callback {
-    /// Returns the address of a C function that takes up to six integers or pointers and returns one; an `int` is its
-    /// low half.
+    /// Returns the address of a C function that takes up to six integers or pointers and returns an integer. An `int` is
+    /// the low half of that.
     ///
-    /// To call it outside a domain aborts the program.
+    /// Calling it outside the domain aborts the program.
     #[must_use]
     pub fn pointer(self) -> *const c_void {
         function(self.index)
     }
 }
 
-/// Returns the callbacks of a call that has so many.
+/// Returns the callbacks of a call that has `count` of them.
 ///
 /// # Panics
 ///
-/// If they are more than there are functions for.
+/// If there are more than 64.
 pub(crate) fn pointers(count: usize) -> Vec<Callback> {
     assert!(count <= MOST, "a call can have {MOST} callbacks, and not {count}");
     (0..count).map(|index| Callback { index }).collect()
 }
 
-/// What code in a domain has called a callback with: hostile until it is checked.
+/// The arguments of a callback: hostile until they are checked.
 ///
-/// The words are whatever it has put into six registers; C code that calls with fewer leaves anything in the others.
-/// One that stands for a pointer must not be used as one: what it points to is read with [`read`](Self::read) and
-/// written with [`write`](Self::write), which refuse everything but the domain's own memory.
+/// They are the contents of six registers; arguments that the code did not pass are arbitrary. Never dereference one as a
+/// pointer: use [`read`](Self::read) and [`write`](Self::write), which refuse all memory but the domain's own.
 pub struct CallbackArguments<'a> {
     words: [u64; 6],
     memory: &'a mut Memory,
@@ -73,7 +72,7 @@ impl<'a> CallbackArguments<'a> {
     ///
     /// # Errors
     ///
-    /// [`InvalidResult::OutOfBounds`] if they are not all in one of those.
+    /// [`InvalidResult::OutOfBounds`] if they are not all in one of the two; [`InvalidResult::NoKey`].
     pub fn read(&mut self, address: u64, length: usize) -> Result<Vec<u8>, InvalidResult> {
         self.check(address, length)?;
         let mut bytes = vec![0; length];
@@ -88,7 +87,7 @@ impl<'a> CallbackArguments<'a> {
     ///
     /// # Errors
     ///
-    /// [`InvalidResult::OutOfBounds`] if they do not all fit into one of those.
+    /// [`InvalidResult::OutOfBounds`] if they do not all fit into one of the two; [`InvalidResult::NoKey`].
     pub fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), InvalidResult> {
         self.check(address, bytes.len())?;
         // SAFETY: as in `read`; and no Rust value of the caller's is there.
@@ -103,7 +102,7 @@ impl<'a> CallbackArguments<'a> {
         }
     }
 
-    /// Runs something that uses the domain's memory, which may have lost its key since the call was suspended.
+    /// Runs a function that uses the domain's memory, after giving that its key again.
     fn with_memory(&mut self, function: impl FnOnce()) -> Result<(), InvalidResult> {
         let _lease = self.memory.acquire_again(self.caller).map_err(|_| InvalidResult::NoKey)?;
         function();

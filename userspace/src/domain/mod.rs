@@ -30,14 +30,14 @@ pub use builder::Builder;
 pub use callback::{Callback, CallbackArguments, Callbacks};
 pub use pool::{Pool, Pooled};
 
-/// A compartment of this process in which C and unsafe Rust can run without endangering the rest.
+/// A compartment of this process for C and unsafe Rust.
 ///
-/// Code in a domain has a stack, a heap and thread-locals of its own. It can read everything that the program can,
-/// except other domains and [vaults](crate::Vault), and write nothing but its own memory. What it does wrong ends its
-/// call with a [`Violation`]; the next call finds the domain empty, and works.
+/// Code in a domain has its own stack, heap and thread-locals. It can read what the program can, except other domains and
+/// [vaults](crate::Vault), and it can write only its own memory. If it misbehaves, its call ends with a [`Violation`], and
+/// the next call finds the domain empty.
 ///
-/// State that code leaves on the domain's heap lasts from call to call until a violation. Its thread-locals do too,
-/// while one thread makes the calls; a call from another finds new ones.
+/// What code leaves on the domain's heap lasts until a violation. So do its thread-locals, until another thread calls the
+/// domain and finds new ones.
 ///
 /// # Examples
 ///
@@ -62,7 +62,7 @@ pub use pool::{Pool, Pooled};
 /// # }
 /// ```
 ///
-/// State that lasts: the caller holds its address, as a number, and forgets it when a call was a violation.
+/// State that lasts from call to call: the caller keeps its address as a number, and drops that after a violation.
 ///
 /// ```
 /// use pkru_userspace::{Domain, Violation};

@@ -1,4 +1,4 @@
-//! Domains that threads take turns with.
+//! Domains that threads share.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use super::{Builder, Domain};
 use crate::Error;
 
-/// A number of domains of one kind, for any number of threads.
+/// Domains of one kind that any number of threads share.
 ///
 /// # Examples
 ///
@@ -54,15 +54,15 @@ impl Pool {
         Self { builder, most, state: Mutex::default(), returned: Condvar::new() }
     }
 
-    /// Takes a domain, which goes back when it is dropped. It waits while all of them are in use, also if that is by
-    /// the calling thread.
+    /// Takes a domain out of the pool until the result is dropped. Waits while all domains are in use, also if the calling
+    /// thread uses them.
     ///
-    /// A domain keeps what calls leave in it, also from one thread to the next, unless the builder makes it
-    /// [transient](Builder::transient). One that is [retired](Builder::retire_after) is replaced by a new one.
+    /// A domain keeps what calls leave in it, also for the next thread, unless it is [transient](Builder::transient). A
+    /// [retired](Builder::retire_after) domain is replaced by a new one.
     ///
     /// # Errors
     ///
-    /// Why a domain could not be made.
+    /// As for [`Builder::build`].
     pub fn get(&self) -> Result<Pooled<'_>, Error> {
         let mut state = self.lock();
         loop {
@@ -74,17 +74,17 @@ impl Pool {
         }
     }
 
-    /// Takes a domain as [`get`](Self::get) does, or returns `None` where that would wait.
+    /// Takes a domain as [`get`](Self::get) does; `None` if it would have to wait.
     ///
     /// # Errors
     ///
-    /// Why a domain could not be made.
+    /// As for [`Builder::build`].
     pub fn try_get(&self) -> Result<Option<Pooled<'_>>, Error> {
         let taken = self.take(&mut self.lock());
         taken.map(|taken| self.make(taken)).transpose()
     }
 
-    /// Takes an idle domain, or the right to make one.
+    /// Takes an idle domain; `Some(None)` is permission to build one.
     fn take(&self, state: &mut State) -> Option<Option<Domain>> {
         // The one that was used last is the likeliest to have a key.
         if let Some(domain) = state.idle.pop() {

@@ -12,10 +12,10 @@ use crate::memory::mapping::Mapping;
 use crate::setup::process;
 use crate::{Error, keys, rights, sys, thread};
 
-/// Memory with a protection key of its own, for domains that are named: each may read it, or read and write it.
+/// Memory with a protection key of its own, shared by named domains. Each of them may read it, or read and write it.
 ///
-/// Other domains have no access. The program itself reads and writes it by copying, for domains on other threads may be
-/// changing it; it has no meaning but bytes. A region takes one of the 15 keys for as long as it lives.
+/// Other domains have no access. The program copies bytes in and out, because domains on other threads may write the
+/// region at any time. A region keeps one of the 15 keys as long as it lives.
 ///
 /// # Examples
 ///
@@ -64,11 +64,11 @@ struct Shared {
 unsafe impl Sync for Shared {}
 
 impl Region {
-    /// Maps a region of `size` bytes, rounded up to pages, of which it has one at the least. It reads as zeros.
+    /// Maps a zeroed region of `size` bytes, rounded up to pages, at least one page.
     ///
     /// # Errors
     ///
-    /// What is missing on this machine, or that no key or memory is left.
+    /// What the machine lacks, [`Error::Size`], [`Error::KeysExhausted`], or [`Error::System`] if memory is short.
     pub fn new(size: usize) -> Result<Self, Error> {
         if rights::is_in_domain() {
             return Err(Error::InDomain);

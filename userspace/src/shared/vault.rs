@@ -13,10 +13,9 @@ use crate::{Error, keys, rights, thread};
 
 /// A value that no domain can read, such as a private key.
 ///
-/// It lies in memory with a protection key to which domains have no rights. The program's threads give themselves
-/// rights within [`with`](Self::with) and [`with_mut`](Self::with_mut); a thread that is started there has them for
-/// good. All vaults of a process share one key. What the value refers to is not in
-/// the vault: keep a secret in an array, not in a `Vec`.
+/// It lies in memory with a protection key to which domains have no rights. The calling thread has rights to it within
+/// [`with`](Self::with) and [`with_mut`](Self::with_mut); a thread started there keeps them. All vaults of a process
+/// share one key. What the value points to is not in the vault: keep a secret in an array, not in a `Vec`.
 ///
 /// # Examples
 ///
@@ -45,11 +44,11 @@ unsafe impl<T: Send> Send for Vault<T> {}
 unsafe impl<T: Sync> Sync for Vault<T> {}
 
 impl<T> Vault<T> {
-    /// Moves a value into a vault. Copies that were made on the way, on the stack for instance, are not in it.
+    /// Moves a value into a vault. Copies made on the way, for instance on the stack, stay outside.
     ///
     /// # Errors
     ///
-    /// What is missing on this machine, or that no key or memory is left.
+    /// What the machine lacks, [`Error::KeysExhausted`], or [`Error::System`] if memory is short.
     pub fn new(value: T) -> Result<Self, Error> {
         const { assert!(align_of::<T>() <= 4096, "a value in a vault can be aligned to a page at most") };
         if rights::is_in_domain() {
@@ -65,19 +64,19 @@ impl<T> Vault<T> {
         Ok(Self { mapping, key, value: place })
     }
 
-    /// Lets a function see the value.
+    /// Calls a function with the value.
     pub fn with<R>(&self, function: impl FnOnce(&T) -> R) -> R {
         // SAFETY: the value is there until this is dropped, and open meanwhile.
         with_access(self.key, || function(unsafe { &*self.value }))
     }
 
-    /// Lets a function change the value.
+    /// Calls a function that may change the value.
     pub fn with_mut<R>(&mut self, function: impl FnOnce(&mut T) -> R) -> R {
         // SAFETY: as in `with`, and this is the only reference.
         with_access(self.key, || function(unsafe { &mut *self.value }))
     }
 
-    /// Returns the address of the value, which can be used within [`with`](Self::with) only.
+    /// Returns the address of the value. It can be read within [`with`](Self::with) only.
     #[must_use]
     pub const fn as_ptr(&self) -> *const T {
         self.value

@@ -8,31 +8,31 @@ use std::ops::Range;
 
 use super::plain::{Block, Plain};
 
-/// What is wrong with a result that came out of a domain.
+/// What is wrong with a result that comes from a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InvalidResult {
     /// It refers to memory that is not the domain's.
     OutOfBounds {
-        /// Where that begins.
+        /// The start of that memory.
         address: u64,
-        /// The number of bytes.
+        /// Its size in bytes.
         length: u64,
     },
-    /// It takes more memory, all parts together, than the domain has; parts of it must overlap.
+    /// Its parts take more memory together than the domain has.
     TooLarge,
-    /// The domain's memory could not be given its key back.
+    /// No protection key was free to access the domain's memory.
     NoKey,
-    /// It is nested too deep; the most is 128 vectors within each other, and fewer where their elements are large.
+    /// Its vectors are nested too deep: more than 128, or fewer if their elements are large.
     TooDeep,
-    /// The type has no such tag or value.
+    /// The type has no such value or tag.
     BadValue {
         /// The type.
         of: &'static str,
         /// The value.
         value: u64,
     },
-    /// Text that is not UTF-8.
+    /// Its text is not UTF-8.
     NotUtf8,
 }
 
@@ -40,44 +40,44 @@ impl fmt::Display for InvalidResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::OutOfBounds { address, length } => {
-                write!(f, "{length} bytes at {address:#x}, which are not in the domain's memory")
+                write!(f, "{length} bytes at {address:#x} are not in the domain's memory")
             }
-            Self::TooLarge => f.write_str("more bytes than the domain's memory has"),
-            Self::NoKey => f.write_str("memory of a domain that could not be given its protection key back"),
-            Self::TooDeep => f.write_str("too many vectors within each other"),
-            Self::BadValue { of, value } => write!(f, "{value:#x} as a {of}"),
-            Self::NotUtf8 => f.write_str("text that is not UTF-8"),
+            Self::TooLarge => f.write_str("its parts take more memory than the domain has"),
+            Self::NoKey => f.write_str("no protection key was free to access the domain's memory"),
+            Self::TooDeep => f.write_str("its vectors are nested too deep"),
+            Self::BadValue { of, value } => write!(f, "{value:#x} is not a valid {of}"),
+            Self::NotUtf8 => f.write_str("its text is not UTF-8"),
         }
     }
 }
 
 impl std::error::Error for InvalidResult {}
 
-/// A domain's memory, as its caller reads it: with a check of every range, and copying.
+/// A domain's memory, as the caller reads it: it checks every range and copies.
 #[derive(Debug)]
 pub struct DomainMemory<'a> {
     ranges: &'a [Range<usize>],
-    /// How many bytes the result may still take, in the caller.
+    /// How many bytes the result may still take in the caller's memory.
     budget: Cell<usize>,
-    /// How many vectors are being received, each within the one before.
+    /// How many vectors are being read, one within the other.
     depth: Cell<u32>,
-    /// How many bytes of the caller's stack vectors may take that lie deep within others.
+    /// How many bytes of the caller's stack deeply nested vectors may still take.
     stack: Cell<usize>,
 }
 
 impl<'a> DomainMemory<'a> {
     /// # Safety
     ///
-    /// The ranges are mapped and readable by the calling thread, and nothing writes them meanwhile.
+    /// The ranges are mapped, the calling thread can read them, and nothing writes them while the result exists.
     #[inline]
     pub(crate) unsafe fn new(ranges: &'a [Range<usize>]) -> Self {
-        /// Receiving takes some eight to ten times as much as the parts themselves, and a thread of std has 2 MiB.
+        /// Reading takes eight to ten times the size of the parts, and a thread of std has a stack of 2 MiB.
         const STACK: usize = 64 * 1024;
         let size = ranges.iter().map(Range::len).sum();
         Self { ranges, budget: Cell::new(size), depth: Cell::new(0), stack: Cell::new(STACK) }
     }
 
-    /// Copies values out of a block that the domain has allocated for its result.
+    /// Copies the elements of a block that the domain has allocated for its result.
     ///
     /// # Errors
     ///
@@ -89,7 +89,7 @@ impl<'a> DomainMemory<'a> {
         };
         let length = usize::try_from(block.length).map_err(|_| out_of_bounds)?;
         let bytes = length.checked_mul(size_of::<W>()).ok_or(out_of_bounds)?;
-        // Values without bytes could be any number; they cost the caller time all the same.
+        // Values of size 0 can be any number, and each costs the caller time.
         self.charge(bytes.max(length))?;
         let address = block.address as usize;
         let inside =
@@ -102,15 +102,14 @@ impl<'a> DomainMemory<'a> {
         let mut values = Vec::<W>::new();
         values.try_reserve_exact(length).map_err(|_| InvalidResult::TooLarge)?;
         let target = values.as_mut_ptr().cast::<u8>();
-        // SAFETY: the source is in the domain's memory, which can be read and is not written meanwhile; the target has
-        // room.
+        // SAFETY: the source is in the domain's memory, which is readable and not written meanwhile; the target has room.
         unsafe { std::ptr::copy_nonoverlapping(address as *const u8, target, bytes) };
         // SAFETY: all elements were copied, and any bytes are a value.
         unsafe { values.set_len(length) };
         Ok(values)
     }
 
-    /// Counts memory that a part of the result takes in the caller.
+    /// Counts memory that a part of the result takes in the caller's memory.
     ///
     /// # Errors
     ///
@@ -121,14 +120,14 @@ impl<'a> DomainMemory<'a> {
         Ok(())
     }
 
-    /// Receives the parts of a vector, which may be vectors again; each takes so many bytes.
+    /// Reads the elements of a vector, which may be vectors again. Each takes `part` bytes.
     pub(super) fn descend<R>(
         &self,
         part: usize,
         receive: impl FnOnce() -> Result<R, InvalidResult>,
     ) -> Result<R, InvalidResult> {
         const LIMIT: u32 = 128;
-        /// So deep types nest that do not contain themselves.
+        /// Types that do not contain themselves nest no deeper.
         const USUAL: u32 = 8;
         let (depth, stack) = (self.depth.get(), self.stack.get());
         let left = if depth < USUAL { Some(stack) } else { stack.checked_sub(part) };

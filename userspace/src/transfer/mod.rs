@@ -18,7 +18,7 @@ pub use plain::{Block, Pair, Plain};
 ///
 /// # Examples
 ///
-/// A type of your own crosses by the wires of its fields, an enum for instance as an `Option` for each variant:
+/// A type of your own crosses as a tuple of its fields; an enum, for instance, as an `Option` for each variant:
 ///
 /// ```
 /// use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
@@ -44,13 +44,12 @@ pub use plain::{Block, Pair, Plain};
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot leave a domain",
     label = "the result of this function must be `Transfer`",
-    note = "results are integers, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight such; \
-            references cannot leave, so return a `String` or a `Vec`; \
-            a pointer into the domain's memory, for a later call, leaves as a `usize`; \
+    note = "results can be integers, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight; \
+            return a `String` or a `Vec` in place of a reference, and a `usize` in place of a pointer into the domain's memory; \
             for a type of your own implement `Transfer` by its fields, as that trait's documentation shows"
 )]
 pub trait Transfer: Sized {
-    /// What is copied out of the domain.
+    /// The type that is copied out of the domain.
     type Wire: Plain;
 
     /// In the domain: turns the value into its wire.
@@ -60,7 +59,7 @@ pub trait Transfer: Sized {
     ///
     /// # Errors
     ///
-    /// If no value of this type can have this wire, or it refers to memory that is not the domain's.
+    /// If the wire is that of no value of this type, or refers to memory that is not the domain's.
     fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult>;
 
     /// In the domain: turns values into their wires. Types that are their own wires override it to do nothing.

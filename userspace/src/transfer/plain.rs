@@ -1,14 +1,14 @@
-//! Wires: types of which any bytes are a value.
+//! Wires: types for which any bytes are a value.
 
 #![expect(unsafe_code, reason = "it defines an unsafe trait and implements it")]
 
 use std::mem::MaybeUninit;
 
-/// A type of which any bytes are a value.
+/// A type for which any bytes are a value.
 ///
 /// # Safety
 ///
-/// Every pattern of `size_of::<Self>()` bytes is a value, and values hold no pointers that anything relies on.
+/// Every pattern of `size_of::<Self>()` bytes is a value, and nothing relies on pointers in it.
 pub unsafe trait Plain: Copy + 'static {
     /// Returns the value whose bytes are all zero.
     #[must_use]
