@@ -97,7 +97,11 @@ impl fmt::Display for Error {
                 "the program's allocator is not pkru-userspace's malloc: link the crate into the executable, without another library \
                  that replaces malloc and without a `#[global_allocator]` other than the system's",
             ),
-            Self::TrialCall { violation } => write!(f, "a trial call in the new domain failed: {violation}"),
+            Self::TrialCall { violation } => write!(
+                f,
+                "a trial call in the new domain failed: {violation}. (Programs built with -C instrument-coverage write statics \
+                 everywhere: give their domains Globals::Writable.)"
+            ),
             Self::InDomain => f.write_str("code in a domain cannot make or call another domain: its caller can"),
             Self::KeysExhausted { limit } => {
                 write!(

@@ -5,8 +5,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use object::elf::SHF_ALLOC;
 use object::read::elf::ElfFile64;
-use object::{Endianness, Object as _, ObjectSymbol, SymbolKind};
+use object::{Endianness, Object as _, ObjectSection, ObjectSymbol, SectionFlags, SectionIndex, SymbolKind};
 
 use super::symbol::Symbol;
 use crate::loader::owned::can_be_owned;
@@ -123,9 +124,15 @@ impl Table {
     fn read(path: &Path) -> Option<Self> {
         let data = std::fs::read(path).ok()?;
         let file = ElfFile64::<Endianness>::parse(&*data).ok()?;
+        let is_loaded = |section: SectionIndex| {
+            file.section_by_index(section).is_ok_and(
+                |section| matches!(section.flags(), SectionFlags::Elf { sh_flags, .. } if sh_flags.contains(SHF_ALLOC)),
+            )
+        };
         let named = |symbol: object::read::elf::ElfSymbol64<'_, '_>| {
-            // The value of a thread-local's symbol is no address.
-            let is_addressed = symbol.size() != 0 && symbol.kind() != SymbolKind::Tls;
+            // The value of a thread-local's symbol is no address, and neither is one in a section that is not loaded.
+            let is_addressed =
+                symbol.size() != 0 && symbol.kind() != SymbolKind::Tls && symbol.section_index().is_some_and(is_loaded);
             let size = u32::try_from(symbol.size()).unwrap_or(u32::MAX);
             if is_addressed { Some((symbol.address(), size, symbol.name().ok()?.to_owned())) } else { None }
         };
