@@ -45,6 +45,23 @@ pub(crate) fn with_callbacks<F: Fn() -> R, R: Transfer>(_: &F) -> Entry {
 }
 
 /// Returns whether a function of this name is an entry point. The compiler inlines closures into them.
+///
+/// With Rust's v0 mangling the name has the type arguments at its end.
 pub(crate) fn is_entry(name: &str) -> bool {
-    name.strip_prefix(concat!(module_path!(), "::run")).is_some_and(|rest| rest.is_empty() || rest == "_with_callbacks")
+    let path = name.split_once("::<").map_or(name, |(path, _)| path);
+    matches!(path.strip_prefix(concat!(module_path!(), "::")), Some("run" | "run_with_callbacks"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_entry;
+
+    #[test]
+    fn entry_points_have_these_names() {
+        assert!(is_entry("pkru_userspace::inside::entry::run"));
+        assert!(is_entry("pkru_userspace::inside::entry::run_with_callbacks"));
+        assert!(is_entry("pkru_userspace::inside::entry::run::<first_call::main::{closure#1}, ()>"));
+        assert!(!is_entry("pkru_userspace::inside::entry::runner"));
+        assert!(!is_entry("first_call::main::run::<()>"));
+    }
 }
