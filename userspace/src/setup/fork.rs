@@ -15,7 +15,6 @@ use crate::{keys, rights, sys, thread};
 struct Held {
     _owned: MutexGuard<'static, owned::OwnedData>,
     _symbols: MutexGuard<'static, SymbolTables>,
-    // Taken after the symbol tables' lock, which is held while objects are listed.
     _loader: MutexGuard<'static, ()>,
     // Dropped last: signals are blocked until then.
     keys: keys::Locked,

@@ -63,20 +63,20 @@ pub(crate) fn lock() -> MutexGuard<'static, SymbolTables> {
 /// Finds the symbols that addresses belong to; `None` for one that is in no loaded object.
 pub(super) fn find<const N: usize>(addresses: [Option<u64>; N]) -> [Option<Symbol>; N] {
     let _quiet = BlockedSignals::new();
+    let loaded = sys::loaded_count();
+    // Objects are listed without the lock: that takes a lock of the loader's, whose holder may be waiting for this one,
+    // in a library's constructor that calls a domain.
+    let is_current = lock().loaded == loaded;
+    let objects = (!is_current).then(|| sys::libraries().iter().map(Object::of).collect());
     let mut tables = lock();
-    tables.update();
+    if let Some(objects) = objects {
+        tables.objects = objects;
+        tables.loaded = loaded;
+    }
     addresses.map(|address| tables.find(address?))
 }
 
 impl SymbolTables {
-    fn update(&mut self) {
-        let loaded = sys::loaded_count();
-        if self.loaded != loaded {
-            self.objects = sys::libraries().iter().map(Object::of).collect();
-            self.loaded = loaded;
-        }
-    }
-
     fn find(&mut self, address: u64) -> Option<Symbol> {
         let object = self.objects.iter().find(|object| object.segment_at(address).is_some())?;
         let in_file = address - object.base;
