@@ -16,6 +16,7 @@ pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
             tally.add(cargo_test(&format!("doc tests: {package}"), package, &["--doc"])?);
         }
     }
+    tally.add(cargo_test("host: pkru-test-support", "pkru-test-support", &["--lib", "--tests"])?);
     native(tally)
 }
 

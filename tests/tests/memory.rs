@@ -2,16 +2,36 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-#[path = "../../userspace/tests/common/mod.rs"]
-#[macro_use]
-mod common;
-
 use std::ffi::{c_char, c_int, c_void};
 use std::hint::black_box;
 
-use common::{build, contain, domain, key_fault, mistake, works};
 use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
 use pkru_userspace::{Access, Domain, Error, Region, RegionAccess, Vault, ViolationKind};
+use support::{build, contain, domain, key_fault, mistake, suite, works};
+
+suite! {
+    a_transient_domain_is_clean_at_each_call,
+    a_transient_domain_whose_result_is_not_received,
+    a_shortage_of_memory_costs_no_keys,
+    discard_gives_memory_back,
+    nothing_of_the_old_contents_can_be_read,
+    a_table_that_is_filled_at_first_use,
+    state_in_a_static_of_the_program,
+    a_librarys_data_can_be_given_to_a_domain,
+    a_librarys_data_follows_the_domains_key,
+    a_program_exits_while_a_domain_has_a_library,
+    libraries_that_cannot_be_given,
+    a_vault_is_closed_to_domains,
+    a_vault_is_closed_to_a_domain_while_it_is_open_in_the_caller,
+    a_region_is_shared_with_those_who_are_named,
+    a_region_outlives_its_handle_and_gives_its_key_back,
+    callocs_and_reallocarrays_products,
+    a_domains_block_is_not_freed_outside,
+    a_violation_says_so_when_the_domain_cannot_be_made_ready,
+    safe_functions_open_nothing_in_a_domain,
+    regions_leave_keys_for_domains,
+    a_builder_that_fails_leaves_its_libraries_alone,
+}
 
 unsafe extern "C" {
     fn helper_table(index: u8) -> u32;
@@ -31,7 +51,6 @@ fn resident() -> usize {
     status.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }
 
-#[test]
 fn a_transient_domain_is_clean_at_each_call() {
     let leak = || {
         let block = Vec::leak(vec![0x77u8; 64]);
@@ -39,11 +58,11 @@ fn a_transient_domain_is_clean_at_each_call() {
     };
     // SAFETY: none, in general: what is there is whatever the domain's memory holds.
     let look = |address: usize| move || unsafe { black_box(address as *const u8).read_volatile() };
-    let mut persistent = need!(domain("persistent"));
+    let mut persistent = domain("persistent");
     let address = persistent.call(leak).unwrap();
     assert_eq!(persistent.call(look(address)).unwrap(), 0x77, "control");
 
-    let mut transient = need!(build(Domain::builder("transient").transient()));
+    let mut transient = build(Domain::builder("transient").transient());
     for _ in 0..3 {
         let address = transient.call(leak).unwrap();
         assert_eq!(transient.call(look(address)).unwrap(), 0);
@@ -60,7 +79,6 @@ fn a_transient_domain_is_clean_at_each_call() {
     assert_eq!(text, "results are copied first");
 }
 
-#[test]
 fn a_transient_domain_whose_result_is_not_received() {
     struct Unwelcome;
     impl Transfer for Unwelcome {
@@ -79,16 +97,15 @@ fn a_transient_domain_whose_result_is_not_received() {
         COUNT.set(COUNT.get() + 1);
         Unwelcome
     };
-    let mut transient = need!(build(Domain::builder("transient").transient()));
+    let mut transient = build(Domain::builder("transient").transient());
     let received = std::panic::AssertUnwindSafe(|| transient.call(count).is_ok());
     std::panic::catch_unwind(received).unwrap_err();
     assert_eq!(transient.call(|| COUNT.get()).unwrap(), 0);
     works(&mut transient);
 }
 
-#[test]
 fn a_shortage_of_memory_costs_no_keys() {
-    let mut first = need!(domain("first"));
+    let mut first = domain("first");
     works(&mut first);
     let limit = |bytes| {
         let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
@@ -105,15 +122,14 @@ fn a_shortage_of_memory_costs_no_keys() {
         assert!(matches!(region, Some(Error::System { errno: libc::ENOMEM, .. })), "{region:?}");
     }
     works(&mut first);
-    let mut domains: Vec<_> = (0..20).map(|_| domain("after").unwrap()).collect();
+    let mut domains: Vec<_> = (0..20).map(|_| domain("after")).collect();
     domains.iter_mut().for_each(works);
     assert!(domains.iter().filter(|domain| domain.key().is_some()).count() >= 11, "as many as there were");
 }
 
-#[test]
 fn discard_gives_memory_back() {
     const SIZE: usize = 32 << 20;
-    let mut domain = need!(domain("big"));
+    let mut domain = domain("big");
     let before = resident();
     let fill = || {
         let block = black_box(Vec::leak(vec![black_box(1u8); SIZE]));
@@ -129,7 +145,6 @@ fn discard_gives_memory_back() {
     assert!(resident() < before + (1 << 20), "{} bytes more", resident() - before);
 }
 
-#[test]
 fn nothing_of_the_old_contents_can_be_read() {
     const MARK: u64 = 0x5ec2_e75e_c2e7_0001;
     fn scatter(depth: u32) -> u64 {
@@ -137,7 +152,7 @@ fn nothing_of_the_old_contents_can_be_read() {
         Vec::leak(vec![MARK; 100]);
         if depth == 0 { stack[3] } else { scatter(depth - 1) + black_box(stack[7]) }
     }
-    let mut domain = need!(build(Domain::builder("old").stack_size(64 * 1024).heap_size(256 * 1024)));
+    let mut domain = build(Domain::builder("old").stack_size(64 * 1024).heap_size(256 * 1024));
     let ranges = format!("{domain:?}");
     let range = |part: &str| {
         let text = ranges.split(&format!("{part}: ")).nth(1).unwrap().split([',', ' ']).next().unwrap();
@@ -160,9 +175,8 @@ fn nothing_of_the_old_contents_can_be_read() {
     assert!(domain.call(look).unwrap() <= 2);
 }
 
-#[test]
 fn a_table_that_is_filled_at_first_use() {
-    let mut cold = need!(domain("cold"));
+    let mut cold = domain("cold");
     // SAFETY: it has no preconditions.
     let look = || unsafe { helper_table(3) };
     let violation = cold.call(look).unwrap_err();
@@ -173,13 +187,12 @@ fn a_table_that_is_filled_at_first_use() {
     }
     assert!(!text.contains("Builder::library"), "it is the program's own: {text}");
     // SAFETY: as above.
-    let mut warm = need!(build(Domain::builder("warm").warm_up(|| unsafe { helper_table(0) })));
+    let mut warm = build(Domain::builder("warm").warm_up(|| unsafe { helper_table(0) }));
     assert_eq!(warm.call(look).unwrap(), 3u32.wrapping_mul(2_654_435_761));
 }
 
-#[test]
 fn state_in_a_static_of_the_program() {
-    let mut domain = need!(domain("counter"));
+    let mut domain = domain("counter");
     // SAFETY: it has no preconditions.
     let count = || unsafe { helper_count() };
     let before = count();
@@ -194,16 +207,15 @@ fn open_and_close() -> i32 {
     unsafe { sqlite3_open(c":memory:".as_ptr(), &raw mut database) + sqlite3_close(database) }
 }
 
-#[test]
 fn a_librarys_data_can_be_given_to_a_domain() {
-    let mut without = need!(domain("without"));
+    let mut without = domain("without");
     let violation = without.call(open_and_close).unwrap_err();
     let target = violation.target().expect("it is a static");
     assert!(target.library().to_string_lossy().contains("libsqlite3"), "{violation}");
     assert!(violation.to_string().contains("give the domain libsqlite3.so.0's data (Builder::library)"), "{violation}");
 
     // SAFETY: this process uses the library in that domain only.
-    let mut domain = need!(build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") }));
+    let mut domain = build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") });
     assert_eq!(domain.call(open_and_close).unwrap(), 0);
     contain(&mut domain, mistake);
     assert_eq!(domain.call(open_and_close).unwrap(), 0, "its statics are as they were at first");
@@ -220,10 +232,9 @@ fn a_librarys_data_can_be_given_to_a_domain() {
     assert_eq!(open_and_close(), 0);
 }
 
-#[test]
 fn a_librarys_data_follows_the_domains_key() {
     // SAFETY: this process uses the library in that domain only.
-    let mut domain = need!(build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") }));
+    let mut domain = build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") });
     assert_eq!(domain.call(open_and_close).unwrap(), 0);
     let mut others: Vec<_> = (0..20).map(|_| Domain::builder("other").build().unwrap()).collect();
     others.iter_mut().for_each(works);
@@ -232,11 +243,10 @@ fn a_librarys_data_follows_the_domains_key() {
     assert!(others[3].call(open_and_close).is_err());
 }
 
-#[test]
 fn a_program_exits_while_a_domain_has_a_library() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     // The loader runs the library's destructors, which write its data. No thread has rights to it.
-    let status = common::in_child(|| {
+    let status = support::in_child(|| {
         // SAFETY: this process uses the library in that domain only.
         let mut domain = unsafe { Domain::builder("sqlite").library("libsqlite3.so") }.build().unwrap();
         assert_eq!(domain.call(open_and_close).unwrap(), 0);
@@ -250,9 +260,8 @@ fn a_program_exits_while_a_domain_has_a_library() {
     assert_eq!(libc::WEXITSTATUS(status), 7);
 }
 
-#[test]
 fn libraries_that_cannot_be_given() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     for (name, expected) in [
         ("libc.so.6", "cannot be given away"),
         ("ld-linux-x86-64.so.2", "cannot be given away"),
@@ -266,9 +275,8 @@ fn libraries_that_cannot_be_given() {
     }
 }
 
-#[test]
 fn a_vault_is_closed_to_domains() {
-    let mut domain = need!(domain("curious"));
+    let mut domain = domain("curious");
     let mut vault = Vault::new([0x5e_u8; 64]).unwrap();
     let address = vault.as_ptr().cast::<u8>();
     // SAFETY: none: this is the mistake.
@@ -293,9 +301,8 @@ fn a_vault_is_closed_to_domains() {
     assert_eq!(other.join().unwrap(), 0x5e);
 }
 
-#[test]
 fn a_vault_is_closed_to_a_domain_while_it_is_open_in_the_caller() {
-    let mut domain = need!(domain("curious"));
+    let mut domain = domain("curious");
     let vault = Vault::new(7u64).unwrap();
     let address = vault.as_ptr();
     // SAFETY: none: this is the mistake.
@@ -304,9 +311,8 @@ fn a_vault_is_closed_to_a_domain_while_it_is_open_in_the_caller() {
     assert_eq!(vault.with(|value| *value), 7);
 }
 
-#[test]
 fn a_region_is_shared_with_those_who_are_named() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let region = Region::new(8192).unwrap();
     let mut writer = Domain::builder("writer").region(&region, RegionAccess::ReadWrite).build().unwrap();
     let mut reader = Domain::builder("reader").region(&region, RegionAccess::ReadOnly).build().unwrap();
@@ -337,9 +343,8 @@ fn a_region_is_shared_with_those_who_are_named() {
     assert_eq!(bytes[0], 0x33);
 }
 
-#[test]
 fn a_region_outlives_its_handle_and_gives_its_key_back() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     for _ in 0..40 {
         let region = Region::new(4096).unwrap();
         let place = region.as_ptr();
@@ -362,9 +367,8 @@ fn a_region_outlives_its_handle_and_gives_its_key_back() {
     works(&mut Domain::builder("again").build().unwrap());
 }
 
-#[test]
 fn callocs_and_reallocarrays_products() {
-    let mut domain = need!(domain("products"));
+    let mut domain = domain("products");
     let answers = domain.call(|| {
         let half = usize::MAX / 2 + 1;
         // SAFETY: allocations that fail, or are kept. The compiler would leave them out if it could.
@@ -384,13 +388,12 @@ fn callocs_and_reallocarrays_products() {
     assert_eq!(answers.unwrap(), ([true; 6], libc::ENOMEM));
 }
 
-#[test]
 fn a_domains_block_is_not_freed_outside() {
-    let mut domain = need!(domain("owner"));
+    let mut domain = domain("owner");
     // SAFETY: the block is never used.
     let block = domain.call(|| unsafe { libc::malloc(100) } as u64).unwrap() as *mut c_void;
     for resize in [false, true] {
-        let status = common::in_child(|| {
+        let status = support::in_child(|| {
             // SAFETY: none: this is the mistake.
             unsafe {
                 if resize {
@@ -407,18 +410,16 @@ fn a_domains_block_is_not_freed_outside() {
     domain.call(|| unsafe { libc::free(block) }).expect("control");
 }
 
-#[test]
 fn a_violation_says_so_when_the_domain_cannot_be_made_ready() {
-    let mut domain = need!(domain("outer"));
+    let mut domain = domain("outer");
     // In a domain there are no others.
     let text = domain.call(|| Domain::builder("inner").build().map(drop).unwrap_err().to_string()).unwrap();
     assert!(text.contains("code in a domain cannot make"), "{text}");
     assert!(!matches!(contain(&mut domain, mistake).kind(), ViolationKind::NotReady(_)));
 }
 
-#[test]
 fn safe_functions_open_nothing_in_a_domain() {
-    let mut domain = need!(domain("insider"));
+    let mut domain = domain("insider");
     let vault = Vault::new(std::cell::Cell::new(7u64)).unwrap();
     let violation = domain.call(|| vault.with(std::cell::Cell::get)).unwrap_err();
     assert_eq!(key_fault(&violation).address, vault.as_ptr() as u64);
@@ -436,9 +437,8 @@ fn safe_functions_open_nothing_in_a_domain() {
     assert_eq!(&bytes, b"written", "control");
 }
 
-#[test]
 fn regions_leave_keys_for_domains() {
-    let mut domain = need!(domain("owner"));
+    let mut domain = domain("owner");
     let mut regions = Vec::new();
     let result = domain.call_with(
         &mut [&mut |_| {
@@ -467,9 +467,8 @@ fn regions_leave_keys_for_domains() {
     }
 }
 
-#[test]
 fn a_builder_that_fails_leaves_its_libraries_alone() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     for _ in 0..2 {
         // SAFETY: nothing is built.
         let builder = unsafe { Domain::builder("failing").library("libsqlite3.so").library("libnothing.so") };

@@ -2,25 +2,42 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-#[path = "../../userspace/tests/common/mod.rs"]
-#[macro_use]
-mod common;
-
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
-use common::{build, contain, domain, key_fault, mistake, works};
 use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
 use pkru_userspace::{Builder, Domain, Error, Pool, ProtectionKey, Region, ViolationKind};
+use support::{build, contain, domain, key_fault, mistake, suite, works};
+
+suite! {
+    more_threads_than_keys_each_in_a_domain_at_the_same_time,
+    a_fault_in_one_thread_disturbs_no_other,
+    a_thousand_domains,
+    the_one_that_was_called_longest_ago_loses_its_key,
+    the_programs_own_keys_are_respected,
+    two_keys_make_for_any_number_of_domains_and_one_for_one,
+    thread_locals_do_not_follow_a_domain_to_another_thread,
+    threads_in_the_middle_of_calls_do_not_wait_for_each_other_for_ever,
+    a_key_that_only_this_call_could_give,
+    statics_are_opened_while_a_call_needs_another,
+    forks_in_the_middle_of_other_things,
+    a_pool_hands_domains_to_threads,
+    a_pool_that_cannot_make_a_domain,
+    a_childs_domains_work,
+    forks_while_other_threads_run_in_domains,
+    a_fork_in_a_callback,
+    threads_leave_nothing_behind,
+    a_domain_that_waits_for_a_key,
+    a_pool_replaces_what_is_retired,
+}
 
 fn small(name: &str) -> Builder {
     Domain::builder(name).stack_size(64 * 1024).heap_size(256 * 1024)
 }
 
-#[test]
 fn more_threads_than_keys_each_in_a_domain_at_the_same_time() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     const THREADS: u64 = 40;
     let threads: Vec<_> = (0..THREADS)
         .map(|number| {
@@ -42,9 +59,8 @@ fn more_threads_than_keys_each_in_a_domain_at_the_same_time() {
     }
 }
 
-#[test]
 fn a_fault_in_one_thread_disturbs_no_other() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     static STOP: AtomicBool = AtomicBool::new(false);
     static FAULTS: AtomicU32 = AtomicU32::new(0);
     let faulty: Vec<_> = (0..2)
@@ -67,9 +83,8 @@ fn a_fault_in_one_thread_disturbs_no_other() {
     faulty.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
-#[test]
 fn a_thousand_domains() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let mut domains: Vec<_> = (0..1000).map(|_| small("one of many").build().unwrap()).collect();
     let words: Vec<_> = (0u64..)
         .zip(&mut domains)
@@ -107,9 +122,8 @@ fn a_thousand_domains() {
     }
 }
 
-#[test]
 fn the_one_that_was_called_longest_ago_loses_its_key() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let mut domains: Vec<_> = (0..12).map(|_| small("idle").build().unwrap()).collect();
     let mut busy = small("busy").build().unwrap();
     for _ in 0..30 {
@@ -122,15 +136,14 @@ fn the_one_that_was_called_longest_ago_loses_its_key() {
     assert_eq!(busy.key(), key);
 }
 
-#[test]
 fn the_programs_own_keys_are_respected() {
     // SAFETY: the calls touch no memory.
     let own: Vec<_> = (0..3).map(|_| unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) }).collect();
     if own[0] < 0 {
-        drop(need!(domain("none")));
+        drop(domain("none"));
     }
     pkru_userspace::set_key_limit(4);
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let mut domains: Vec<_> = (0..20).map(|_| small("limited").build().unwrap()).collect();
     domains.iter_mut().for_each(works);
     assert!(domains.iter().filter(|domain| domain.key().is_some()).count() <= 3);
@@ -150,7 +163,6 @@ fn the_programs_own_keys_are_respected() {
     assert!(domains.iter().filter(|domain| domain.key().is_some()).count() > 4);
 }
 
-#[test]
 fn two_keys_make_for_any_number_of_domains_and_one_for_one() {
     let taken: Vec<_> = (0..16)
         .map(|_| {
@@ -160,7 +172,7 @@ fn two_keys_make_for_any_number_of_domains_and_one_for_one() {
         .filter(|key| *key > 0)
         .collect();
     if taken.is_empty() {
-        drop(need!(domain("none")));
+        drop(domain("none"));
     }
     let error = Domain::builder("none").build().unwrap_err();
     assert!(matches!(error, Error::KeysExhausted { .. }), "{error}");
@@ -188,7 +200,6 @@ fn two_keys_make_for_any_number_of_domains_and_one_for_one() {
     }
 }
 
-#[test]
 fn thread_locals_do_not_follow_a_domain_to_another_thread() {
     thread_local! { static NUMBER: std::cell::Cell<u32> = const { std::cell::Cell::new(0) } }
     // SAFETY: the C library's descriptor of the thread has its number; the call reads that.
@@ -204,7 +215,7 @@ fn thread_locals_do_not_follow_a_domain_to_another_thread() {
     };
     // SAFETY: the call touches no memory.
     let thread_id = || unsafe { libc::gettid() };
-    let mut domain = need!(domain("moved"));
+    let mut domain = domain("moved");
     let word = domain.call(|| Box::leak(Box::new(5u64)) as *mut u64 as u64).unwrap();
     domain.call(|| NUMBER.set(7)).unwrap();
     assert_eq!((domain.call(|| NUMBER.get()).unwrap(), domain.call(lock_owner).unwrap()), (7, thread_id()), "control");
@@ -249,10 +260,9 @@ fn keys_for_domains(count: usize) {
     });
 }
 
-#[test]
 fn threads_in_the_middle_of_calls_do_not_wait_for_each_other_for_ever() {
     keys_for_domains(2);
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let barrier = Arc::new(Barrier::new(2));
     let threads: Vec<_> = (0..2)
         .map(|_| {
@@ -274,10 +284,9 @@ fn threads_in_the_middle_of_calls_do_not_wait_for_each_other_for_ever() {
     threads.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
-#[test]
 fn a_key_that_only_this_call_could_give() {
     keys_for_domains(1);
-    let mut outer = need!(domain("outer"));
+    let mut outer = domain("outer");
     MIDDLE.set(Some(Box::new(|| {
         assert!(matches!(Region::new(1), Err(Error::KeysExhausted { .. })));
     })));
@@ -285,9 +294,8 @@ fn a_key_that_only_this_call_could_give() {
     works(&mut outer);
 }
 
-#[test]
 fn statics_are_opened_while_a_call_needs_another() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let (begun, begins) = std::sync::mpsc::channel();
     let caller = std::thread::spawn(move || {
         let (mut outer, mut inner) = (small("outer").build().unwrap(), small("inner").build().unwrap());
@@ -299,11 +307,10 @@ fn statics_are_opened_while_a_call_needs_another() {
         assert!(outer.call(|| InTheMiddle).is_ok());
     });
     begins.recv().unwrap();
-    works(&mut common::open_domain("open").unwrap());
+    works(&mut support::open_domain("open"));
     caller.join().unwrap();
 }
 
-#[test]
 fn forks_in_the_middle_of_other_things() {
     unsafe extern "C" {
         fn pthread_atfork(before: Option<Handler>, parent: Option<Handler>, child: Option<Handler>) -> i32;
@@ -329,7 +336,7 @@ fn forks_in_the_middle_of_other_things() {
         }
     }
     thread_local! { static LATE: Forks = const { Forks } }
-    let mut domain = need!(domain("first"));
+    let mut domain = domain("first");
     std::thread::spawn(|| {
         LATE.with(|_| ());
         in_child(|| ());
@@ -340,9 +347,8 @@ fn forks_in_the_middle_of_other_things() {
     contain(&mut domain, mistake);
 }
 
-#[test]
 fn a_pool_hands_domains_to_threads() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let made = Arc::new(AtomicU64::new(0));
     let pool = Pool::new(small("pooled"), 3);
     std::thread::scope(|scope| {
@@ -376,9 +382,8 @@ fn a_pool_hands_domains_to_threads() {
     assert!(!waiting.load(Ordering::Relaxed));
 }
 
-#[test]
 fn a_pool_that_cannot_make_a_domain() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let pool = Pool::new(Domain::builder("too big").heap_size(usize::MAX / 2), 1);
     for _ in 0..3 {
         assert!(matches!(pool.get(), Err(Error::Size { .. })));
@@ -387,12 +392,11 @@ fn a_pool_that_cannot_make_a_domain() {
 
 /// Runs something in a child, and checks that it ends well.
 fn in_child(function: impl FnOnce()) {
-    assert_eq!(common::in_child(function), 0);
+    assert_eq!(support::in_child(function), 0);
 }
 
-#[test]
 fn a_childs_domains_work() {
-    let mut domain = need!(domain("parent"));
+    let mut domain = domain("parent");
     let word = domain.call(|| Box::leak(Box::new(5u64)) as *mut u64 as u64).unwrap();
     let mut parked: Vec<_> = (0..20).map(|_| small("parked").build().unwrap()).collect();
     in_child(|| {
@@ -409,9 +413,8 @@ fn a_childs_domains_work() {
     parked.iter_mut().for_each(works);
 }
 
-#[test]
 fn forks_while_other_threads_run_in_domains() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     static STOP: AtomicBool = AtomicBool::new(false);
     let barrier = Arc::new(Barrier::new(5));
     let threads: Vec<_> = (0..4)
@@ -440,9 +443,8 @@ fn forks_while_other_threads_run_in_domains() {
     threads.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
-#[test]
 fn a_fork_in_a_callback() {
-    let mut domain = need!(domain("forker"));
+    let mut domain = domain("forker");
     let mut child_status = 1;
     let result = domain.call_with(
         &mut [&mut |_| {
@@ -459,9 +461,8 @@ fn a_fork_in_a_callback() {
     assert_eq!((result.unwrap(), child_status), (3, 0));
 }
 
-#[test]
 fn threads_leave_nothing_behind() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let mappings = || std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
     let round = || {
         let threads = (0..4).map(|_| std::thread::spawn(|| contain(&mut small("brief").build().unwrap(), mistake)));
@@ -474,14 +475,13 @@ fn threads_leave_nothing_behind() {
     assert!(mappings() <= before + 8, "{before}, then {}", mappings());
 }
 
-#[test]
 fn a_domain_that_waits_for_a_key() {
     // Two keys: one for what is closed, and one for domains.
     pkru_userspace::set_key_limit(match pkru_userspace::capability::detect() {
         Ok(found) if found.signal_frame == pkru_userspace::capability::SignalFrame::OnAnyStack => 2,
         _ => 3,
     });
-    let mut first = need!(build(small("first").deadline(Duration::from_millis(300))));
+    let mut first = build(small("first").deadline(Duration::from_millis(300)));
     let mut second = small("second").build().unwrap();
     static INSIDE: AtomicBool = AtomicBool::new(false);
     let running = std::thread::spawn(move || {
@@ -497,9 +497,8 @@ fn a_domain_that_waits_for_a_key() {
     works(&mut second);
 }
 
-#[test]
 fn a_pool_replaces_what_is_retired() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let pool = Pool::new(small("pooled").retire_after(1), 2);
     for _ in 0..5 {
         let mut domain = pool.get().unwrap();

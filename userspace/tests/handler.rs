@@ -2,13 +2,14 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-mod common;
-
 use std::arch::asm;
 
-use common::{contain, domain};
+use support::{contain, domain, suite};
 
-#[test]
+suite! {
+    a_handler_that_was_there_before_gets_what_is_its_own,
+}
+
 fn a_handler_that_was_there_before_gets_what_is_its_own() {
     use std::sync::atomic::{AtomicUsize, Ordering};
     static SEEN: AtomicUsize = AtomicUsize::new(0);
@@ -25,7 +26,7 @@ fn a_handler_that_was_there_before_gets_what_is_its_own() {
         action.sa_flags = libc::SA_SIGINFO;
         libc::sigaction(libc::SIGSEGV, &raw const action, std::ptr::null_mut());
     }
-    let mut domain = need!(domain("bystander"));
+    let mut domain = domain("bystander");
     // SAFETY: the handler skips the instruction: `mov [rax], cl` has two bytes.
     let fault = || unsafe { asm!("mov [rax], cl", in("rax") 0x123, in("cl") 0_u8) };
     fault();

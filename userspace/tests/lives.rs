@@ -2,14 +2,34 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-mod common;
-
-use common::{build, contain, domain, mistake, works};
 use pkru_userspace::{Domain, Error};
+use support::{build, contain, domain, mistake, suite, works};
 
-#[test]
+suite! {
+    state_lasts_until_a_violation,
+    discard_leaves_nothing_to_read,
+    sizes_that_cannot_be_had_are_refused,
+    the_smallest_domain_works,
+    nothing_leaks_over_many_lives,
+    ten_thousand_rewinds,
+    threads_have_domains_of_their_own,
+    a_domain_moves_between_threads,
+    results_of_many_calls_do_not_fill_the_heap,
+    empty_results_with_room_do_not_fill_the_heap,
+    a_thread_that_blocks_every_signal,
+    a_program_with_a_signal_stack_of_its_own,
+    locked_memory_is_discarded_from_any_thread,
+    a_library_that_binds_lazily_works_at_once,
+    a_library_that_binds_lazily_is_given_away,
+    a_call_from_a_signal_handler,
+    a_result_that_lies_on_the_stack_is_not_freed,
+    the_children_of_a_fork_have_domains_that_work,
+    a_domain_cannot_make_or_call_another,
+    a_call_from_a_thread_locals_destructor,
+}
+
 fn state_lasts_until_a_violation() {
-    let mut domain = need!(domain("state"));
+    let mut domain = domain("state");
     let place = domain.call(|| std::ptr::from_mut(Box::leak(Box::new(0u64))) as usize).unwrap();
     let count = || {
         let place = place as *mut u64;
@@ -25,9 +45,8 @@ fn state_lasts_until_a_violation() {
     assert_ne!(word, 2, "the state is gone");
 }
 
-#[test]
 fn discard_leaves_nothing_to_read() {
-    let mut domain = need!(domain("secret"));
+    let mut domain = domain("secret");
     let secret = |byte: u8| domain_secret(byte);
     fn domain_secret(byte: u8) -> usize {
         vec![byte; 1 << 20].leak().as_ptr() as usize
@@ -43,9 +62,8 @@ fn discard_leaves_nothing_to_read() {
     assert_eq!(domain.call(look).unwrap(), 0);
 }
 
-#[test]
 fn sizes_that_cannot_be_had_are_refused() {
-    let _ = need!(domain("control"));
+    let _ = domain("control");
     for (builder, part) in [
         (Domain::builder("none").heap_size(0), "heap"),
         (Domain::builder("none").stack_size(0), "stack"),
@@ -63,9 +81,8 @@ fn sizes_that_cannot_be_had_are_refused() {
     }
 }
 
-#[test]
 fn the_smallest_domain_works() {
-    let mut domain = need!(build(Domain::builder("small").stack_size(16384).heap_size(16384)));
+    let mut domain = build(Domain::builder("small").stack_size(16384).heap_size(16384));
     works(&mut domain);
 }
 
@@ -74,13 +91,12 @@ fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
 }
 
-#[test]
 fn nothing_leaks_over_many_lives() {
     let live = || {
         let mut domain = Domain::builder("short").build().unwrap();
         contain(&mut domain, mistake);
     };
-    drop(need!(domain("first")));
+    drop(domain("first"));
     live();
     let before = mappings();
     for _ in 0..300 {
@@ -89,18 +105,16 @@ fn nothing_leaks_over_many_lives() {
     assert!(mappings() <= before + 2, "{before} mappings before, {} after", mappings());
 }
 
-#[test]
 fn ten_thousand_rewinds() {
-    let mut domain = need!(domain("rewind"));
+    let mut domain = domain("rewind");
     for _ in 0..10_000 {
         domain.call(mistake).unwrap_err();
     }
     works(&mut domain);
 }
 
-#[test]
 fn threads_have_domains_of_their_own() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let threads: Vec<_> = (0..4)
         .map(|number| {
             std::thread::spawn(move || {
@@ -117,9 +131,8 @@ fn threads_have_domains_of_their_own() {
     }
 }
 
-#[test]
 fn a_domain_moves_between_threads() {
-    let mut domain = need!(domain("mover"));
+    let mut domain = domain("mover");
     works(&mut domain);
     let mut domain = std::thread::spawn(move || {
         works(&mut domain);
@@ -131,26 +144,23 @@ fn a_domain_moves_between_threads() {
     works(&mut domain);
 }
 
-#[test]
 fn results_of_many_calls_do_not_fill_the_heap() {
-    let mut domain = need!(build(Domain::builder("results").heap_size(1 << 20)));
+    let mut domain = build(Domain::builder("results").heap_size(1 << 20));
     for round in 0..200 {
         let result = domain.call(|| vec![round as u8; 100_000]).unwrap();
         assert!(result.len() == 100_000 && result.iter().all(|byte| *byte == round as u8));
     }
 }
 
-#[test]
 fn empty_results_with_room_do_not_fill_the_heap() {
-    let mut domain = need!(build(Domain::builder("capacity").heap_size(1 << 20)));
+    let mut domain = build(Domain::builder("capacity").heap_size(1 << 20));
     for _ in 0..200 {
         assert!(domain.call(|| Vec::<u8>::with_capacity(100_000)).unwrap().is_empty());
     }
 }
 
-#[test]
 fn a_thread_that_blocks_every_signal() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let blocked = std::thread::spawn(|| {
         // SAFETY: the set is filled before it is used.
         unsafe {
@@ -164,12 +174,11 @@ fn a_thread_that_blocks_every_signal() {
     blocked.join().unwrap();
 }
 
-#[test]
 fn a_program_with_a_signal_stack_of_its_own() {
-    let mut domain = need!(domain("stack"));
+    let mut domain = domain("stack");
     let stack = vec![0u8; 256 * 1024].leak();
     let new = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: stack.len() };
-    let status = common::in_child(|| {
+    let status = support::in_child(|| {
         // SAFETY: the stack is leaked.
         assert_eq!(unsafe { libc::sigaltstack(&raw const new, std::ptr::null_mut()) }, 0);
         contain(&mut domain, mistake);
@@ -177,9 +186,8 @@ fn a_program_with_a_signal_stack_of_its_own() {
     assert_eq!(status, 0);
 }
 
-#[test]
 fn locked_memory_is_discarded_from_any_thread() {
-    let mut domain = need!(build(Domain::builder("locked").heap_size(1 << 20)));
+    let mut domain = build(Domain::builder("locked").heap_size(1 << 20));
     // SAFETY: the call touches no memory of ours.
     assert_eq!(unsafe { libc::mlockall(libc::MCL_CURRENT) }, 0);
     contain(&mut domain, mistake);
@@ -211,24 +219,22 @@ fn compress_something() -> (i32, u64) {
     (result, size)
 }
 
-#[test]
 fn a_library_that_binds_lazily_works_at_once() {
-    let mut domain = need!(domain("lazy"));
+    let mut domain = domain("lazy");
     let (result, size) = domain.call(compress_something).unwrap();
     assert!(result == 0 && size < 100, "{result}, {size} bytes");
     assert_eq!(compress_something(), (result, size), "control");
 }
 
-#[test]
 fn a_library_that_binds_lazily_is_given_away() {
     // SAFETY: nothing else uses the library while the domain lives.
-    let mut domain = need!(build(unsafe { Domain::builder("lazy").library("libz.so") }));
+    let mut domain = build(unsafe { Domain::builder("lazy").library("libz.so") });
     for _ in 0..2 {
         assert_eq!(domain.call(compress_something).unwrap().0, 0);
         contain(&mut domain, mistake);
     }
     // Binding others does not look at what the domain has, also when its key is another's.
-    let others: Vec<_> = (0..20).map(|_| common::domain("other").unwrap()).collect();
+    let others: Vec<_> = (0..20).map(|_| support::domain("other")).collect();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let library = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|file| file.contains("libz.so"));
     let copy = std::env::temp_dir().join(format!("libcopy-{}.so", std::process::id()));
@@ -238,14 +244,13 @@ fn a_library_that_binds_lazily_is_given_away() {
     // SAFETY: the library has no initialisers that could do harm.
     assert!(!unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_LAZY) }.is_null());
     std::fs::remove_file(&copy).unwrap();
-    works(&mut common::domain("later").unwrap());
+    works(&mut support::domain("later"));
     drop(others);
     assert_eq!(domain.call(compress_something).unwrap().0, 0);
     drop(domain);
     assert_eq!(compress_something().0, 0);
 }
 
-#[test]
 fn a_call_from_a_signal_handler() {
     use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
     static DOMAIN: AtomicPtr<Domain> = AtomicPtr::new(std::ptr::null_mut());
@@ -255,7 +260,7 @@ fn a_call_from_a_signal_handler() {
         let domain = unsafe { &mut *DOMAIN.load(Ordering::Relaxed) };
         ANSWER.store(domain.call(|| 7u32).unwrap_or(0), Ordering::Relaxed);
     }
-    let mut domain = need!(domain("handler"));
+    let mut domain = domain("handler");
     works(&mut domain);
     DOMAIN.store(&raw mut domain, Ordering::Relaxed);
     // The handler starts with rights to key 0 alone.
@@ -268,9 +273,8 @@ fn a_call_from_a_signal_handler() {
     works(&mut domain);
 }
 
-#[test]
 fn a_result_that_lies_on_the_stack_is_not_freed() {
-    let mut domain = need!(domain("stack"));
+    let mut domain = domain("stack");
     let forge = || {
         let bytes = std::mem::ManuallyDrop::new([7u8; 32]);
         // SAFETY: none: the vector's memory is no block.
@@ -280,11 +284,10 @@ fn a_result_that_lies_on_the_stack_is_not_freed() {
     works(&mut domain);
 }
 
-#[test]
 fn the_children_of_a_fork_have_domains_that_work() {
-    let mut domain = need!(domain("parent"));
+    let mut domain = domain("parent");
     works(&mut domain);
-    let status = common::in_child(|| {
+    let status = support::in_child(|| {
         contain(&mut domain, mistake);
         contain(&mut Domain::builder("child").build().unwrap(), mistake);
     });
@@ -292,9 +295,8 @@ fn the_children_of_a_fork_have_domains_that_work() {
     contain(&mut domain, mistake);
 }
 
-#[test]
 fn a_domain_cannot_make_or_call_another() {
-    let mut outer = need!(domain("outer"));
+    let mut outer = domain("outer");
     let inner = std::sync::Mutex::new(Domain::builder("inner").build().unwrap());
     let refused = outer.call(|| Domain::builder("nested").build().is_err_and(|error| error == Error::InDomain));
     assert!(refused.unwrap());
@@ -317,7 +319,6 @@ fn a_domain_cannot_make_or_call_another() {
     works(&mut inner.into_inner().unwrap());
 }
 
-#[test]
 fn a_call_from_a_thread_locals_destructor() {
     struct Caller(std::cell::Cell<Option<Domain>>);
     impl Drop for Caller {
@@ -328,7 +329,7 @@ fn a_call_from_a_thread_locals_destructor() {
         }
     }
     thread_local! { static CALLER: Caller = const { Caller(std::cell::Cell::new(None)) } }
-    let domain = need!(domain("late"));
+    let domain = domain("late");
     std::thread::spawn(move || CALLER.with(|caller| caller.0.set(Some(domain)))).join().unwrap();
     works(&mut Domain::builder("after").build().unwrap());
 }

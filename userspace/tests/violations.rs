@@ -2,19 +2,52 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-mod common;
-
 use std::arch::asm;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{NOWHERE, contain, domain, key_fault, mistake};
 use pkru_userspace::{Access, Domain, HeapError, ViolationKind};
+use support::{NOWHERE, contain, domain, key_fault, mistake, suite};
 
-#[test]
+suite! {
+    a_key_fault_names_everything,
+    a_closure_is_named,
+    a_null_write,
+    a_jump_to_nowhere,
+    an_address_that_is_none,
+    a_stack_overflow,
+    a_lost_stack_pointer,
+    an_illegal_instruction,
+    a_division_by_zero,
+    a_breakpoint,
+    a_bus_error,
+    a_panic,
+    a_panic_with_a_hook_of_the_programs,
+    a_panic_on_another_thread,
+    an_abort,
+    an_exit,
+    an_exhausted_heap_in_rust,
+    a_loop_that_does_not_end,
+    a_wild_jump,
+    a_signal_that_code_sends_itself,
+    frees_of_what_is_no_block,
+    a_spoiled_fs_base,
+    a_jump_to_32_bit_code,
+    a_stack_pointer_in_the_signal_stack,
+    memory_made_executable_only,
+    a_copy_of_the_process_made_in_a_domain_ends,
+    a_return_with_another_domains_key,
+    opening_the_key_of_a_running_domain,
+    a_breakpoint_outside_any_domain_kills_the_process_as_before,
+    spoiled_registers_are_restored,
+    a_fault_outside_any_domain_kills_the_process_as_before,
+    deadlines_that_have_passed_at_once,
+    a_stack_pointer_near_the_end_of_addresses,
+}
+
 fn a_key_fault_names_everything() {
-    let mut domain = need!(domain("names"));
+    let mut domain = domain("names");
     static TARGET: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
     #[inline(never)]
     fn culprit(target: *mut u64) {
@@ -34,13 +67,12 @@ fn a_key_fault_names_everything() {
     }
 }
 
-#[test]
 fn a_closure_is_named() {
     let target = Box::into_raw(Box::new(0u64));
     // SAFETY: none: this is the mistake.
     let write = || unsafe { target.write_volatile(1) };
     let limited = Domain::builder("limited").deadline(Duration::from_secs(60));
-    for mut domain in [need!(domain("plain")), need!(common::build(limited))] {
+    for mut domain in [domain("plain"), support::build(limited)] {
         let violation = domain.call(write).unwrap_err();
         let symbol = violation.symbol().expect("the test has a symbol table");
         assert!(symbol.name().unwrap().contains("a_closure_is_named"), "{symbol}");
@@ -58,78 +90,69 @@ fn a_closure_is_named() {
     }
 }
 
-#[test]
 fn a_null_write() {
-    let mut domain = need!(domain("null"));
+    let mut domain = domain("null");
     let violation = contain(&mut domain, mistake);
     assert_eq!(*violation.kind(), ViolationKind::Null { address: NOWHERE as u64, access: Access::Write });
 }
 
-#[test]
 fn a_jump_to_nowhere() {
-    let mut domain = need!(domain("jump"));
+    let mut domain = domain("jump");
     // SAFETY: none: this is the mistake.
     let function = unsafe { std::mem::transmute::<usize, extern "C" fn()>(black_box(0x10)) };
     let violation = contain(&mut domain, || function());
     assert_eq!(*violation.kind(), ViolationKind::Null { address: 0x10, access: Access::Execute });
 }
 
-#[test]
 fn an_address_that_is_none() {
-    let mut domain = need!(domain("canonical"));
+    let mut domain = domain("canonical");
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe { black_box((1u64 << 63) as *mut u64).write_volatile(1) });
     assert_eq!(*violation.kind(), ViolationKind::GeneralProtection);
 }
 
-#[test]
 fn a_stack_overflow() {
     #[allow(unconditional_recursion, reason = "overflowing the stack is the point")]
     fn recurse(depth: u64) -> u64 {
         black_box(&[depth; 16])[3] + recurse(depth + 1)
     }
-    let mut domain = need!(domain("deep"));
+    let mut domain = domain("deep");
     let violation = contain(&mut domain, || {
         black_box(recurse(0));
     });
     assert!(matches!(violation.kind(), ViolationKind::StackOverflow { .. }), "{violation}");
 }
 
-#[test]
 fn a_lost_stack_pointer() {
-    let mut domain = need!(domain("lost"));
+    let mut domain = domain("lost");
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe { asm!("mov rsp, 64", "push rax", options(noreturn)) });
     assert!(matches!(violation.kind(), ViolationKind::Null { .. }), "{violation}");
 }
 
-#[test]
 fn an_illegal_instruction() {
-    let mut domain = need!(domain("illegal"));
+    let mut domain = domain("illegal");
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe { asm!("ud2") });
     assert_eq!(*violation.kind(), ViolationKind::IllegalInstruction);
 }
 
-#[test]
 fn a_division_by_zero() {
-    let mut domain = need!(domain("divide"));
+    let mut domain = domain("divide");
     // SAFETY: none: this is the mistake.
     let divide = || unsafe { asm!("div {0:e}", in(reg) 0, inout("eax") 1 => _, inout("edx") 0 => _) };
     assert_eq!(*contain(&mut domain, divide).kind(), ViolationKind::Arithmetic);
 }
 
-#[test]
 fn a_breakpoint() {
-    let mut domain = need!(domain("break"));
+    let mut domain = domain("break");
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe { asm!("int3") });
     assert_eq!(*violation.kind(), ViolationKind::Breakpoint);
 }
 
-#[test]
 fn a_bus_error() {
-    let mut domain = need!(domain("bus"));
+    let mut domain = domain("bus");
     let path = std::env::temp_dir().join(format!("pkru-bus-{}", std::process::id()));
     let file = std::fs::File::create_new(&path).unwrap();
     file.set_len(4096).unwrap();
@@ -147,9 +170,8 @@ fn a_bus_error() {
     assert_eq!(*violation.kind(), ViolationKind::Bus { address: page as u64 });
 }
 
-#[test]
 fn a_panic() {
-    let mut domain = need!(domain("panic"));
+    let mut domain = domain("panic");
     for number in 0..3 {
         let violation = contain(&mut domain, || panic!("number {number} in a domain"));
         let ViolationKind::Panic { message: Some(message) } = violation.kind() else { panic!("{violation}") };
@@ -168,17 +190,15 @@ fn a_panic() {
     assert!(!std::thread::panicking());
 }
 
-#[test]
 fn a_panic_with_a_hook_of_the_programs() {
-    let mut domain = need!(domain("panic"));
+    let mut domain = domain("panic");
     std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     let violation = contain(&mut domain, || panic!("in a domain"));
     assert!(matches!(violation.kind(), ViolationKind::Panic { .. }), "{violation}");
 }
 
-#[test]
 fn a_panic_on_another_thread() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let violation = std::thread::spawn(|| {
         let mut domain = Domain::builder("thread").build().unwrap();
         contain(&mut domain, || panic!("on a thread"))
@@ -187,9 +207,8 @@ fn a_panic_on_another_thread() {
     assert!(violation.to_string().contains("on a thread"), "{violation}");
 }
 
-#[test]
 fn an_abort() {
-    let mut domain = need!(domain("abort"));
+    let mut domain = domain("abort");
     // SAFETY: none: this is the mistake.
     let ways: [&dyn Fn(); 3] = [&|| std::process::abort(), &|| unsafe { libc::abort() }, &|| unsafe {
         libc::raise(libc::SIGABRT);
@@ -199,9 +218,8 @@ fn an_abort() {
     }
 }
 
-#[test]
 fn an_exit() {
-    let mut domain = need!(domain("exit"));
+    let mut domain = domain("exit");
     // SAFETY: none: this is the mistake.
     let ways: [&dyn Fn(); 2] = [&|| unsafe { libc::exit(3) }, &|| unsafe { libc::_exit(3) }];
     for way in ways {
@@ -212,9 +230,8 @@ fn an_exit() {
     assert!(matches!(violation.kind(), ViolationKind::Exit { .. }), "{violation}");
 }
 
-#[test]
 fn an_exhausted_heap_in_rust() {
-    let mut domain = need!(common::build(Domain::builder("full").heap_size(1 << 20)));
+    let mut domain = support::build(Domain::builder("full").heap_size(1 << 20));
     let violation = contain(&mut domain, || {
         black_box(vec![1u8; 3 << 20]);
     });
@@ -231,10 +248,9 @@ fn an_exhausted_heap_in_rust() {
     assert!(matches!(violation.kind(), ViolationKind::OutOfMemory { .. }), "{violation}");
 }
 
-#[test]
 fn a_loop_that_does_not_end() {
     let deadline = Duration::from_millis(200);
-    let mut domain = need!(common::build(Domain::builder("loop").deadline(deadline)));
+    let mut domain = support::build(Domain::builder("loop").deadline(deadline));
     for _ in 0..3 {
         let start = std::time::Instant::now();
         let violation = contain(&mut domain, loop_forever);
@@ -248,13 +264,12 @@ fn a_loop_that_does_not_end() {
     });
     assert_eq!(*violation.kind(), ViolationKind::Deadline);
     for _ in 0..200 {
-        common::works(&mut domain);
+        support::works(&mut domain);
     }
 }
 
-#[test]
 fn a_wild_jump() {
-    let mut domain = need!(domain("jump"));
+    let mut domain = domain("jump");
     // Memory that cannot be executed.
     static DATA: [u8; 16] = [0xc3; 16];
     // SAFETY: none: this is the mistake.
@@ -263,9 +278,8 @@ fn a_wild_jump() {
     assert_eq!(violation.access(), Some(Access::Execute), "{violation}");
 }
 
-#[test]
 fn a_signal_that_code_sends_itself() {
-    let mut domain = need!(domain("raise"));
+    let mut domain = domain("raise");
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe {
         libc::raise(libc::SIGSEGV);
@@ -280,9 +294,8 @@ fn invalid_free(domain: &mut Domain, function: impl Fn()) -> HeapError {
     }
 }
 
-#[test]
 fn frees_of_what_is_no_block() {
-    let mut domain = need!(domain("free"));
+    let mut domain = domain("free");
     let mut outside = Box::new(1u64);
     let foreign = &raw mut *outside;
     // SAFETY: none: this is the mistake.
@@ -312,10 +325,9 @@ fn frees_of_what_is_no_block() {
     assert_eq!(error, HeapError::Foreign { address: foreign as usize });
 }
 
-#[test]
 fn a_spoiled_fs_base() {
     thread_local! { static WORD: std::cell::Cell<u32> = const { std::cell::Cell::new(1) } }
-    let mut domain = need!(domain("fs"));
+    let mut domain = domain("fs");
     WORD.set(7);
     // On the way out the caller gets its own.
     // SAFETY: none: this is the mistake.
@@ -329,12 +341,11 @@ fn a_spoiled_fs_base() {
     });
     assert!(violation.is_err());
     assert_eq!(WORD.get(), 7);
-    common::works(&mut domain);
+    support::works(&mut domain);
 }
 
-#[test]
 fn a_jump_to_32_bit_code() {
-    let mut domain = need!(domain("far"));
+    let mut domain = domain("far");
     // Offset and selector of Linux's 32-bit code segment. A far return would do too, but QEMU 7.2 reads its stack as
     // the kernel.
     let target = [0x1000_u32, 0x23];
@@ -344,9 +355,8 @@ fn a_jump_to_32_bit_code() {
     assert_eq!(*violation.kind(), ViolationKind::Null { address: 0x1000, access: Access::Execute });
 }
 
-#[test]
 fn a_stack_pointer_in_the_signal_stack() {
-    let mut domain = need!(domain("lost"));
+    let mut domain = domain("lost");
     let mut stack = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: 0, ss_size: 0 };
     // SAFETY: the struct is writable.
     unsafe { libc::syscall(libc::SYS_sigaltstack, std::ptr::null::<libc::stack_t>(), &raw mut stack) };
@@ -357,9 +367,8 @@ fn a_stack_pointer_in_the_signal_stack() {
     }
 }
 
-#[test]
 fn memory_made_executable_only() {
-    let mut domain = need!(domain("exec"));
+    let mut domain = domain("exec");
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping touches nothing that exists.
     let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, flags, -1, 0) };
@@ -375,9 +384,8 @@ fn memory_made_executable_only() {
     });
 }
 
-#[test]
 fn a_copy_of_the_process_made_in_a_domain_ends() {
-    let mut domain = need!(domain("fork"));
+    let mut domain = domain("fork");
     let mut pipe = [0; 2];
     // SAFETY: the array has room for two descriptors.
     assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
@@ -429,14 +437,13 @@ fn loop_forever() {
     }
 }
 
-fn other_domain() -> Option<Domain> {
-    common::build(Domain::builder("other").deadline(Duration::from_secs(1)))
+fn other_domain() -> Domain {
+    support::build(Domain::builder("other").deadline(Duration::from_secs(1)))
 }
 
-#[test]
 fn a_return_with_another_domains_key() {
-    let other = need!(other_domain());
-    let mut domain = need!(domain("liar"));
+    let other = other_domain();
+    let mut domain = domain("liar");
     // The gate's return address is the first thing on the domain's stack, below the page through which results leave.
     let lie = |key: u64| {
         let stack: u64;
@@ -463,10 +470,9 @@ fn a_return_with_another_domains_key() {
     });
 }
 
-#[test]
 fn opening_the_key_of_a_running_domain() {
-    let other = need!(other_domain());
-    let mut domain = need!(domain("opener"));
+    let other = other_domain();
+    let mut domain = domain("opener");
     while_another_runs(other, |key| {
         let rights = !(3u32 << (2 * key));
         // Whose fault it is is told by the thread, and not by the rights.
@@ -480,17 +486,15 @@ fn opening_the_key_of_a_running_domain() {
     });
 }
 
-#[test]
 fn a_breakpoint_outside_any_domain_kills_the_process_as_before() {
-    let _ = need!(domain("bystander"));
+    let _ = domain("bystander");
     // SAFETY: none: this is the fault.
-    let status = common::in_child(|| unsafe { asm!("int3") });
+    let status = support::in_child(|| unsafe { asm!("int3") });
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGTRAP, "{status:#x}");
 }
 
-#[test]
 fn spoiled_registers_are_restored() {
-    let mut domain = need!(domain("registers"));
+    let mut domain = domain("registers");
     let mxcsr = || {
         let mut value = 0u32;
         // SAFETY: the instruction stores four bytes.
@@ -530,25 +534,22 @@ fn spoiled_registers_are_restored() {
     assert_eq!(black_box(1.0_f64) / black_box(3.0), 1.0 / 3.0);
 }
 
-#[test]
 fn a_fault_outside_any_domain_kills_the_process_as_before() {
-    let _ = need!(domain("bystander"));
-    let status = common::in_child(mistake);
+    let _ = domain("bystander");
+    let status = support::in_child(mistake);
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
 }
 
-#[test]
 fn deadlines_that_have_passed_at_once() {
     for time in [Duration::ZERO, Duration::from_nanos(1), Duration::from_micros(1), Duration::from_micros(50)] {
-        let mut domain = need!(common::build(Domain::builder("late").deadline(time)));
+        let mut domain = support::build(Domain::builder("late").deadline(time));
         assert_eq!(*domain.call(loop_forever).unwrap_err().kind(), ViolationKind::Deadline, "{time:?}");
     }
 }
 
-#[test]
 fn a_stack_pointer_near_the_end_of_addresses() {
     static WORD: AtomicBool = AtomicBool::new(false);
-    let mut domain = need!(domain("end"));
+    let mut domain = domain("end");
     let place = WORD.as_ptr();
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe {
