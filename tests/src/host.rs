@@ -5,7 +5,8 @@ use std::process::{Command, Stdio};
 
 use crate::build;
 use crate::guest;
-use crate::tally::{Row, Tally, count};
+use crate::inside::ONE_BY_ONE;
+use crate::tally::{Row, Tally, count, count_suite};
 
 pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
     for package in ["pkru", "pkru-qemu", "pkru-userspace", "pkru-tests"] {
@@ -20,35 +21,39 @@ pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
     native(tally)
 }
 
-/// Runs the guest suites on this CPU.
+/// The variable by which a machine whose CPU has keys is treated as one without: `0` leaves out the suites on its CPU.
+const NATIVE: &str = "PKRU_TEST_NATIVE";
+
+/// Runs the suites on this machine's CPU, but for the one that counts instructions.
 fn native(tally: &mut Tally) -> Result<(), String> {
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let suite = "native: guest suites".to_string();
-    if !flags.split_whitespace().any(|flag| flag == "ospke") {
-        tally.add(Row {
-            suite,
-            skipped: 1,
-            note: "skipped: this CPU has no PKU; they run in QEMU".into(),
-            ..Row::default()
-        });
+    let reason = if std::env::var(NATIVE).is_ok_and(|value| value == "0") {
+        Some(format!("skipped: {NATIVE}=0 is set; without it the suites run here too, if the CPU has PKU"))
+    } else if !flags.split_whitespace().any(|flag| flag == "ospke") {
+        Some("skipped: it has no PKU; the suites run in QEMU".into())
+    } else {
+        None
+    };
+    if let Some(note) = reason {
+        tally.add(Row { suite: "this machine's CPU".into(), skipped: 1, note, ..Row::default() });
         return Ok(());
     }
-    let binaries = guest::suites()?;
-    let paths = binaries.iter().filter(|binary| binary.name != guest::COST).map(|binary| binary.path.as_os_str());
-    let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
-    let mut command = Command::new(program);
-    command.arg("inside").args(paths).env(pkru_qemu::init::FORCE, "1");
-    tally.add(stream(&suite, &mut command)?);
+    for binary in guest::suites()?.iter().filter(|binary| binary.name != guest::COST) {
+        let mut command = Command::new(&binary.path);
+        command.args(ONE_BY_ONE).env(pkru_qemu::init::FORCE, "1");
+        tally.add(stream(&format!("this machine's CPU: {}", binary.name), &mut command, count_suite)?);
+    }
     Ok(())
 }
 
 pub(crate) fn cargo_test(suite: &str, package: &str, kinds: &[&str]) -> Result<Row, String> {
-    stream(suite, Command::new("cargo").args(["test", "-p", package]).args(kinds).current_dir(build::workspace()))
+    let mut command = Command::new("cargo");
+    stream(suite, command.args(["test", "-p", package]).args(kinds).current_dir(build::workspace()), count)
 }
 
 /// Runs a command, passes its output on, and counts it. A command that fails without a failed test is a failure of its
 /// own.
-fn stream(suite: &str, command: &mut Command) -> Result<Row, String> {
+fn stream(suite: &str, command: &mut Command, count: impl Fn(&str, &str) -> Row) -> Result<Row, String> {
     println!("\n== {suite} ==");
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     let mut child = spawned.map_err(|error| format!("cannot run {command:?}: {error}"))?;
@@ -61,10 +66,7 @@ fn stream(suite: &str, command: &mut Command) -> Result<Row, String> {
         }
     }
     let status = child.wait().map_err(|error| format!("cannot wait for {command:?}: {error}"))?;
-    let mut row = count(suite, &output);
-    if !status.success() && row.failed == 0 {
-        row.failed = 1;
-        row.note = format!("it ended with {status}");
-    }
-    Ok(row)
+    let row = count(suite, &output);
+    // A verdict without the reason why the command failed would hide it.
+    if status.success() || row.failed > 0 && !row.did_not_end() { Ok(row) } else { Ok(row.fail(&status.to_string())) }
 }

@@ -11,13 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use pkru_qemu::init::{FORCE, ICOUNT};
+use pkru_qemu::machine::processor_time;
 use pkru_userspace::capability::detect;
-
-/// The variable that says that keys are there, so that a skip is a failure.
-const FORCE: &str = "PKRU_TEST_FORCE";
-
-/// The variable by which the guest says that its counter counts instructions.
-const ICOUNT: &str = "PKRU_ICOUNT";
 
 /// The argument before the name of a test that this process is to run itself.
 const IN_THIS_PROCESS: &str = "--in-this-process";
@@ -209,9 +205,8 @@ fn memory_file() -> io::Result<File> {
 
 /// Waits for a test's process, and kills it if it goes beyond a limit.
 fn wait(child: &mut Child, limits: Limits) -> io::Result<Result<ExitStatus, String>> {
-    let process = child.id() as libc::pid_t;
     // SAFETY: the call touches no memory.
-    let descriptor = unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) };
+    let descriptor = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -226,7 +221,7 @@ fn wait(child: &mut Child, limits: Limits) -> io::Result<Result<ExitStatus, Stri
         if let Some(status) = child.try_wait()? {
             return Ok(Ok(status));
         }
-        let now = processor_time(process).unwrap_or(used);
+        let now = processor_time(child.id()).unwrap_or(used);
         if now != used {
             (used, used_at) = (now, Instant::now());
         }
@@ -243,22 +238,6 @@ fn wait(child: &mut Child, limits: Limits) -> io::Result<Result<ExitStatus, Stri
         child.wait()?;
         return Ok(Err(reason));
     }
-}
-
-/// Returns the processor time that a process has used.
-fn processor_time(process: libc::pid_t) -> io::Result<Duration> {
-    let mut clock = 0;
-    // SAFETY: the number is writable.
-    let error = unsafe { libc::clock_getcpuclockid(process, &raw mut clock) };
-    if error != 0 {
-        return Err(io::Error::from_raw_os_error(error));
-    }
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the struct is writable.
-    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
 #[cfg(test)]
