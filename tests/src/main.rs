@@ -14,6 +14,9 @@ mod host;
 mod inside;
 mod tally;
 
+#[cfg(test)]
+mod scripts;
+
 use std::process::ExitCode;
 
 use tally::Tally;
