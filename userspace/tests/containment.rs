@@ -1,5 +1,4 @@
-//! What a domain may read, and what is its own. What it may not write is the matrix's subject
-//! (`tests/tests/matrix.rs`).
+//! What a domain may read, and what is its own. `tests/tests/containment_matrix.rs` has what it may not write.
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 

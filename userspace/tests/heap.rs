@@ -2,6 +2,7 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
+use std::ffi::c_void;
 use std::hint::black_box;
 
 use pkru_userspace::Domain;
@@ -17,6 +18,8 @@ suite! {
     an_exhausted_heap_says_so_in_c,
     c_strings_come_from_the_domains_heap,
     character_classes_work,
+    callocs_and_reallocarrays_products,
+    a_domains_block_is_not_freed_outside,
 }
 
 fn blocks_lie_in_the_domain_and_are_aligned() {
@@ -145,4 +148,47 @@ fn character_classes_work() {
     // SAFETY: both take any character.
     let upper = domain.call(|| unsafe { (libc::toupper(i32::from(b'p')), libc::isdigit(i32::from(b'7')) != 0) });
     assert_eq!(upper.unwrap(), (i32::from(b'P'), true));
+}
+
+fn callocs_and_reallocarrays_products() {
+    let mut domain = domain("products");
+    let answers = domain.call(|| {
+        let half = usize::MAX / 2 + 1;
+        // SAFETY: allocations that fail, or are kept. The compiler would leave them out if it could.
+        unsafe {
+            let block = black_box(libc::malloc(16));
+            let results = [
+                black_box(libc::calloc(half, 2)).is_null(),
+                black_box(libc::reallocarray(block, half, 2)).is_null(),
+                !black_box(libc::calloc(0, 0)).is_null(),
+                !black_box(libc::malloc(0)).is_null(),
+                black_box(libc::malloc(0)) != black_box(libc::malloc(0)),
+                black_box(libc::malloc(black_box(usize::MAX))).is_null(),
+            ];
+            (results, *libc::__errno_location())
+        }
+    });
+    assert_eq!(answers.unwrap(), ([true; 6], libc::ENOMEM));
+}
+
+fn a_domains_block_is_not_freed_outside() {
+    let mut domain = domain("owner");
+    // SAFETY: the block is never used.
+    let block = domain.call(|| unsafe { libc::malloc(100) } as u64).unwrap() as *mut c_void;
+    for resize in [false, true] {
+        let status = support::in_child(|| {
+            // SAFETY: none: this is the mistake.
+            unsafe {
+                if resize {
+                    libc::realloc(block, 200) as usize
+                } else {
+                    libc::free(block);
+                    0
+                }
+            };
+        });
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
+    }
+    // SAFETY: the domain's own.
+    domain.call(|| unsafe { libc::free(block) }).expect("control");
 }

@@ -1,10 +1,13 @@
-//! Results that a hostile domain forges are refused, and nothing outside it is read or freed.
+//! Results: those that a hostile domain forges are refused, nothing outside it is read or freed, and they do not fill its
+//! heap.
+
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
 use std::cell::RefCell;
 
 use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
 use pkru_userspace::{Domain, ViolationKind};
-use support::{domain, suite, works};
+use support::{build, domain, suite, works};
 
 suite! {
     values_cross,
@@ -15,6 +18,9 @@ suite! {
     a_wire_that_is_sent_again_frees_nothing,
     lent_blocks_are_freed,
     nesting_stays_within_the_callers_stack,
+    results_of_many_calls_do_not_fill_the_heap,
+    empty_results_with_room_do_not_fill_the_heap,
+    a_result_that_lies_on_the_stack_is_not_freed,
 }
 
 fn values_cross() {
@@ -129,7 +135,7 @@ fn wire_address(domain: &mut Domain, wire: Bytes) -> usize {
 }
 
 fn lent_blocks_are_freed() {
-    let mut domain = support::build(Domain::builder("small").heap_size(1 << 20));
+    let mut domain = build(Domain::builder("small").heap_size(1 << 20));
     // 16 times what the heap has. Half of it is received by nobody.
     struct Ignored;
     impl Transfer for Ignored {
@@ -180,10 +186,36 @@ fn nesting_stays_within_the_callers_stack() {
         }
         Ok(found)
     }
-    let mut domain = support::build(Domain::builder("deep").stack_size(16 << 20));
+    let mut domain = build(Domain::builder("deep").stack_size(16 << 20));
     let too_deep = Err(ViolationKind::InvalidResult(InvalidResult::TooDeep));
     assert_eq!(nest::<16>(&mut domain, 120), Ok(120));
     assert_eq!(nest::<16>(&mut domain, 140), too_deep);
     assert_eq!(nest::<3000>(&mut domain, 8), Ok(8));
     assert_eq!(nest::<3000>(&mut domain, 120), too_deep);
+}
+
+fn results_of_many_calls_do_not_fill_the_heap() {
+    let mut domain = build(Domain::builder("results").heap_size(1 << 20));
+    for round in 0..200 {
+        let result = domain.call(|| vec![round as u8; 100_000]).unwrap();
+        assert!(result.len() == 100_000 && result.iter().all(|byte| *byte == round as u8));
+    }
+}
+
+fn empty_results_with_room_do_not_fill_the_heap() {
+    let mut domain = build(Domain::builder("capacity").heap_size(1 << 20));
+    for _ in 0..200 {
+        assert!(domain.call(|| Vec::<u8>::with_capacity(100_000)).unwrap().is_empty());
+    }
+}
+
+fn a_result_that_lies_on_the_stack_is_not_freed() {
+    let mut domain = domain("stack");
+    let forge = || {
+        let bytes = std::mem::ManuallyDrop::new([7u8; 32]);
+        // SAFETY: none: the vector's memory is no block.
+        unsafe { Vec::from_raw_parts(std::hint::black_box(bytes.as_ptr().cast_mut()), 32, 32) }
+    };
+    assert_eq!(domain.call(forge).unwrap().len(), 32);
+    works(&mut domain);
 }

@@ -22,12 +22,7 @@ suite! {
     one_shot_handlers,
     signal_and_its_answers,
     handlers_are_not_for_code_in_a_domain_to_set,
-    a_mask_that_would_block_faults,
-    the_programs_stack_overflow_is_reported_as_before,
-    a_fault_outside_kills_the_process_as_before,
-    a_fault_in_a_handler_that_interrupted_a_domain_is_the_programs,
     many_threads_with_timers,
-    code_in_a_domain_cannot_block_the_signals_of_faults,
     children_of_a_program_that_sets_handlers_all_the_time,
     other_threads_system_calls_are_not_interrupted_when_statics_are_opened,
 }
@@ -229,78 +224,6 @@ fn handlers_are_not_for_code_in_a_domain_to_set() {
     assert!(!set(), "control");
 }
 
-fn a_mask_that_would_block_faults() {
-    let mut domain = domain("masked");
-    // SAFETY: the set is filled before it is used.
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&raw mut all);
-        assert_eq!(libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut()), 0);
-        contain(&mut domain, mistake);
-        assert_eq!(libc::sigprocmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut()), 0);
-        contain(&mut domain, mistake);
-        let mut now: libc::sigset_t = std::mem::zeroed();
-        libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut now);
-        assert_eq!(
-            (libc::sigismember(&raw const now, libc::SIGUSR1), libc::sigismember(&raw const now, libc::SIGSEGV)),
-            (1, 0)
-        );
-    }
-}
-
-fn the_programs_stack_overflow_is_reported_as_before() {
-    #[allow(unconditional_recursion, reason = "overflowing the stack is the point")]
-    fn recurse(depth: u64) -> u64 {
-        black_box(&[depth; 16])[3] + recurse(depth + 1)
-    }
-    let mut domain = domain("bystander");
-    works(&mut domain);
-    for thread in [false, true] {
-        let mut pipe = [0; 2];
-        // SAFETY: the array has room for two descriptors.
-        assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
-        let status = in_child(|| {
-            // SAFETY: both descriptors are open.
-            unsafe { libc::dup2(pipe[1], 2) };
-            if thread {
-                let overflow = || {
-                    contain(&mut support::domain("of thread"), mistake);
-                    recurse(0)
-                };
-                std::thread::spawn(overflow).join().unwrap();
-            } else {
-                black_box(recurse(0));
-            }
-        });
-        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
-        let mut text = [0u8; 512];
-        // SAFETY: the buffer has that many bytes.
-        let length = unsafe { libc::read(pipe[0], text.as_mut_ptr().cast(), text.len()) };
-        let text = String::from_utf8_lossy(&text[..usize::try_from(length).unwrap()]).into_owned();
-        assert!(text.contains("has overflowed its stack"), "{text}");
-    }
-}
-
-fn a_fault_outside_kills_the_process_as_before() {
-    let _ = domain("bystander");
-    let status = in_child(mistake);
-    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
-    // SAFETY: this is what is tried.
-    let status = in_child(|| unsafe { libc::abort() });
-    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
-}
-
-fn a_fault_in_a_handler_that_interrupted_a_domain_is_the_programs() {
-    extern "C" fn wrong(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        mistake();
-    }
-    let mut domain = domain("innocent");
-    install(libc::SIGALRM, wrong, 0);
-    // SAFETY: sends this thread a signal.
-    let status = in_child(|| drop(domain.call(|| unsafe { libc::raise(libc::SIGALRM) })));
-    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
-}
-
 fn many_threads_with_timers() {
     begin();
     let first = domain("first");
@@ -332,22 +255,6 @@ fn many_threads_with_timers() {
     let rounds: Vec<u32> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
     assert!(rounds.iter().all(|rounds| *rounds > 10), "{rounds:?}");
     assert!(COUNT.load(Ordering::Relaxed) > 1000);
-}
-
-fn code_in_a_domain_cannot_block_the_signals_of_faults() {
-    let mut domain = domain("masker");
-    // SAFETY: the set is filled before it is used.
-    let block = || unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut())
-    };
-    contain(&mut domain, || {
-        block();
-        mistake();
-    });
-    assert_eq!(domain.call(block).unwrap(), 0);
-    contain(&mut domain, mistake);
 }
 
 fn children_of_a_program_that_sets_handlers_all_the_time() {

@@ -26,6 +26,11 @@ pub fn build(builder: Builder) -> Domain {
     builder.build().unwrap_or_else(|error| panic!("there is no domain: {error}"))
 }
 
+/// Describes a domain with little memory.
+pub fn small(name: &str) -> Builder {
+    Domain::builder(name).stack_size(64 * 1024).heap_size(256 * 1024)
+}
+
 /// Unwraps a violation by a key.
 pub fn key_fault(violation: &Violation) -> KeyFault {
     match violation.kind() {
@@ -51,6 +56,13 @@ pub fn contain(domain: &mut Domain, function: impl Fn()) -> Violation {
 pub fn mistake() {
     // SAFETY: none: this is the mistake.
     unsafe { std::hint::black_box(NOWHERE as *mut u64).write_volatile(1) };
+}
+
+/// Code that does not end.
+pub fn loop_forever() {
+    loop {
+        std::hint::spin_loop();
+    }
 }
 
 /// An address at which nothing is mapped.

@@ -1,4 +1,4 @@
-//! Handlers that call domains, need their keys, or leave a call by a jump. Each test in a process of its own.
+//! Handlers that call domains, need their keys, or leave a call by a jump.
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
@@ -17,6 +17,7 @@ suite! {
     a_handler_that_needs_the_key_of_the_call_it_has_interrupted,
     a_jump_out_of_a_handler,
     a_jump_out_of_a_call_gives_its_key_back,
+    a_call_from_a_signal_handler,
 }
 
 static WRONG: AtomicU64 = AtomicU64::new(0);
@@ -138,5 +139,27 @@ fn a_jump_out_of_a_call_gives_its_key_back() {
     // This waits until no call pins a key.
     let mut open = support::open_domain("open");
     works(&mut open);
+    works(&mut domain);
+}
+
+fn a_call_from_a_signal_handler() {
+    use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+    static DOMAIN: AtomicPtr<Domain> = AtomicPtr::new(std::ptr::null_mut());
+    static ANSWER: AtomicU32 = AtomicU32::new(0);
+    extern "C" fn handler(_: i32) {
+        // SAFETY: the test uses the domain only here meanwhile.
+        let domain = unsafe { &mut *DOMAIN.load(Ordering::Relaxed) };
+        ANSWER.store(domain.call(|| 7u32).unwrap_or(0), Ordering::Relaxed);
+    }
+    let mut domain = domain("handler");
+    works(&mut domain);
+    DOMAIN.store(&raw mut domain, Ordering::Relaxed);
+    // The handler starts with rights to key 0 alone.
+    // SAFETY: it is called at once, on this thread, at no bad moment.
+    unsafe {
+        libc::signal(libc::SIGUSR1, handler as *const () as usize);
+        libc::raise(libc::SIGUSR1);
+    }
+    assert_eq!(ANSWER.load(Ordering::Relaxed), 7);
     works(&mut domain);
 }
