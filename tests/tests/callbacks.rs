@@ -244,10 +244,10 @@ fn a_panic_in_a_callback_goes_on_in_the_caller() {
 
 fn a_deadline_includes_callbacks() {
     use std::time::Duration;
-    let mut domain = build(Domain::builder("slow").deadline(Duration::from_millis(100)));
+    let mut domain = build(Domain::builder("slow").deadline(Duration::from_secs(1)));
     let violation = domain.call_with(
         &mut [&mut |_| {
-            std::thread::sleep(Duration::from_millis(200));
+            std::thread::sleep(Duration::from_secs(2));
             0
         }],
         |callbacks| ask(callbacks[0], 0),

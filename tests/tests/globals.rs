@@ -266,7 +266,7 @@ fn a_fork_while_statics_are_being_opened() {
     assert!(!opener.is_finished());
     let status = support::in_child(|| {
         // SAFETY: the child ends if it waits for ever.
-        unsafe { libc::alarm(30) };
+        unsafe { libc::alarm(300) };
         works(&mut other);
         works(&mut open_domain("of the child"));
         contain(&mut other, mistake);

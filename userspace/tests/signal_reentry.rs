@@ -3,12 +3,13 @@
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pkru_userspace::Domain;
 use support::signals::{COUNT, Timer, install, leave, wait_in, with_a_way_out};
-use support::{contain, domain, mistake, suite, works};
+use support::{Notice, contain, domain, loop_forever, mistake, suite, works};
 
 suite! {
     a_handler_may_call_a_domain_that_faults,
@@ -73,15 +74,21 @@ fn the_first_call_of_a_thread_in_a_handler() {
     assert_eq!((COUNT.load(Ordering::Relaxed), WRONG.load(Ordering::Relaxed)), (1, 0));
 }
 
-/// Sends this thread SIGUSR1 a while later.
-fn signal_soon() {
+/// Sends this thread SIGUSR1 when the notice is given.
+fn signal_at(notice: &Arc<Notice>) {
     // SAFETY: the call touches no memory.
     let thread = unsafe { libc::pthread_self() };
+    let notice = Arc::clone(notice);
     std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(100));
+        notice.wait();
         // SAFETY: the thread waits in a domain.
         unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
     });
+}
+
+fn give_and_loop(notice: &Notice) {
+    notice.give();
+    loop_forever();
 }
 
 fn a_deadline_survives_a_handler_that_calls_domains() {
@@ -89,10 +96,11 @@ fn a_deadline_survives_a_handler_that_calls_domains() {
         let builder = Domain::builder("called");
         let builder = inner.map_or(builder.clone(), |time| builder.deadline(time));
         *CALLED.lock().unwrap() = Some(support::build(builder));
-        let mut outer = support::build(Domain::builder("outer").deadline(Duration::from_millis(400)));
+        let mut outer = support::build(Domain::builder("outer").deadline(Duration::from_secs(2)));
         install(libc::SIGUSR1, call_a_domain, 0);
-        signal_soon();
-        let violation = outer.call(|| while black_box(true) {}).unwrap_err();
+        let notice = Notice::new();
+        signal_at(&notice);
+        let violation = outer.call(|| give_and_loop(&notice)).unwrap_err();
         assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
         assert_eq!(WRONG.load(Ordering::Relaxed), 0, "the handler's call has no such deadline");
     }
@@ -105,10 +113,11 @@ fn a_handler_that_needs_the_key_of_the_call_it_has_interrupted() {
     let extra = usize::from(detect().is_ok_and(|found| found.signal_frame == SignalFrame::OnWritableStack));
     pkru_userspace::set_key_limit(2 + extra);
     *CALLED.lock().unwrap() = Some(domain("called"));
-    let mut outer = support::build(Domain::builder("outer").deadline(Duration::from_millis(400)));
+    let mut outer = support::build(Domain::builder("outer").deadline(Duration::from_secs(2)));
     install(libc::SIGUSR1, call_a_domain, 0);
-    signal_soon();
-    let violation = outer.call(|| while black_box(true) {}).unwrap_err();
+    let notice = Notice::new();
+    signal_at(&notice);
+    let violation = outer.call(|| give_and_loop(&notice)).unwrap_err();
     assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
     assert_eq!(WRONG.load(Ordering::Relaxed), 1, "the handler's call is refused, and does not wait for ever");
     works(&mut outer);

@@ -57,11 +57,12 @@ fn begin() {
     ALLOCATED.with(|word| assert_eq!(**word, 11));
 }
 
-/// Runs in domains for a while, under timer signals, now and then with a fault; returns how many calls there were.
-fn run_for(time: Duration, domain: &mut Domain) -> u64 {
+/// Runs in domains for a while and until there were so many timer signals, now and then with a fault; returns how many
+/// calls there were.
+fn run_for(time: Duration, signals: u64, domain: &mut Domain) -> u64 {
     let start = Instant::now();
     let mut calls = 0;
-    while start.elapsed() < time {
+    while start.elapsed() < time || COUNT.load(Ordering::Relaxed) <= signals {
         for _ in 0..50 {
             let sum = domain.call(|| (0..black_box(20_000u64)).map(black_box).sum::<u64>());
             assert_eq!(sum.unwrap(), 199_990_000);
@@ -77,7 +78,7 @@ fn a_kilohertz(flags: i32, time: Duration) {
     let mut domain = domain("timed");
     install(libc::SIGALRM, look, flags);
     timer(1000);
-    let calls = run_for(time, &mut domain);
+    let calls = run_for(time, time.as_secs() * 100, &mut domain);
     timer(0);
     let (count, wrong) = (COUNT.load(Ordering::Relaxed), WRONG.load(Ordering::Relaxed));
     println!("figure: {count} signals in {calls} calls over {} s", time.as_secs());
@@ -98,7 +99,7 @@ fn a_handler_installed_before_the_first_domain() {
     install(libc::SIGALRM, look, libc::SA_RESTART);
     let mut domain = domain("later");
     timer(1000);
-    run_for(Duration::from_secs(2), &mut domain);
+    run_for(Duration::from_secs(2), 100, &mut domain);
     timer(0);
     assert!(COUNT.load(Ordering::Relaxed) > 100);
     assert_eq!(WRONG.load(Ordering::Relaxed), 0);
@@ -173,7 +174,7 @@ fn system_calls_are_interrupted_or_restarted_as_asked() {
     begin();
     let mut domain = domain("sleeper");
     let sleep = || {
-        let time = libc::timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        let time = libc::timespec { tv_sec: 10, tv_nsec: 0 };
         // SAFETY: the struct lives across the call.
         let result = unsafe { libc::nanosleep(&raw const time, std::ptr::null_mut()) };
         (result, std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
@@ -234,32 +235,34 @@ fn many_threads_with_timers() {
     install(libc::SIGALRM, count, 0);
     drop(first);
     static STOP: AtomicBool = AtomicBool::new(false);
-    let threads: Vec<_> = (0..6)
-        .map(|_| {
+    static ROUNDS: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
+    let threads: Vec<_> = ROUNDS
+        .iter()
+        .map(|rounds| {
             std::thread::spawn(|| {
                 timer(1000);
                 let mut domain = Domain::builder("threaded").build().unwrap();
-                let mut rounds = 0;
                 while !STOP.load(Ordering::Relaxed) {
                     works(&mut domain);
                     contain(&mut domain, mistake);
-                    rounds += 1;
+                    rounds.fetch_add(1, Ordering::Relaxed);
                 }
                 timer(0);
-                rounds
             })
         })
         .collect();
     std::thread::sleep(Duration::from_secs(5));
+    // On a busy machine that takes longer.
+    while COUNT.load(Ordering::Relaxed) <= 1000 || ROUNDS.iter().any(|rounds| rounds.load(Ordering::Relaxed) <= 10) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
     STOP.store(true, Ordering::Relaxed);
-    let rounds: Vec<u32> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
-    assert!(rounds.iter().all(|rounds| *rounds > 10), "{rounds:?}");
-    assert!(COUNT.load(Ordering::Relaxed) > 1000);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
 fn children_of_a_program_that_sets_handlers_all_the_time() {
     static STOP: AtomicBool = AtomicBool::new(false);
-    let mut domain = support::build(Domain::builder("timed").deadline(Duration::from_millis(200)));
+    let mut domain = support::build(Domain::builder("timed").deadline(Duration::from_millis(500)));
     works(&mut domain);
     let setter = std::thread::spawn(|| {
         while !STOP.load(Ordering::Relaxed) {
@@ -269,7 +272,7 @@ fn children_of_a_program_that_sets_handlers_all_the_time() {
     for _ in 0..20 {
         let status = in_child(|| {
             // SAFETY: the child ends if it waits for ever.
-            unsafe { libc::alarm(20) };
+            unsafe { libc::alarm(300) };
             install(libc::SIGUSR1, look, 0);
             // The kernel does not copy timers.
             let violation = domain.call(|| while black_box(true) {}).unwrap_err();

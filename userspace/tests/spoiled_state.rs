@@ -4,11 +4,11 @@
 
 use std::arch::asm;
 use std::hint::black_box;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use pkru_userspace::{Access, Domain, ViolationKind};
-use support::{contain, domain, loop_forever, mistake, suite};
+use support::{Notice, contain, domain, mistake, suite};
 
 suite! {
     a_spoiled_fs_base,
@@ -80,32 +80,27 @@ fn memory_made_executable_only() {
 }
 
 /// Runs something while code in a domain of its own runs on another thread; that code is given the other domain's key.
-fn while_another_runs(other: Domain, something: impl FnOnce(u64)) {
-    static INSIDE: AtomicBool = AtomicBool::new(false);
+fn while_another_runs(mut other: Domain, something: impl FnOnce(u64)) {
+    static IS_OVER: AtomicBool = AtomicBool::new(false);
     let key = u64::from(other.key().unwrap().number());
-    let mut other = other;
+    let begun = Notice::new();
+    let begins = Arc::clone(&begun);
     let running = std::thread::spawn(move || {
-        INSIDE.store(true, Ordering::Relaxed);
-        other.call(loop_forever).unwrap_err().kind().clone()
+        other.call(|| {
+            begins.give();
+            while !IS_OVER.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        })
     });
-    while !INSIDE.load(Ordering::Relaxed) {
-        std::thread::yield_now();
-    }
-    std::thread::sleep(Duration::from_millis(100));
+    begun.wait();
     something(key);
-    assert_eq!(
-        running.join().unwrap(),
-        ViolationKind::Deadline,
-        "the other domain was still running, and was not disturbed"
-    );
-}
-
-fn other_domain() -> Domain {
-    support::build(Domain::builder("other").deadline(Duration::from_secs(1)))
+    IS_OVER.store(true, Ordering::Relaxed);
+    running.join().unwrap().expect("the other domain was still running, and was not disturbed");
 }
 
 fn a_return_with_another_domains_key() {
-    let other = other_domain();
+    let other = domain("other");
     let mut domain = domain("liar");
     // The gate's return address is the first thing on the domain's stack, below the page through which results leave.
     let lie = |key: u64| {
@@ -134,7 +129,7 @@ fn a_return_with_another_domains_key() {
 }
 
 fn opening_the_key_of_a_running_domain() {
-    let other = other_domain();
+    let other = domain("other");
     let mut domain = domain("opener");
     while_another_runs(other, |key| {
         let rights = !(3u32 << (2 * key));

@@ -5,6 +5,10 @@
 pub mod signals;
 pub mod suite;
 
+use std::io::{PipeReader, PipeWriter, Read};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
 use pkru_userspace::{Builder, Domain, Globals, KeyFault, Violation, ViolationKind};
 
 /// Makes a domain.
@@ -62,6 +66,32 @@ pub fn mistake() {
 pub fn loop_forever() {
     loop {
         std::hint::spin_loop();
+    }
+}
+
+/// What code in a domain tells another thread: that it runs. A pipe, for a domain writes nobody else's memory.
+#[derive(Debug)]
+pub struct Notice {
+    reader: PipeReader,
+    writer: PipeWriter,
+}
+
+impl Notice {
+    /// Makes a notice that has not been given.
+    pub fn new() -> Arc<Self> {
+        let (reader, writer) = std::io::pipe().unwrap();
+        Arc::new(Self { reader, writer })
+    }
+
+    /// Gives it.
+    pub fn give(&self) {
+        // SAFETY: the byte is readable.
+        assert_eq!(unsafe { libc::write(self.writer.as_raw_fd(), b"x".as_ptr().cast(), 1) }, 1);
+    }
+
+    /// Waits until it is given.
+    pub fn wait(&self) {
+        (&self.reader).read_exact(&mut [0]).unwrap();
     }
 }
 
