@@ -122,7 +122,7 @@ fn nothing_of_the_old_contents_can_be_read() {
     fn scatter(depth: u32) -> u64 {
         let stack = black_box([MARK; 32]);
         Vec::leak(vec![MARK; 100]);
-        if depth == 0 { stack[3] } else { scatter(depth - 1) + black_box(stack[7]) }
+        if depth == 0 { stack[3] } else { scatter(depth - 1) ^ black_box(stack[7]) }
     }
     let mut domain = build(Domain::builder("old").stack_size(64 * 1024).heap_size(256 * 1024));
     let ranges = format!("{domain:?}");

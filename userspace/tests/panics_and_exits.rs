@@ -21,7 +21,7 @@ fn a_panic() {
         let violation = contain(&mut domain, || panic!("number {number} in a domain"));
         let ViolationKind::Panic { message: Some(message) } = violation.kind() else { panic!("{violation}") };
         assert!(message.contains(&format!("number {number} in a domain")), "{message}");
-        assert!(message.contains("violations.rs"), "{message}");
+        assert!(message.contains("panics_and_exits.rs"), "{message}");
     }
     // Panics that the compiler puts in.
     let index = black_box(7);
