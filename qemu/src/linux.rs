@@ -120,6 +120,11 @@ impl Guest {
         if let Some(line) = console.lines().find(|line| line.contains("Kernel panic")) {
             return Err(Error::Panicked { message: line.trim().into(), stdout });
         }
+        // Linux goes on with the files that it has unpacked (6.12, `init/initramfs.c`).
+        if console.contains("Initramfs unpacking failed") {
+            let reason = "its files need more memory than it has (--memory)".into();
+            return Err(Error::Disorderly { reason, stdout });
+        }
         let status = match finished.ended {
             Ok(status) => status,
             Err(reason) => return Err(Error::TimedOut { reason, stdout }),

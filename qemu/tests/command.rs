@@ -2,10 +2,13 @@
 //!
 //! They need QEMU and the guest kernels, which `make setup` installs.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::time::Duration;
 
-use pkru_qemu::linux;
+use pkru_qemu::linux::{self, Guest};
+use pkru_qemu::machine::Machine;
 
 const COMMAND: &str = env!("CARGO_BIN_EXE_pkru-qemu");
 
@@ -80,6 +83,20 @@ fn a_guest_that_hangs() {
 }
 
 #[test]
+fn what_a_killed_guest_had_printed_is_kept() {
+    let guest = Guest {
+        kernel: linux::kernel("6.12").unwrap(),
+        program: "/bin/sh".into(),
+        arguments: ["-c", "echo kept; while :; do :; done"].map(OsString::from).into(),
+        environment: Vec::new(),
+        files: Vec::new(),
+    };
+    let machine = Machine { timeout: Duration::from_secs(4), ..Machine::default() };
+    let error = guest.run(&machine, COMMAND.as_ref()).unwrap_err();
+    assert_eq!((error.status(), error.stdout()), (124, "kept\n"), "{error}");
+}
+
+#[test]
 fn a_guest_that_makes_progress_is_not_killed() {
     // Four times two to three seconds at work.
     let script = "for i in 1 2 3 4; do
@@ -95,6 +112,15 @@ fn a_guest_that_makes_progress_is_not_killed() {
 #[test]
 fn a_guest_that_resets() {
     fails(&shell(&[], "echo b > /proc/sysrq-trigger"), 123, "ended out of order");
+}
+
+#[test]
+fn a_guest_too_small_for_its_files() {
+    let path = std::env::temp_dir().join(format!("pkru-qemu-large-{}", std::process::id()));
+    std::fs::File::create(&path).unwrap().set_len(200 << 20).unwrap();
+    let output = run(&["linux", "--memory", "384", "--file", path.to_str().unwrap(), "/bin/true"]);
+    std::fs::remove_file(&path).unwrap();
+    fails(&output, 123, "its files need more memory than it has");
 }
 
 #[test]
@@ -163,7 +189,7 @@ fn qemu_dies_with_the_command() {
             if processes("-m\x00777M") == count {
                 return true;
             }
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(50));
         }
         false
     };
@@ -187,7 +213,7 @@ fn nothing_is_left_in_the_build_folder() {
         if left.is_empty() {
             break;
         }
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
         left = look();
     }
     assert!(left.is_empty(), "{left:?}");

@@ -27,14 +27,8 @@ const NATIVE: &str = "PKRU_TEST_NATIVE";
 /// Runs the suites on this machine's CPU, but for the one that counts instructions.
 fn native(tally: &mut Tally) -> Result<(), String> {
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let reason = if std::env::var(NATIVE).is_ok_and(|value| value == "0") {
-        Some(format!("skipped: {NATIVE}=0 is set; without it the suites run here too, if the CPU has PKU"))
-    } else if !flags.split_whitespace().any(|flag| flag == "ospke") {
-        Some("skipped: it has no PKU; the suites run in QEMU".into())
-    } else {
-        None
-    };
-    if let Some(note) = reason {
+    if let Err(reason) = runs_here(std::env::var(NATIVE).ok().as_deref(), &flags) {
+        let note = format!("skipped: {reason}");
         tally.add(Row { suite: "this machine's CPU".into(), skipped: 1, note, ..Row::default() });
         return Ok(());
     }
@@ -44,6 +38,17 @@ fn native(tally: &mut Tally) -> Result<(), String> {
         tally.add(stream(&format!("this machine's CPU: {}", binary.name), &mut command, count_suite)?);
     }
     Ok(())
+}
+
+/// Whether the suites run on this machine's CPU, by the variable's value and what Linux says of the CPU; or why not.
+fn runs_here(variable: Option<&str>, flags: &str) -> Result<(), String> {
+    if variable == Some("0") {
+        Err(format!("{NATIVE}=0 is set; without it the suites run here too, if the CPU has PKU"))
+    } else if flags.split_whitespace().any(|flag| flag == "ospke") {
+        Ok(())
+    } else {
+        Err("it has no PKU, or the kernel has it switched off; the suites run in QEMU".into())
+    }
 }
 
 pub(crate) fn cargo_test(suite: &str, package: &str, kinds: &[&str]) -> Result<Row, String> {
@@ -69,4 +74,28 @@ fn stream(suite: &str, command: &mut Command, count: impl Fn(&str, &str) -> Row)
     let row = count(suite, &output);
     // A verdict without the reason why the command failed would hide it.
     if status.success() || row.failed > 0 && !row.did_not_end() { Ok(row) } else { Ok(row.fail(&status.to_string())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_suites_run_here_where_there_are_keys_unless_that_is_switched_off() {
+        let keys = "flags : fpu pku ospke fsgsbase";
+        assert_eq!(runs_here(None, keys), Ok(()));
+        assert_eq!(runs_here(Some("1"), keys), Ok(()));
+        assert!(runs_here(Some("0"), keys).unwrap_err().contains("PKRU_TEST_NATIVE=0 is set"));
+        assert!(runs_here(None, "flags : fpu pku fsgsbase").unwrap_err().contains("no PKU"));
+    }
+
+    #[test]
+    fn a_command_that_fails_without_a_failed_test_is_a_failure() {
+        let mut command = Command::new("sh");
+        let row = stream("suite", command.args(["-c", "echo 'test a ... ok'; printf 'test b ... '; exit 3"]), count);
+        let row = row.unwrap();
+        assert_eq!((row.passed, row.failed, row.note.as_str()), (1, 1, "did not end: b (exit status: 3)"));
+        let row = stream("suite", Command::new("sh").args(["-c", "echo 'test a ... ok'; exit 3"]), count).unwrap();
+        assert_eq!((row.passed, row.failed, row.note.as_str()), (1, 1, "exit status: 3"));
+    }
 }
