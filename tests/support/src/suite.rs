@@ -105,7 +105,7 @@ impl Test {
 }
 
 /// Defines a suite: `suite! { first, #[mark] second, … }`, each a function that takes and returns nothing. The marks are
-/// the methods of [`Test`](crate::suite::Test).
+/// the methods of [`Test`].
 ///
 /// The suite's target says `harness = false`. Its command line is that of the standard harness.
 #[macro_export]
