@@ -7,6 +7,7 @@ use support::suite;
 
 suite! {
     #[anywhere] a_test_that_dies_fails_alone,
+    #[anywhere] a_test_whose_process_exits_fails,
     #[anywhere] tests_share_no_state,
     #[anywhere] what_a_failed_test_has_printed_is_shown,
     #[anywhere] what_a_good_test_prints_is_not_shown_unless_asked_for,
@@ -16,6 +17,7 @@ suite! {
     #[anywhere] #[child] changes_state,
     #[anywhere] #[child] changes_state_too,
     #[anywhere] #[child] dies,
+    #[anywhere] #[child] exits,
     #[anywhere] #[child] panics,
     #[child] needs_keys,
 }
@@ -34,6 +36,10 @@ fn changes_state_too() {
 
 fn dies() {
     std::process::abort();
+}
+
+fn exits() {
+    std::process::exit(0);
 }
 
 fn panics() {
@@ -55,7 +61,7 @@ fn run(arguments: &[&str], environment: &[(&str, &str)]) -> (Output, String) {
 }
 
 fn a_test_that_dies_fails_alone() {
-    let (output, text) = run(&["--test-threads", "1", "--skip", "needs_keys"], &[]);
+    let (output, text) = run(&["--test-threads", "1", "--skip", "needs_keys", "--skip", "exits"], &[]);
     assert_eq!(output.status.code(), Some(101), "{text}");
     assert!(
         text.contains("test changes_state     ... ok") && text.contains("test dies              ... FAILED"),
@@ -63,6 +69,11 @@ fn a_test_that_dies_fails_alone() {
     );
     assert!(text.contains("2 passed; 2 failed; 0 ignored"), "{text}");
     assert!(text.contains("signal: 6 (SIGABRT)"), "{text}");
+}
+
+fn a_test_whose_process_exits_fails() {
+    let (output, text) = run(&["--exact", "exits"], &[]);
+    assert!(!output.status.success() && text.contains("its process ended: exit status: 0"), "{text}");
 }
 
 fn tests_share_no_state() {
@@ -89,7 +100,7 @@ fn tests_are_listed_and_chosen_by_name() {
     let (_, text) = run(&["--list", "--format", "terse", "changes"], &[]);
     assert_eq!(text, "changes_state: test\nchanges_state_too: test\n");
     let (_, text) = run(&["--exact", "changes_state"], &[]);
-    assert!(text.contains("1 passed; 0 failed; 0 ignored; 0 measured; 11 filtered out"), "{text}");
+    assert!(text.contains("1 passed; 0 failed; 0 ignored; 0 measured; 13 filtered out"), "{text}");
 }
 
 fn a_test_without_keys_is_skipped_and_says_why() {
