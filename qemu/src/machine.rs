@@ -61,7 +61,7 @@ impl Default for Machine {
             cpus: 1,
             memory: 1024,
             icount: false,
-            timeout: Duration::from_secs(120),
+            timeout: Duration::from_secs(600),
             verbose: false,
         }
     }

@@ -27,7 +27,7 @@ Options of both:
     --icount         RDTSC counts instructions exactly; one CPU only
     --memory MIB     memory [default: 1024]
     --timeout S      kill a guest that prints nothing while QEMU uses S seconds of processor time, or for 10*S
-                     seconds, or that does not end within 60*S seconds [default: 120]
+                     seconds, or that does not end within 60*S seconds [default: 600]
     --verbose        show the QEMU command and the kernel's console
 Options of `linux`:
     --kernel K       6.1, 6.12 or a path [default: 6.12]

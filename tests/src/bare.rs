@@ -1,5 +1,7 @@
 //! The bare-metal suites: each is a kernel that boots and runs its tests.
 
+use std::time::Duration;
+
 use pkru_qemu::kernel;
 use pkru_qemu::machine::Machine;
 
@@ -21,7 +23,7 @@ pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
 fn boot(binary: &Binary) -> Row {
     let suite = format!("bare metal: {}", binary.name);
     println!("\n== {suite} ==");
-    let machine = Machine { memory: 1024, ..Machine::default() };
+    let machine = Machine { timeout: Duration::from_secs(120), ..Machine::default() };
     if binary.name.starts_with(MUST_FAIL) {
         println!("expected to fail: this suite shows that a suite can");
         let result = kernel::run(&machine, &binary.path, "");

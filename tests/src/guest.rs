@@ -65,8 +65,8 @@ fn examples(tally: &mut Tally, kernel: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// The limit is above that which each test has in the guest, so that a test that hangs ends alone. All suites' binaries
-/// lie in memory, of which files get the half.
+/// The soak is the longest test: it takes some 300 s of QEMU's processor time, and prints nothing meanwhile. All suites'
+/// binaries lie in memory, of which files get the half.
 fn machine() -> Machine {
     Machine { memory: 2048, timeout: Duration::from_secs(1000), ..Machine::default() }
 }
