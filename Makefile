@@ -10,19 +10,19 @@ help:
 	@echo "make setup      install what is missing"
 
 setup:
-	@scripts/setup
+	@scripts/heartbeat scripts/setup
 
 demo: setup
-	@scripts/demo
+	@scripts/heartbeat scripts/demo
 
 test: setup
-	@cargo run -q -p pkru-tests -- all
+	@scripts/heartbeat cargo run -q -p pkru-tests -- all
 
 qemu-test: setup
-	@cargo run -q -p pkru-tests -- qemu
+	@scripts/heartbeat cargo run -q -p pkru-tests -- qemu
 
 lint: setup
-	@scripts/lint
+	@scripts/heartbeat scripts/lint
 
 clean:
 	@cargo clean

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
 
 /// A run that gave no result of the guest's own.
 ///
@@ -31,16 +30,22 @@ pub enum Error {
     Panicked {
         /// The console's line that says so.
         message: String,
+        /// What the guest had printed on its standard output.
+        stdout: String,
     },
-    /// The guest did not end within its time.
+    /// The guest went beyond a limit and was killed.
     TimedOut {
-        /// The limit it ran under.
-        limit: Duration,
+        /// Which limit that was.
+        reason: String,
+        /// What the guest had printed on its standard output.
+        stdout: String,
     },
     /// QEMU ended, but not as an orderly guest ends it.
     Disorderly {
         /// What was expected and did not come.
         reason: String,
+        /// What the guest had printed on its standard output.
+        stdout: String,
     },
     /// The host failed at an operation.
     Io {
@@ -78,6 +83,15 @@ impl Error {
         }
     }
 
+    /// What the guest had printed on its standard output before it failed.
+    #[must_use]
+    pub fn stdout(&self) -> &str {
+        match self {
+            Self::Panicked { stdout, .. } | Self::TimedOut { stdout, .. } | Self::Disorderly { stdout, .. } => stdout,
+            _ => "",
+        }
+    }
+
     pub(crate) fn io(operation: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { operation, source }
     }
@@ -96,9 +110,9 @@ impl fmt::Display for Error {
             Self::KernelMissing { path } => {
                 write!(f, "no kernel at {} (`make setup` gets those for Linux guests)", path.display())
             }
-            Self::Panicked { message } => write!(f, "the guest panicked: {message}"),
-            Self::TimedOut { limit } => write!(f, "the guest did not end within {} s", limit.as_secs()),
-            Self::Disorderly { reason } => write!(f, "the guest ended out of order: {reason}"),
+            Self::Panicked { message, .. } => write!(f, "the guest panicked: {message}"),
+            Self::TimedOut { reason, .. } => write!(f, "the guest was killed: {reason}"),
+            Self::Disorderly { reason, .. } => write!(f, "the guest ended out of order: {reason}"),
             Self::Io { operation, source } => write!(f, "cannot {operation}: {source}"),
         }
     }

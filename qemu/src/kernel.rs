@@ -21,16 +21,16 @@ pub fn run(machine: &Machine, elf: &Path, arguments: &str) -> Result<String, Err
     crate::initramfs::check_elf(elf)?;
     let elf = elf.to_str().ok_or_else(|| Error::input(elf, "the path is not UTF-8"))?;
     let finished = machine.run(&["-kernel", elf, "-append", arguments], vec![Sink::Stdout])?;
-    let console = &finished.kept[0];
+    let console = finished.kept.into_iter().next().unwrap_or_default();
     let sentinel = console.lines().any(|line| line.starts_with(SENTINEL));
-    match (finished.status.code(), sentinel) {
-        (Some(EXIT_ORDERLY), true) => Ok(finished.kept.into_iter().next().unwrap_or_default()),
-        (Some(EXIT_ORDERLY), false) => {
-            Err(Error::Disorderly { reason: format!("it exited well but never printed `{SENTINEL}`") })
-        }
-        (_, true) => Err(Error::Disorderly {
-            reason: format!("it printed `{SENTINEL}`, but QEMU ended with {}", finished.status),
-        }),
-        _ => Err(Error::Disorderly { reason: format!("it failed: QEMU ended with {}", finished.status) }),
-    }
+    let reason = match finished.ended {
+        Err(reason) => return Err(Error::TimedOut { reason, stdout: console }),
+        Ok(status) => match (status.code(), sentinel) {
+            (Some(EXIT_ORDERLY), true) => return Ok(console),
+            (Some(EXIT_ORDERLY), false) => format!("it exited well but never printed `{SENTINEL}`"),
+            (_, true) => format!("it printed `{SENTINEL}`, but QEMU ended with {status}"),
+            _ => format!("it failed: QEMU ended with {status}"),
+        },
+    };
+    Err(Error::Disorderly { reason, stdout: console })
 }

@@ -115,30 +115,34 @@ impl Guest {
             vec![Sink::Keep { show: machine.verbose }, Sink::Stdout, Sink::Stderr],
         )?;
 
-        let console = &finished.kept[0];
+        let [console, stdout, ..] = &finished.kept[..] else { unreachable!("two ports are kept") };
+        let stdout = stdout.clone();
         if let Some(line) = console.lines().find(|line| line.contains("Kernel panic")) {
-            return Err(Error::Panicked { message: line.trim().into() });
+            return Err(Error::Panicked { message: line.trim().into(), stdout });
         }
+        // Linux goes on with the files that it has unpacked (6.12, `init/initramfs.c`).
+        if console.contains("Initramfs unpacking failed") {
+            let reason = "its files need more memory than it has (--memory)".into();
+            return Err(Error::Disorderly { reason, stdout });
+        }
+        let status = match finished.ended {
+            Ok(status) => status,
+            Err(reason) => return Err(Error::TimedOut { reason, stdout }),
+        };
         let outcome = console.lines().find_map(Outcome::parse);
-        match (finished.status.code(), outcome) {
-            (Some(EXIT_ORDERLY), Some(outcome)) => Ok(Report { outcome, stdout: finished.kept[1].clone() }),
-            (Some(EXIT_ORDERLY), None) => Err(disorderly("the console has no verdict", console)),
-            (Some(code), _) => Err(disorderly(&format!("QEMU exited with {code}"), console)),
-            (None, _) => {
-                let signal = finished.status.signal().unwrap_or(0);
-                Err(disorderly(&format!("QEMU was killed by signal {signal}"), console))
-            }
-        }
+        let reason = match (status.code(), outcome) {
+            (Some(EXIT_ORDERLY), Some(outcome)) => return Ok(Report { outcome, stdout }),
+            (Some(EXIT_ORDERLY), None) => "the console has no verdict".into(),
+            (Some(code), _) => format!("QEMU exited with {code}"),
+            (None, _) => format!("QEMU was killed by signal {}", status.signal().unwrap_or(0)),
+        };
+        let last = console.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("nothing").trim();
+        Err(Error::Disorderly { reason: format!("{reason}; the console's last line: {last}"), stdout })
     }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, Error> {
     std::path::absolute(path).map_err(|error| Error::input(path, error))
-}
-
-fn disorderly(reason: &str, console: &str) -> Error {
-    let last = console.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("nothing").trim();
-    Error::Disorderly { reason: format!("{reason}; the console's last line: {last}") }
 }
 
 /// Makes a file under the build folder without a name, which goes away with this process however that ends. QEMU opens

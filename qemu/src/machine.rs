@@ -1,10 +1,15 @@
-//! The emulated machine: one QEMU process, its serial ports and its time limit.
+//! The emulated machine: one QEMU process, its serial ports and its limits.
+//!
+//! A guest is killed if it makes no progress, which is output. The limit is QEMU's processor time, because elapsed time
+//! on a busy host says nothing about the guest.
 
 use std::fs::File;
 use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -23,6 +28,12 @@ pub const EXIT_ORDERLY: i32 = ((DEBUG_EXIT_ORDERLY << 1) | 1) as i32;
 /// The I/O port of the `isa-debug-exit` device.
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
 
+/// The clock's limit without output, in multiples of [`Machine::timeout`].
+pub const QUIET: u32 = 10;
+
+/// The clock's limit altogether, in multiples of [`Machine::timeout`].
+pub const TOTAL: u32 = 60;
+
 /// The hardware to emulate.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -34,7 +45,10 @@ pub struct Machine {
     pub memory: u32,
     /// Let virtual time follow executed instructions, so that RDTSC counts them exactly. Needs one CPU.
     pub icount: bool,
-    /// The time after which the guest is killed.
+    /// The processor time that QEMU may use while the guest prints nothing; then it is killed.
+    ///
+    /// It is also killed if the guest prints nothing for [`QUIET`] times as long by the clock, because a guest that waits
+    /// for ever uses no processor time, and after [`TOTAL`] times as long altogether.
     pub timeout: Duration,
     /// Show the command, and the console while it runs.
     pub verbose: bool,
@@ -47,7 +61,7 @@ impl Default for Machine {
             cpus: 1,
             memory: 1024,
             icount: false,
-            timeout: Duration::from_secs(120),
+            timeout: Duration::from_secs(600),
             verbose: false,
         }
     }
@@ -63,9 +77,11 @@ pub(crate) enum Sink {
     Stderr,
 }
 
-/// How QEMU ended, and what came out of the ports whose sink keeps it, in the order of the ports.
+/// What came of QEMU.
 pub(crate) struct Finished {
-    pub(crate) status: ExitStatus,
+    /// How it ended, or by which limit it was killed.
+    pub(crate) ended: Result<ExitStatus, String>,
+    /// What came out of the ports whose sink keeps it, in the order of the ports.
     pub(crate) kept: Vec<String>,
 }
 
@@ -120,38 +136,76 @@ impl Machine {
 
         let mut writers = Vec::new();
         let mut readers = Vec::new();
+        let printed = Arc::new(AtomicU64::new(0));
         for (reader, writer, sink) in ports {
             writers.push(writer);
-            readers.push(thread::spawn(move || drain(reader, &sink)));
+            let printed = Arc::clone(&printed);
+            readers.push(thread::spawn(move || drain(reader, &sink, &printed)));
         }
-        let ended = wait(&mut child.0, self.timeout);
+        let ended = wait(&mut child.0, self.timeout, &printed);
         drop(child);
         // Ours were the last write ends: now the readers see the end.
         drop(writers);
         let kept = readers.into_iter().map(JoinHandle::join).map(|kept| kept.unwrap_or_default()).collect();
-        ended.map(|status| Finished { status, kept })
+        Ok(Finished { ended: ended?, kept })
     }
 }
 
-fn wait(child: &mut Child, limit: Duration) -> Result<ExitStatus, Error> {
+/// Waits until QEMU ends, or says which limit it is beyond. `printed` counts the guest's output.
+fn wait(child: &mut Child, limit: Duration, printed: &AtomicU64) -> Result<Result<ExitStatus, String>, Error> {
     let start = Instant::now();
+    let mut progress = (0, start, Duration::ZERO);
     loop {
         if let Some(status) = child.try_wait().map_err(Error::io("wait for QEMU"))? {
-            return Ok(status);
+            return Ok(Ok(status));
         }
-        if start.elapsed() >= limit {
-            return Err(Error::TimedOut { limit });
+        let used = processor_time(child.id()).map_err(Error::io("read QEMU's processor time"))?;
+        let count = printed.load(Ordering::Relaxed);
+        if count != progress.0 {
+            progress = (count, Instant::now(), used);
+        }
+        let (_, quiet_since, used_then) = progress;
+        let seconds = limit.as_secs();
+        if used.saturating_sub(used_then) >= limit {
+            return Ok(Err(format!("it printed nothing while QEMU used {seconds} s of processor time")));
+        }
+        if quiet_since.elapsed() >= QUIET * limit {
+            return Ok(Err(format!("it printed nothing for {} s", u64::from(QUIET) * seconds)));
+        }
+        if start.elapsed() >= TOTAL * limit {
+            return Ok(Err(format!("it did not end within {} s", u64::from(TOTAL) * seconds)));
         }
         thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// Copies a port to its sink until its end; returns what the sink keeps.
-fn drain(mut port: PipeReader, sink: &Sink) -> String {
+/// Returns the processor time that a process has used. It has not been waited for.
+///
+/// # Errors
+///
+/// Those of `clock_getcpuclockid(3)`, if there is no such process.
+pub fn processor_time(process: u32) -> io::Result<Duration> {
+    let mut clock = 0;
+    // SAFETY: the number is writable.
+    let error = unsafe { libc::clock_getcpuclockid(process as libc::pid_t, &raw mut clock) };
+    if error != 0 {
+        return Err(io::Error::from_raw_os_error(error));
+    }
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the struct is writable.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+}
+
+/// Copies a port to its sink until its end, and counts the bytes; returns what the sink keeps.
+fn drain(mut port: PipeReader, sink: &Sink, printed: &AtomicU64) -> String {
     let mut kept = Vec::new();
     let mut buffer = [0; 4096];
     while let Ok(length @ 1..) = port.read(&mut buffer) {
         let bytes = &buffer[..length];
+        printed.fetch_add(length as u64, Ordering::Relaxed);
         // A closed output of ours must not stop the guest: its result still counts.
         let _ = match sink {
             Sink::Keep { show: true } | Sink::Stderr => io::stderr().write_all(bytes),
@@ -181,4 +235,36 @@ fn die_with_parent(command: &mut Command) {
 /// Opens a file that QEMU is to load, so that a missing one is reported before QEMU starts.
 pub(crate) fn readable(path: &std::path::Path) -> io::Result<()> {
     File::open(path).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(100);
+
+    fn sleeper() -> Guard {
+        Guard(Command::new("sleep").arg("1000").spawn().unwrap())
+    }
+
+    #[test]
+    fn a_guest_that_waits_for_ever_is_not_waited_for() {
+        let reason = wait(&mut sleeper().0, LIMIT, &AtomicU64::new(0)).unwrap().unwrap_err();
+        assert!(reason.starts_with("it printed nothing for "), "{reason}");
+    }
+
+    #[test]
+    fn a_guest_that_prints_for_ever_is_not_waited_for() {
+        let printed = Arc::new(AtomicU64::new(0));
+        let printing = Arc::downgrade(&printed);
+        let printer = thread::spawn(move || {
+            while let Some(printed) = printing.upgrade() {
+                printed.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let reason = wait(&mut sleeper().0, LIMIT, &printed).unwrap().unwrap_err();
+        assert!(reason.starts_with("it did not end within "), "{reason}");
+        drop(printed);
+        printer.join().unwrap();
+    }
 }

@@ -26,7 +26,8 @@ Options of both:
     --cpus N         number of CPUs [default: 1]
     --icount         RDTSC counts instructions exactly; one CPU only
     --memory MIB     memory [default: 1024]
-    --timeout S      seconds after which the guest is killed [default: 120]
+    --timeout S      kill a guest that prints nothing while QEMU uses S seconds of processor time, or for 10*S
+                     seconds, or that does not end within 60*S seconds [default: 600]
     --verbose        show the QEMU command and the kernel's console
 Options of `linux`:
     --kernel K       6.1, 6.12 or a path [default: 6.12]
@@ -45,7 +46,7 @@ In the guest PKRU_TEST_FORCE is set, and with --icount PKRU_ICOUNT.
 As a cargo runner, so that tests and programs of any crate run in the guest:
     cargo build -p pkru-qemu
     export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=\"$PWD/target/debug/pkru-qemu linux\"
-    cargo test --release -p pkru-userspace --tests -- --test-threads 1
+    cargo test --release -p pkru-userspace --tests
 ";
 
 fn main() -> ExitCode {

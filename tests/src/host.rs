@@ -5,7 +5,8 @@ use std::process::{Command, Stdio};
 
 use crate::build;
 use crate::guest;
-use crate::tally::{Row, Tally, count};
+use crate::inside::ONE_BY_ONE;
+use crate::tally::{Row, Tally, count, count_suite};
 
 pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
     for package in ["pkru", "pkru-qemu", "pkru-userspace", "pkru-tests"] {
@@ -16,38 +17,48 @@ pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
             tally.add(cargo_test(&format!("doc tests: {package}"), package, &["--doc"])?);
         }
     }
+    tally.add(cargo_test("host: pkru-test-support", "pkru-test-support", &["--lib", "--tests"])?);
     native(tally)
 }
 
-/// Runs the guest suites on this CPU.
+/// The variable by which a machine whose CPU has keys is treated as one without: `0` leaves out the suites on its CPU.
+const NATIVE: &str = "PKRU_TEST_NATIVE";
+
+/// Runs the suites on this machine's CPU, but for the one that counts instructions.
 fn native(tally: &mut Tally) -> Result<(), String> {
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let suite = "native: guest suites".to_string();
-    if !flags.split_whitespace().any(|flag| flag == "ospke") {
-        tally.add(Row {
-            suite,
-            skipped: 1,
-            note: "skipped: this CPU has no PKU; they run in QEMU".into(),
-            ..Row::default()
-        });
+    if let Err(reason) = runs_here(std::env::var(NATIVE).ok().as_deref(), &flags) {
+        let note = format!("skipped: {reason}");
+        tally.add(Row { suite: "this machine's CPU".into(), skipped: 1, note, ..Row::default() });
         return Ok(());
     }
-    let binaries = guest::suites()?;
-    let paths = binaries.iter().filter(|binary| binary.name != guest::COST).map(|binary| binary.path.as_os_str());
-    let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
-    let mut command = Command::new(program);
-    command.arg("inside").args(paths).env(pkru_qemu::init::FORCE, "1");
-    tally.add(stream(&suite, &mut command)?);
+    for binary in guest::suites()?.iter().filter(|binary| binary.name != guest::COST) {
+        let mut command = Command::new(&binary.path);
+        command.args(ONE_BY_ONE).env(pkru_qemu::init::FORCE, "1");
+        tally.add(stream(&format!("this machine's CPU: {}", binary.name), &mut command, count_suite)?);
+    }
     Ok(())
 }
 
+/// Whether the suites run on this machine's CPU, by the variable's value and what Linux says of the CPU; or why not.
+fn runs_here(variable: Option<&str>, flags: &str) -> Result<(), String> {
+    if variable == Some("0") {
+        Err(format!("{NATIVE}=0 is set; without it the suites run here too, if the CPU has PKU"))
+    } else if flags.split_whitespace().any(|flag| flag == "ospke") {
+        Ok(())
+    } else {
+        Err("it has no PKU, or the kernel has it switched off; the suites run in QEMU".into())
+    }
+}
+
 pub(crate) fn cargo_test(suite: &str, package: &str, kinds: &[&str]) -> Result<Row, String> {
-    stream(suite, Command::new("cargo").args(["test", "-p", package]).args(kinds).current_dir(build::workspace()))
+    let mut command = Command::new("cargo");
+    stream(suite, command.args(["test", "-p", package]).args(kinds).current_dir(build::workspace()), count)
 }
 
 /// Runs a command, passes its output on, and counts it. A command that fails without a failed test is a failure of its
 /// own.
-fn stream(suite: &str, command: &mut Command) -> Result<Row, String> {
+fn stream(suite: &str, command: &mut Command, count: impl Fn(&str, &str) -> Row) -> Result<Row, String> {
     println!("\n== {suite} ==");
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     let mut child = spawned.map_err(|error| format!("cannot run {command:?}: {error}"))?;
@@ -60,10 +71,31 @@ fn stream(suite: &str, command: &mut Command) -> Result<Row, String> {
         }
     }
     let status = child.wait().map_err(|error| format!("cannot wait for {command:?}: {error}"))?;
-    let mut row = count(suite, &output);
-    if !status.success() && row.failed == 0 {
-        row.failed = 1;
-        row.note = format!("it ended with {status}");
+    let row = count(suite, &output);
+    // A verdict without the reason why the command failed would hide it.
+    if status.success() || row.failed > 0 && !row.did_not_end() { Ok(row) } else { Ok(row.fail(&status.to_string())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_suites_run_here_where_there_are_keys_unless_that_is_switched_off() {
+        let keys = "flags : fpu pku ospke fsgsbase";
+        assert_eq!(runs_here(None, keys), Ok(()));
+        assert_eq!(runs_here(Some("1"), keys), Ok(()));
+        assert!(runs_here(Some("0"), keys).unwrap_err().contains("PKRU_TEST_NATIVE=0 is set"));
+        assert!(runs_here(None, "flags : fpu pku fsgsbase").unwrap_err().contains("no PKU"));
     }
-    Ok(row)
+
+    #[test]
+    fn a_command_that_fails_without_a_failed_test_is_a_failure() {
+        let mut command = Command::new("sh");
+        let row = stream("suite", command.args(["-c", "echo 'test a ... ok'; printf 'test b ... '; exit 3"]), count);
+        let row = row.unwrap();
+        assert_eq!((row.passed, row.failed, row.note.as_str()), (1, 1, "did not end: b (exit status: 3)"));
+        let row = stream("suite", Command::new("sh").args(["-c", "echo 'test a ... ok'; exit 3"]), count).unwrap();
+        assert_eq!((row.passed, row.failed, row.note.as_str()), (1, 1, "exit status: 3"));
+    }
 }

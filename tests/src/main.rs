@@ -3,10 +3,10 @@
 //! | command | runs |
 //! |---|---|
 //! | `pkru-tests all` | all of the below |
-//! | `pkru-tests host` | unit and documentation tests, and the guest suites natively where the CPU has keys |
+//! | `pkru-tests host` | unit and documentation tests, and the suites on this machine's CPU if it has keys |
 //! | `pkru-tests qemu` | the bare-metal suites, and the guest suites and examples on each kernel |
 //! | `pkru-tests floors FOLDER…` | nothing; checks the module layers of the crates in these source folders |
-//! | `pkru-tests inside BINARY…` | in a guest: the suites of these binaries, each test in a process of its own |
+//! | `pkru-tests inside BINARY…` | in a guest: the suites of these binaries |
 
 mod bare;
 mod build;
@@ -15,6 +15,9 @@ mod guest;
 mod host;
 mod inside;
 mod tally;
+
+#[cfg(test)]
+mod scripts;
 
 use std::process::ExitCode;
 

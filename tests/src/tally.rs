@@ -47,26 +47,65 @@ impl Tally {
     }
 }
 
-/// Counts what a suite printed: lines that end a test (`… ok`, `… FAILED`), as cargo's harness, the kernel's and
-/// `inside` print them.
+impl Row {
+    /// Notes a failure of the suite as a whole. A test that did not end has been counted for it.
+    pub(crate) fn fail(mut self, reason: &str) -> Self {
+        if self.did_not_end() {
+            self.note = format!("{} ({reason})", self.note);
+        } else {
+            self.failed += 1;
+            self.note = reason.into();
+        }
+        self
+    }
+
+    /// Whether a test of the suite has no verdict.
+    pub(crate) fn did_not_end(&self) -> bool {
+        self.note.starts_with(DID_NOT_END)
+    }
+}
+
+/// What begins the note about a test without a verdict.
+const DID_NOT_END: &str = "did not end: ";
+
+/// Counts what a suite printed: lines that end a test (`… ok`, `… FAILED`), as cargo's harness, the kernel's and the
+/// suites' print them.
 pub(crate) fn count(suite: &str, output: &str) -> Row {
     let mut row = Row { suite: suite.into(), ..Row::default() };
-    let mut open = false;
+    let mut open = None;
     for line in output.lines() {
         // A test's own output may stand between its name and its verdict.
-        open |= line.starts_with("test ") && line.contains(" ... ");
+        if let Some((name, _)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ")) {
+            open = Some(name.trim());
+        }
+        if open.is_none() {
+            continue;
+        }
         match line.rsplit(" ... ").next().unwrap_or(line).trim() {
-            "ok" if open => row.passed += 1,
-            "FAILED" if open => row.failed += 1,
-            verdict if open && verdict.starts_with("skipped: ") => {
+            "ok" => row.passed += 1,
+            "FAILED" => row.failed += 1,
+            // Without a reason it is a test that another test runs.
+            "ignored" => {}
+            verdict if verdict.starts_with("ignored") => {
                 row.skipped += 1;
-                row.note = verdict.into();
+                let reason = verdict.trim_start_matches("ignored").trim_matches([' ', ',', '(', ')']);
+                row.note = format!("skipped: {reason}");
             }
             _ => continue,
         }
-        open = false;
+        open = None;
+    }
+    if let Some(name) = open {
+        row.failed += 1;
+        row.note = format!("{DID_NOT_END}{name}");
     }
     row
+}
+
+/// Counts what a suite printed that must have tests.
+pub(crate) fn count_suite(suite: &str, output: &str) -> Row {
+    let row = count(suite, output);
+    if row.passed + row.failed + row.skipped == 0 { row.fail("it ran no test") } else { row }
 }
 
 #[cfg(test)]
@@ -75,10 +114,23 @@ mod tests {
 
     #[test]
     fn verdicts_are_counted() {
-        let output = "running 4 tests\ntest a ... ok\ntest b ... some output\nok\ntest c ... FAILED\nok\n\
-                      test d ... skipped: no keys\ntest result: FAILED. 2 passed";
+        let output = "running 5 tests\ntest a  ... ok\ntest b  ... some output\nok\ntest c  ... FAILED\nok\n\
+                      test d ... ignored (no keys)\ntest e ... ignored\nok\ntest result: FAILED. 2 passed";
         let row = count("suite", output);
         assert_eq!((row.passed, row.failed, row.skipped, row.note.as_str()), (2, 1, 1, "skipped: no keys"));
+    }
+
+    #[test]
+    fn a_suite_that_is_killed_keeps_its_verdicts_and_names_the_test() {
+        let row = count("suite", "running 3 tests\ntest a      ... ok\ntest hangs  ... a word").fail("killed");
+        assert_eq!((row.passed, row.failed, row.note.as_str()), (1, 1, "did not end: hangs (killed)"));
+        let row = count("suite", "running 3 tests\ntest a ... ok\n").fail("killed");
+        assert_eq!((row.passed, row.failed, row.note.as_str()), (1, 1, "killed"));
+    }
+
+    #[test]
+    fn a_suite_without_tests_fails() {
+        assert_eq!(count_suite("suite", "running 0 tests").failed, 1);
     }
 
     #[test]

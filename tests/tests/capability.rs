@@ -1,14 +1,23 @@
 //! The survey of what a machine offers, against what other sources say of it, and what it leaves behind: nothing.
 
-#[path = "../../userspace/tests/common/mod.rs"]
-#[macro_use]
-mod common;
-
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{domain, works};
 use pkru_userspace::capability::{Finding, Found, Missing, Rseq, SignalFrame, Subject, Survey, detect, survey};
 use pkru_userspace::{Domain, Error, Region};
+use support::{domain, suite, works};
+
+suite! {
+    #[anywhere] cpu_and_kernel_are_what_proc_says,
+    #[anywhere] the_kernels_features_are_those_of_its_version,
+    keys_and_signals_are_those_of_this_kernel,
+    #[anywhere] without_keys_what_needs_them_is_not_tried,
+    #[anywhere] each_finding_has_a_method_and_a_consequence_and_a_place_in_the_table,
+    #[anywhere] nothing_is_left_behind,
+    among_domains_and_threads,
+    in_a_domain_nothing_is_tried,
+    a_handler_or_a_region_of_the_program_is_not_in_the_way,
+    #[anywhere] what_a_policy_refuses_is_not_available,
+}
 
 fn read(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"))
@@ -58,7 +67,6 @@ fn count_keys() -> usize {
     taken.len()
 }
 
-#[test]
 fn cpu_and_kernel_are_what_proc_says() {
     let survey = survey();
     let cpuinfo = read("/proc/cpuinfo");
@@ -76,7 +84,6 @@ fn cpu_and_kernel_are_what_proc_says() {
     assert_eq!(survey.capability(), detect());
 }
 
-#[test]
 fn the_kernels_features_are_those_of_its_version() {
     let survey = survey();
     // Since Linux 5.11, whatever the configuration.
@@ -95,9 +102,8 @@ fn the_kernels_features_are_those_of_its_version() {
     assert_eq!(state(&survey, Subject::Rseq), Ok(Found::Rseq(rseq)));
 }
 
-#[test]
 fn keys_and_signals_are_those_of_this_kernel() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let survey = survey();
     let frame = if kernel() >= (6, 12) { SignalFrame::OnAnyStack } else { SignalFrame::OnWritableStack };
     assert_eq!(state(&survey, Subject::SignalFrame), Ok(Found::SignalFrame(frame)));
@@ -108,7 +114,6 @@ fn keys_and_signals_are_those_of_this_kernel() {
     assert_eq!(offset, std::arch::x86_64::__cpuid_count(0xd, 9).ebx as usize);
 }
 
-#[test]
 fn without_keys_what_needs_them_is_not_tried() {
     if flag("ospke") {
         assert!(survey().findings().iter().all(|finding| !matches!(finding.state(), Err(Missing::NotTried(_)))));
@@ -122,7 +127,6 @@ fn without_keys_what_needs_them_is_not_tried() {
     }
 }
 
-#[test]
 fn each_finding_has_a_method_and_a_consequence_and_a_place_in_the_table() {
     let survey = survey();
     let table = survey.to_string();
@@ -136,24 +140,7 @@ fn each_finding_has_a_method_and_a_consequence_and_a_place_in_the_table() {
     println!("{table}");
 }
 
-/// Whether this process runs but one test. If not, runs this one in a process that does.
-fn is_alone(test: &str) -> bool {
-    const ALONE: &str = "PKRU_TEST_ALONE";
-    if std::env::var_os(ALONE).is_some() {
-        return true;
-    }
-    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-    let status = command.args(["--exact", test, "--test-threads", "1"]).env(ALONE, "1").status().unwrap();
-    assert!(status.success(), "{status}");
-    false
-}
-
-#[test]
 fn nothing_is_left_behind() {
-    // What is counted belongs to the whole process.
-    if !is_alone("nothing_is_left_behind") {
-        return;
-    }
     let count = |path: &str| std::fs::read_dir(path).unwrap().count();
     let keyed = flag("ospke");
     let rights = || {
@@ -206,9 +193,8 @@ fn handler(signal: i32) -> [u64; 4] {
     action
 }
 
-#[test]
 fn among_domains_and_threads() {
-    let mut first = need!(domain("first"));
+    let mut first = domain("first");
     works(&mut first);
     let alone = survey();
     // The first call has unregistered this thread's area.
@@ -247,9 +233,8 @@ fn among_domains_and_threads() {
     domains.iter_mut().for_each(works);
 }
 
-#[test]
 fn in_a_domain_nothing_is_tried() {
-    let mut domain = need!(domain("curious"));
+    let mut domain = domain("curious");
     let seen = domain.call(|| {
         let survey = survey();
         let refused = survey.capability() == Err(Error::InDomain);
@@ -260,12 +245,11 @@ fn in_a_domain_nothing_is_tried() {
     works(&mut domain);
 }
 
-#[test]
 fn a_handler_or_a_region_of_the_program_is_not_in_the_way() {
     extern "C" fn never(_: i32) {
         std::process::abort();
     }
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let plain = survey();
     let region = Region::new(4096);
     for signal in [libc::SIGILL, libc::SIGSEGV, libc::SIGSYS, libc::SIGUSR1] {
@@ -306,7 +290,6 @@ fn refuse(call: libc::c_long, errno: i32) {
     assert_eq!(unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) }, 0);
 }
 
-#[test]
 fn what_a_policy_refuses_is_not_available() {
     let before = survey();
     let calls = [

@@ -2,15 +2,23 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-#[path = "../../userspace/tests/common/mod.rs"]
-#[macro_use]
-mod common;
-
 use std::ffi::{c_char, c_int, c_void};
 use std::hint::black_box;
 
-use common::{contain, domain, works};
 use pkru_userspace::{Domain, HeapError, ViolationKind};
+use support::{contain, domain, suite, works};
+
+suite! {
+    a_stack_overflow_in_c,
+    a_local_array_larger_than_the_stack,
+    an_array_written_past_its_end,
+    a_failed_assertion,
+    a_jump_out_of_the_domain,
+    a_c_plus_plus_exception_that_nobody_catches,
+    new_without_memory,
+    a_check_of_the_c_librarys,
+    an_invalid_free_names_its_caller,
+}
 
 unsafe extern "C" {
     fn helper_recurse(depth: u64) -> u64;
@@ -32,9 +40,8 @@ unsafe extern "C-unwind" {
     fn operator_new(size: usize) -> *mut c_void;
 }
 
-#[test]
 fn a_stack_overflow_in_c() {
-    let mut domain = need!(domain("deep"));
+    let mut domain = domain("deep");
     let violation = contain(&mut domain, || {
         // SAFETY: none: this is the mistake.
         black_box(unsafe { helper_recurse(0) });
@@ -42,9 +49,8 @@ fn a_stack_overflow_in_c() {
     assert!(matches!(violation.kind(), ViolationKind::StackOverflow { .. }), "{violation}");
 }
 
-#[test]
 fn a_local_array_larger_than_the_stack() {
-    let mut domain = need!(domain("wide"));
+    let mut domain = domain("wide");
     for size in [1 << 20, 3 << 20, 64 << 20, 512 << 20] {
         let violation = contain(&mut domain, || {
             // SAFETY: none: this is the mistake.
@@ -56,9 +62,8 @@ fn a_local_array_larger_than_the_stack() {
     assert_eq!(domain.call(|| unsafe { helper_take_stack(64 * 1024) }).unwrap(), 1, "control");
 }
 
-#[test]
 fn an_array_written_past_its_end() {
-    let mut domain = need!(domain("smash"));
+    let mut domain = domain("smash");
     let violation = contain(&mut domain, || {
         // SAFETY: none: this is the mistake.
         black_box(unsafe { helper_smash(64) });
@@ -68,9 +73,8 @@ fn an_array_written_past_its_end() {
     assert_eq!(domain.call(|| unsafe { helper_smash(16) }).unwrap(), 0x5a, "control");
 }
 
-#[test]
 fn a_failed_assertion() {
-    let mut domain = need!(domain("assert"));
+    let mut domain = domain("assert");
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe { helper_assert(41) });
     let ViolationKind::Assertion { message: Some(message) } = violation.kind() else { panic!("{violation}") };
@@ -79,7 +83,6 @@ fn a_failed_assertion() {
     domain.call(|| unsafe { helper_assert(42) }).expect("control");
 }
 
-#[test]
 fn a_jump_out_of_the_domain() {
     struct Attempt {
         domain: Domain,
@@ -96,7 +99,7 @@ fn a_jump_out_of_the_domain() {
         // SAFETY: the place is that of a frame which is still there.
         unsafe { helper_jump() }
     }
-    let mut attempt_of = Attempt { domain: need!(domain("jumper")), violation: None };
+    let mut attempt_of = Attempt { domain: domain("jumper"), violation: None };
     // SAFETY: the argument is what the function expects.
     let jumped = unsafe { helper_with_place(attempt, (&raw mut attempt_of).cast()) };
     assert_eq!(jumped, 0, "the jump did not get there");
@@ -108,17 +111,15 @@ fn a_jump_out_of_the_domain() {
     assert_eq!(attempt_of.domain.call(|| unsafe { helper_jump_inside() }).unwrap(), 7, "jumps within the domain work");
 }
 
-#[test]
 fn a_c_plus_plus_exception_that_nobody_catches() {
-    let mut domain = need!(domain("throw"));
+    let mut domain = domain("throw");
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe { throw_bad_alloc() });
     assert_eq!(*violation.kind(), ViolationKind::Exception, "{violation}");
 }
 
-#[test]
 fn new_without_memory() {
-    let mut domain = need!(domain("new"));
+    let mut domain = domain("new");
     let violation = contain(&mut domain, || {
         // SAFETY: none: it throws std::bad_alloc, and nobody catches it.
         black_box(unsafe { operator_new(1 << 40) });
@@ -126,12 +127,11 @@ fn new_without_memory() {
     assert_eq!(*violation.kind(), ViolationKind::Exception, "{violation}");
 }
 
-#[test]
 fn a_check_of_the_c_librarys() {
     unsafe extern "C" {
         fn __strcpy_chk(to: *mut c_char, from: *const c_char, size: usize) -> *mut c_char;
     }
-    let mut domain = need!(domain("fortify"));
+    let mut domain = domain("fortify");
     let violation = contain(&mut domain, || {
         let mut room = [0 as c_char; 32];
         // SAFETY: none: this is the mistake; the function is told that there are 4 bytes.
@@ -140,7 +140,6 @@ fn a_check_of_the_c_librarys() {
     assert_eq!(*violation.kind(), ViolationKind::Abort, "{violation}");
 }
 
-#[test]
 fn an_invalid_free_names_its_caller() {
     #[inline(never)]
     fn culprit(block: *mut c_void) {
@@ -148,7 +147,7 @@ fn an_invalid_free_names_its_caller() {
         unsafe { libc::free(black_box(block).byte_add(16)) };
         black_box(0);
     }
-    let mut domain = need!(domain("free"));
+    let mut domain = domain("free");
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || culprit(unsafe { libc::malloc(64) }));
     assert!(matches!(violation.kind(), ViolationKind::InvalidFree(HeapError::NotABlock { .. })), "{violation}");

@@ -1,9 +1,13 @@
-//! A program that makes its first domain before its first thread, as the test harness would not: this suite has none.
+//! A program that makes its first domain before its first thread.
 
-use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pkru_userspace::Domain;
+use support::suite;
+
+suite! {
+    #[on_first_thread] all_threads_change_their_user,
+}
 
 /// A signal that the C library sends each thread, for all to change their user or group at once, does not disturb a
 /// domain.
@@ -24,22 +28,4 @@ fn all_threads_change_their_user() {
     let result = unsafe { libc::setresuid(u32::MAX, u32::MAX, u32::MAX) };
     IS_OVER.store(true, Ordering::Relaxed);
     assert_eq!((result, thread.join().unwrap()), (0, 7));
-}
-
-fn main() -> ExitCode {
-    const NAME: &str = "all_threads_change_their_user";
-    let arguments: Vec<_> = std::env::args().skip(1).collect();
-    let has = |argument: &str| arguments.iter().any(|given| given == argument);
-    if has("--list") {
-        if !has("--ignored") {
-            println!("{NAME}: test");
-        }
-    } else if let Err(error) = pkru_userspace::capability::detect() {
-        assert!(std::env::var_os("PKRU_TEST_FORCE").is_none(), "{error}");
-        println!("skipped: {error}\n1 passed");
-    } else {
-        all_threads_change_their_user();
-        println!("1 passed");
-    }
-    ExitCode::SUCCESS
 }

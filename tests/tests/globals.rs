@@ -2,10 +2,6 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-#[path = "../../userspace/tests/common/mod.rs"]
-#[macro_use]
-mod common;
-
 use std::cell::UnsafeCell;
 use std::hint::black_box;
 use std::io::Read;
@@ -14,8 +10,22 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
-use common::{contain, domain, key_fault, mistake, open_domain, works};
 use pkru_userspace::{Access, Domain, Vault, ViolationKind};
+use support::{contain, domain, key_fault, mistake, open_domain, suite, works};
+
+suite! {
+    code_with_state_in_statics_works,
+    the_c_librarys_own_state_works,
+    other_domains_read_statics_and_do_not_write_them,
+    everything_else_stays_closed,
+    threads_that_were_there_before_go_on,
+    system_calls_with_statics_as_buffers,
+    violations_are_what_they_were,
+    signals_and_children_afterwards,
+    a_fork_while_statics_are_being_opened,
+    standard_output_outlives_the_domain_that_used_it_first,
+    #[child] prints_in_a_domain_and_after_it,
+}
 
 unsafe extern "C" {
     fn helper_count() -> u64;
@@ -30,14 +40,13 @@ unsafe impl Sync for Buffer {}
 static DATA: AtomicU64 = AtomicU64::new(7);
 static BUFFER: Buffer = Buffer(UnsafeCell::new([0; 64]));
 
-#[test]
 fn code_with_state_in_statics_works() {
-    let mut closed = need!(domain("closed"));
+    let mut closed = domain("closed");
     // SAFETY: it has no preconditions.
     let count = || unsafe { helper_count() };
     closed.call(count).expect_err("control");
 
-    let mut open = need!(open_domain("open"));
+    let mut open = open_domain("open");
     let before = count();
     assert_eq!(open.call(count).unwrap(), before + 1);
     assert_eq!(open.call(count).unwrap(), before + 2);
@@ -49,9 +58,8 @@ fn code_with_state_in_statics_works() {
     assert_eq!(open.call(count).unwrap(), before + 4);
 }
 
-#[test]
 fn the_c_librarys_own_state_works() {
-    let mut open = need!(open_domain("libc"));
+    let mut open = open_domain("libc");
     let numbers = open.call(|| {
         // SAFETY: the seed and the numbers are the C library's.
         unsafe {
@@ -79,10 +87,9 @@ fn the_c_librarys_own_state_works() {
     assert!(variable.unwrap() > 0);
 }
 
-#[test]
 fn other_domains_read_statics_and_do_not_write_them() {
-    let mut before = need!(domain("before"));
-    let mut open = need!(open_domain("open"));
+    let mut before = domain("before");
+    let mut open = open_domain("open");
     let mut after = Domain::builder("after").build().unwrap();
     for closed in [&mut before, &mut after] {
         assert_eq!(closed.call(|| DATA.load(Ordering::Relaxed)).unwrap(), 7);
@@ -96,11 +103,10 @@ fn other_domains_read_statics_and_do_not_write_them() {
     assert_eq!(DATA.load(Ordering::Relaxed), 8);
 }
 
-#[test]
 fn everything_else_stays_closed() {
     thread_local! { static LOCAL: std::cell::Cell<u64> = const { std::cell::Cell::new(1) } }
-    let mut open = need!(open_domain("open"));
-    let mut other = need!(domain("other"));
+    let mut open = open_domain("open");
+    let mut other = domain("other");
     let mut heap = Box::new(1u64);
     let mut stack = 1u64;
     let vault = Vault::new(1u64).unwrap();
@@ -129,9 +135,8 @@ fn everything_else_stays_closed() {
     assert!(pages >= 5);
 }
 
-#[test]
 fn threads_that_were_there_before_go_on() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     static STOP: AtomicBool = AtomicBool::new(false);
     static ROUNDS: AtomicU64 = AtomicU64::new(0);
     let ready = Arc::new(Barrier::new(4));
@@ -154,7 +159,7 @@ fn threads_that_were_there_before_go_on() {
         })
         .collect();
     ready.wait();
-    let mut open = open_domain("open").unwrap();
+    let mut open = open_domain("open");
     let before = ROUNDS.load(Ordering::Relaxed);
     for _ in 0..50 {
         open.call(|| DATA.fetch_add(1, Ordering::Relaxed)).unwrap();
@@ -168,10 +173,9 @@ fn threads_that_were_there_before_go_on() {
     std::thread::spawn(|| DATA.store(1, Ordering::Relaxed)).join().unwrap();
 }
 
-#[test]
 fn system_calls_with_statics_as_buffers() {
     let waiting = Arc::new(Barrier::new(2));
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let read = || {
         let zero = std::fs::File::open("/dev/zero").unwrap();
         // SAFETY: one thread uses the buffer at a time.
@@ -184,7 +188,7 @@ fn system_calls_with_statics_as_buffers() {
         read()
     });
     waiting.wait();
-    let mut open = open_domain("open").unwrap();
+    let mut open = open_domain("open");
     assert_eq!(read(), 64);
     waiting.wait();
     assert_eq!(thread.join().unwrap(), 64, "a thread from before");
@@ -196,9 +200,8 @@ fn system_calls_with_statics_as_buffers() {
     assert_eq!(refused.unwrap(), -1);
 }
 
-#[test]
 fn violations_are_what_they_were() {
-    let mut open = need!(open_domain("open"));
+    let mut open = open_domain("open");
     let violation = contain(&mut open, || panic!("in an open domain"));
     assert!(violation.to_string().contains("in an open domain"), "{violation}");
     let mut closed = Domain::builder("closed").build().unwrap();
@@ -217,13 +220,12 @@ fn violations_are_what_they_were() {
     assert!(!text.is_empty());
 }
 
-#[test]
 fn signals_and_children_afterwards() {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     extern "C" fn count(_: i32) {
         COUNT.fetch_add(1, Ordering::Relaxed);
     }
-    let mut open = need!(open_domain("open"));
+    let mut open = open_domain("open");
     // SAFETY: the handler only counts.
     unsafe { libc::signal(libc::SIGUSR1, count as *const () as usize) };
     // SAFETY: sends this thread a signal.
@@ -233,18 +235,17 @@ fn signals_and_children_afterwards() {
     assert_eq!(COUNT.load(Ordering::Relaxed), 2);
     let output = std::process::Command::new("/proc/self/exe").args(["--list"]).output().unwrap();
     assert!(output.status.success());
-    let status = common::in_child(|| {
+    let status = support::in_child(|| {
         works(&mut open);
         contain(&mut open, mistake);
     });
     assert_eq!(status, 0);
 }
 
-#[test]
 fn a_fork_while_statics_are_being_opened() {
     static IS_OVER: AtomicBool = AtomicBool::new(false);
-    let mut busy = need!(domain("busy"));
-    let mut other = domain("other").unwrap();
+    let mut busy = domain("busy");
+    let mut other = domain("other");
     works(&mut other);
     let (mut begun, begins) = std::io::pipe().unwrap();
     let begins = begins.as_raw_fd();
@@ -260,14 +261,14 @@ fn a_fork_while_statics_are_being_opened() {
     });
     begun.read_exact(&mut [0]).unwrap();
     // It waits for that call to end, and gives no domain a key meanwhile.
-    let opener = std::thread::spawn(|| works(&mut open_domain("open").unwrap()));
+    let opener = std::thread::spawn(|| works(&mut open_domain("open")));
     std::thread::sleep(Duration::from_millis(500));
     assert!(!opener.is_finished());
-    let status = common::in_child(|| {
+    let status = support::in_child(|| {
         // SAFETY: the child ends if it waits for ever.
-        unsafe { libc::alarm(30) };
+        unsafe { libc::alarm(300) };
         works(&mut other);
-        works(&mut open_domain("of the child").unwrap());
+        works(&mut open_domain("of the child"));
         contain(&mut other, mistake);
     });
     IS_OVER.store(true, Ordering::Relaxed);
@@ -277,9 +278,8 @@ fn a_fork_while_statics_are_being_opened() {
     works(&mut other);
 }
 
-#[test]
 fn standard_output_outlives_the_domain_that_used_it_first() {
-    drop(need!(domain("first")));
+    drop(domain("first"));
     // Not by the test harness, which captures what is printed.
     let child = std::process::Command::new("/proc/self/exe")
         .args(["--exact", "prints_in_a_domain_and_after_it", "--ignored", "--nocapture"])
@@ -289,10 +289,8 @@ fn standard_output_outlives_the_domain_that_used_it_first() {
     assert!(child.status.success() && text.contains("in the domain") && text.contains("after it"), "{child:?}");
 }
 
-#[test]
-#[ignore = "run by the test above, in a process of its own"]
 fn prints_in_a_domain_and_after_it() {
-    let mut open = need!(open_domain("open"));
+    let mut open = open_domain("open");
     open.call(|| println!("in the domain")).unwrap();
     drop(open);
     println!("after it");

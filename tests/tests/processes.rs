@@ -2,16 +2,24 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-#[path = "../../userspace/tests/common/mod.rs"]
-#[macro_use]
-mod common;
-
 use std::ffi::CStr;
 use std::process::Command;
 use std::ptr;
 
-use common::{build, contain, domain, mistake, open_domain, works};
 use pkru_userspace::{Domain, ViolationKind, set_key_limit};
+use support::{build, contain, domain, mistake, open_domain, suite, works};
+
+suite! {
+    programs_are_not_started_from_domains,
+    code_in_a_domain_does_not_fork,
+    a_child_that_shares_memory_ends_as_it_wants_to,
+    a_safe_function_that_takes_the_lock_on_keys,
+    another_thread_is_not_signalled,
+    threads_are_cancelled_as_before,
+    older_functions_leave_the_signals_of_faults_open,
+    older_functions_set_handlers,
+    an_exit_of_code_that_has_lost_its_thread_locals,
+}
 
 const PROGRAM: &CStr = c"/proc/self/exe";
 
@@ -43,10 +51,9 @@ fn spawn() -> (i32, i32) {
     }
 }
 
-#[test]
 fn programs_are_not_started_from_domains() {
     assert_eq!(spawn(), (0, 0), "control");
-    for mut domain in [need!(domain("closed")), open_domain("open").unwrap()] {
+    for mut domain in [domain("closed"), open_domain("open")] {
         assert_eq!(domain.call(|| spawn().0).unwrap(), libc::EPERM);
         // SAFETY: both are strings.
         let popen = || unsafe { (libc::popen(c"true".as_ptr(), c"r".as_ptr()).is_null(), errno()) };
@@ -55,7 +62,7 @@ fn programs_are_not_started_from_domains() {
         assert_eq!(domain.call(|| unsafe { (system(c"true".as_ptr()), errno()) }).unwrap(), (-1, libc::EPERM));
         works(&mut domain);
     }
-    let mut open = open_domain("open").unwrap();
+    let mut open = open_domain("open");
     let status = || i64::from(Command::new("/proc/self/exe").arg("--list").status().is_ok());
     assert_eq!(status(), 1, "control");
     assert_eq!(open.call(status).unwrap(), 0);
@@ -71,43 +78,39 @@ fn vforked() -> i32 {
     unsafe { helper_vfork(3) }
 }
 
-#[test]
 fn code_in_a_domain_does_not_fork() {
-    assert_eq!(common::in_child(|| ()), 0, "control");
-    for mut domain in [need!(domain("closed")), open_domain("open").unwrap()] {
+    assert_eq!(support::in_child(|| ()), 0, "control");
+    for mut domain in [domain("closed"), open_domain("open")] {
         // SAFETY: there is no child.
         assert_eq!(domain.call(|| unsafe { (libc::fork(), errno()) }).unwrap(), (-1, libc::EPERM));
         works(&mut domain);
     }
 }
 
-#[test]
 fn a_child_that_shares_memory_ends_as_it_wants_to() {
     assert_eq!(vforked(), 3 << 8, "control");
-    for mut domain in [need!(domain("closed")), open_domain("open").unwrap()] {
+    for mut domain in [domain("closed"), open_domain("open")] {
         assert_eq!(domain.call(vforked).unwrap(), 3 << 8);
         contain(&mut domain, mistake);
         assert_eq!(domain.call(vforked).unwrap(), 3 << 8);
     }
 }
 
-#[test]
 fn a_safe_function_that_takes_the_lock_on_keys() {
-    let mut domain = need!(domain("limit"));
+    let mut domain = domain("limit");
     let violation = contain(&mut domain, || set_key_limit(3));
     assert!(matches!(violation.kind(), ViolationKind::Key(_)), "{violation}");
     let mut other = Domain::builder("other").build().unwrap();
     works(&mut other);
 }
 
-#[test]
 fn another_thread_is_not_signalled() {
     // SAFETY: the call touches no memory; the signal is none.
     let poke = |thread| unsafe { libc::pthread_kill(thread, 0) };
     // SAFETY: the call touches no memory.
     let here = unsafe { libc::pthread_self() };
     assert_eq!(poke(here), 0);
-    for mut domain in [need!(domain("closed")), open_domain("open").unwrap()] {
+    for mut domain in [domain("closed"), open_domain("open")] {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 assert_eq!(poke(here), 0, "control");
@@ -120,21 +123,19 @@ fn another_thread_is_not_signalled() {
     }
 }
 
-#[test]
 fn threads_are_cancelled_as_before() {
     unsafe extern "C" {
         fn helper_cancel() -> i32;
     }
-    let mut domain = need!(domain("bystander"));
+    let mut domain = domain("bystander");
     works(&mut domain);
     // SAFETY: it has no preconditions.
     assert_eq!(unsafe { helper_cancel() }, 1);
     contain(&mut domain, mistake);
 }
 
-#[test]
 fn older_functions_leave_the_signals_of_faults_open() {
-    let mut domain = need!(domain("holder"));
+    let mut domain = domain("holder");
     // SAFETY: they take a signal, and a set of signals.
     let hold = || unsafe { (sighold(libc::SIGSEGV), sigblock(-1)) };
     assert_eq!(domain.call(hold).unwrap().0, 0);
@@ -147,7 +148,6 @@ fn older_functions_leave_the_signals_of_faults_open() {
     contain(&mut domain, mistake);
 }
 
-#[test]
 fn older_functions_set_handlers() {
     use std::sync::atomic::{AtomicU64, Ordering};
     static COUNT: AtomicU64 = AtomicU64::new(0);
@@ -155,7 +155,7 @@ fn older_functions_set_handlers() {
         COUNT.fetch_add(1, Ordering::Relaxed);
     }
     let handler = count as *const () as usize;
-    let mut domain = need!(domain("raiser"));
+    let mut domain = domain("raiser");
     // SAFETY: the handler only counts.
     assert_eq!(unsafe { sigset(libc::SIGUSR1, handler) }, libc::SIG_DFL);
     // SAFETY: sends this thread a signal.
@@ -174,9 +174,8 @@ fn older_functions_set_handlers() {
     works(&mut domain);
 }
 
-#[test]
 fn an_exit_of_code_that_has_lost_its_thread_locals() {
-    let mut domain = need!(build(Domain::builder("wiped")));
+    let mut domain = build(Domain::builder("wiped"));
     // SAFETY: none: this is the mistake.
     let violation = contain(&mut domain, || unsafe {
         let pointer: usize;

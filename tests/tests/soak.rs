@@ -1,17 +1,17 @@
 //! A million calls and a hundred thousand rewinds over eight threads leave nothing behind.
 
-#[path = "../../userspace/tests/common/mod.rs"]
-#[macro_use]
-mod common;
-
 use std::fs::File;
 use std::io::Read;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use common::{domain, mistake};
 use pkru_userspace::Domain;
+use support::{domain, mistake, suite};
+
+suite! {
+    a_million_calls_and_a_hundred_thousand_rewinds,
+}
 
 const THREADS: u64 = 8;
 const CALLS: u64 = 1_000_000;
@@ -101,9 +101,8 @@ fn work(domain: &mut Domain, calls: u64) -> u64 {
     rewinds
 }
 
-#[test]
 fn a_million_calls_and_a_hundred_thousand_rewinds() {
-    let mut domains = vec![need!(domain("soak"))];
+    let mut domains = vec![domain("soak")];
     // Before Linux 6.7 the stack of a thread, which is 2 MiB long, can become one huge page at any time, where it
     // happens to be aligned. Memory of domains has none anyway.
     // SAFETY: changes how the kernel backs memory, not what is in it.

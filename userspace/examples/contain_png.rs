@@ -4,7 +4,8 @@
 //!
 //! A decoder is told where to write by its caller. Here it is told four wrong places, one after the other: the caller's
 //! heap, its stack, a static, and the memory of another domain. Each time libpng's own write is stopped, the caller's
-//! memory is as it was, and the next file decodes.
+//! memory is as it was, and the next file decodes. A picture that is larger than the wrong places is represented there by
+//! its upper left corner.
 
 use std::cell::UnsafeCell;
 use std::fmt;
@@ -45,6 +46,15 @@ mod libpng {
             row_stride: i32,
             colormap: *mut c_void,
         ) -> c_int;
+        pub(super) fn png_image_write_to_memory(
+            image: *mut Image,
+            memory: *mut c_void,
+            size: *mut usize,
+            convert_to_8_bit: c_int,
+            buffer: *const c_void,
+            row_stride: i32,
+            colormap: *const c_void,
+        ) -> c_int;
         pub(super) fn png_image_free(image: *mut Image);
     }
 }
@@ -76,9 +86,9 @@ impl fmt::Display for Picture {
     }
 }
 
-/// Decodes a PNG file; the pixels go to `target`, or to a new vector if that is `None`.
-fn decode(file: &[u8], target: Option<*mut u8>) -> Result<Picture, String> {
-    let mut image = libpng::Image {
+impl libpng::Image {
+    /// An image with nothing in it.
+    const NEW: Self = Self {
         opaque: std::ptr::null_mut(),
         version: libpng::VERSION,
         width: 0,
@@ -89,6 +99,11 @@ fn decode(file: &[u8], target: Option<*mut u8>) -> Result<Picture, String> {
         warning_or_error: 0,
         message: [0; 64],
     };
+}
+
+/// Decodes a PNG file; the pixels go to `target`, or to a new vector if that is `None`.
+fn decode(file: &[u8], target: Option<*mut u8>) -> Result<Picture, String> {
+    let mut image = libpng::Image::NEW;
     // SAFETY: the image is initialised as libpng asks, and the file's bytes live across the calls.
     unsafe { libpng::png_image_begin_read_from_memory(&raw mut image, file.as_ptr().cast(), file.len()) };
     check(&image)?;
@@ -114,8 +129,41 @@ fn check(image: &libpng::Image) -> Result<(), String> {
     Err(message.collect())
 }
 
+/// Encodes the upper left corner of a picture, as much as the wrong places have room for.
+fn encode_corner(picture: &Picture) -> Result<Vec<u8>, String> {
+    let (width, height) = (picture.width.min(CORNER), picture.height.min(CORNER));
+    let mut image = libpng::Image { width, height, format: libpng::FORMAT_RGBA, ..libpng::Image::NEW };
+    // PNG's filters and zlib add little to what cannot be compressed.
+    let mut file = vec![0; 2 * ROOM];
+    let mut size = file.len();
+    let stride = i32::try_from(picture.width * 4).map_err(|error| error.to_string())?;
+    // SAFETY: the picture has rows of that stride, at least as many as the image has, and the file has that size.
+    unsafe {
+        libpng::png_image_write_to_memory(
+            &raw mut image,
+            file.as_mut_ptr().cast(),
+            &raw mut size,
+            0,
+            picture.pixels.as_ptr().cast(),
+            stride,
+            std::ptr::null(),
+        );
+    }
+    check(&image)?;
+    file.truncate(size);
+    Ok(file)
+}
+
 fn decode_in(domain: &mut Domain, file: &[u8]) -> Result<Result<Picture, String>, Violation> {
     domain.call(|| decode(file, None))
+}
+
+/// Returns how many bytes of pixels a file's header promises, which can be anything.
+fn promised_size(file: &[u8]) -> usize {
+    let word = |place| {
+        file.get(place..place + 4).map_or(0, |bytes| bytes.iter().fold(0, |n, byte| n << 8 | usize::from(*byte)))
+    };
+    word(16).saturating_mul(word(20)).saturating_mul(4)
 }
 
 /// FNV-1a.
@@ -123,15 +171,21 @@ fn checksum(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
 
+/// The width and height of the largest square picture that the wrong places have room for.
+const CORNER: u32 = 128;
+
 /// The largest picture that the wrong places have room for, in bytes.
-const ROOM: usize = 64 * 1024;
+const ROOM: usize = CORNER as usize * CORNER as usize * 4;
 
 struct Static(UnsafeCell<[u8; ROOM]>);
 
 // SAFETY: this program has one thread.
 unsafe impl Sync for Static {}
 
-static STATIC: Static = Static(UnsafeCell::new([0x5a; ROOM]));
+static STATIC: Static = Static(UnsafeCell::new([FILL; ROOM]));
+
+/// What the wrong places hold.
+const FILL: u8 = 0x5a;
 
 fn main() -> ExitCode {
     let files: Vec<_> = std::env::args_os().skip(1).collect();
@@ -153,20 +207,21 @@ fn main() -> ExitCode {
 }
 
 fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
-    let mut domain = Domain::builder("libpng").build().map_err(|error| error.to_string())?;
-
     println!("== decoding in a domain ==");
-    let mut good: Vec<(String, Vec<u8>, Picture)> = Vec::new();
-    for path in files {
-        let path = path.as_ref();
+    let mut contents: Vec<(String, Vec<u8>)> = Vec::new();
+    for path in files.iter().map(AsRef::as_ref) {
         let name = path.file_name().unwrap_or(path.as_os_str()).display().to_string();
-        let file = match std::fs::read(path) {
-            Ok(file) => file,
-            Err(error) => {
-                println!("{name}: {error}");
-                continue;
-            }
-        };
+        match std::fs::read(path) {
+            Ok(file) => contents.push((name, file)),
+            Err(error) => println!("{name}: {error}"),
+        }
+    }
+    let largest = contents.iter().map(|(_, file)| promised_size(file)).max().unwrap_or(0);
+    let builder = Domain::builder("libpng").heap_size((64 << 20) + largest.min(1 << 30));
+    let mut domain = builder.build().map_err(|error| error.to_string())?;
+
+    let mut good: Vec<(String, Vec<u8>, Picture)> = Vec::new();
+    for (name, file) in contents {
         match decode_in(&mut domain, &file) {
             Ok(Ok(picture)) => {
                 let plain = decode(&file, None)?;
@@ -182,7 +237,8 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
         }
     }
     let bad = files.len() - good.len();
-    let Some((name, file, _)) = good.iter().find(|(_, _, picture)| picture.pixels.len() <= ROOM) else {
+    let Some((name, file, _)) = good.first() else {
+        println!("\nno file was decoded, so there is nothing to show the rest with");
         return Ok(bad);
     };
 
@@ -196,12 +252,22 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
     }
 
     println!("\n== calls that tell libpng to write where it must not ==");
-    let mut heap = vec![0x5a; ROOM];
-    let mut stack = [0x5a; ROOM];
+    let mut small = Vec::new();
+    for (name, file, picture) in &good {
+        if picture.pixels.len() <= ROOM {
+            small.push(file.clone());
+        } else {
+            println!(
+                "{name} is larger than these places: its upper left corner, as a PNG of its own, is decoded to them"
+            );
+            small.push(encode_corner(picture)?);
+        }
+    }
+    let mut heap = vec![FILL; ROOM];
+    let mut stack = [FILL; ROOM];
     let mut other = Domain::builder("other").build().map_err(|error| error.to_string())?;
-    let in_other = other
-        .call(|| Vec::leak(vec![0x5a_u8; ROOM]).as_mut_ptr() as usize)
-        .map_err(|violation| violation.to_string())?;
+    let in_other =
+        other.call(|| Vec::leak(vec![FILL; ROOM]).as_mut_ptr() as usize).map_err(|violation| violation.to_string())?;
     let places: [(&str, *mut u8); 4] = [
         ("the caller's heap", heap.as_mut_ptr()),
         ("the caller's stack", stack.as_mut_ptr()),
@@ -210,8 +276,9 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
     ];
     for (number, (place, target)) in places.into_iter().enumerate() {
         let before = checksum(&read(target));
-        println!("{place}, checksum {before:08x}:");
-        match domain.call(|| decode(file, Some(target)).map(drop)) {
+        let (name, file, expected) = &good[number % good.len()];
+        println!("{place}, checksum {before:08x}; {name} is decoded to it:");
+        match domain.call(|| decode(&small[number % small.len()], Some(target)).map(drop)) {
             Err(violation) => println!("  stopped: {violation}"),
             Ok(result) => return Err(format!("the write to {place} was not stopped: {result:?}")),
         }
@@ -220,7 +287,6 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
         if before != after {
             return Err(format!("{place} was changed"));
         }
-        let (name, file, expected) = &good[number % good.len()];
         match decode_in(&mut domain, file) {
             Ok(Ok(picture)) if picture == *expected => println!("  the domain goes on: {name}: {picture}"),
             Ok(Ok(picture)) => return Err(format!("{name} decodes differently after a violation: {picture}")),
@@ -230,9 +296,9 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
     }
 
     println!("\n== control: the same calls without a domain ==");
-    for (place, target) in places {
+    for (number, (place, target)) in places.into_iter().enumerate() {
         let before = checksum(&read(target));
-        decode(file, Some(target))?;
+        decode(&small[number % small.len()], Some(target))?;
         let after = checksum(&read(target));
         println!("{place}: checksum {before:08x}, afterwards {after:08x}");
         if before == after {

@@ -1,22 +1,26 @@
-//! What a domain may read, and what is its own. What it may not write is the matrix's subject
-//! (`tests/tests/matrix.rs`).
+//! What a domain may read, and what is its own. `tests/tests/containment_matrix.rs` has what it may not write.
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
-
-mod common;
 
 use std::cell::Cell;
 use std::sync::atomic::AtomicU64;
 
-use common::{domain, key_fault};
 use pkru_userspace::Access;
+use support::{domain, key_fault, suite};
+
+suite! {
+    another_domain_cannot_be_read,
+    the_callers_memory_can_be_read,
+    errno_is_the_domains_own,
+    thread_locals_are_the_domains_own,
+    thread_locals_with_destructors_work,
+}
 
 const OLD: u64 = 0x0123_4567_89ab_cdef;
 
-#[test]
 fn another_domain_cannot_be_read() {
-    let mut one = need!(domain("one"));
-    let mut other = need!(domain("other"));
+    let mut one = domain("one");
+    let mut other = domain("other");
     let target = other.call(|| std::ptr::from_mut(Box::leak(Box::new(OLD))) as usize).unwrap() as *const u64;
     // SAFETY: none: this is the mistake; for the owner it is its own word.
     let read = || unsafe { target.read_volatile() };
@@ -25,17 +29,15 @@ fn another_domain_cannot_be_read() {
     assert_eq!(other.call(read).unwrap(), OLD, "control");
 }
 
-#[test]
 fn the_callers_memory_can_be_read() {
-    let mut domain = need!(domain("reader"));
+    let mut domain = domain("reader");
     let text = String::from("in the caller's heap");
     let stack = [1u32, 2, 3];
     assert_eq!(domain.call(|| text.len() as u32 + stack.iter().sum::<u32>()).unwrap(), 26);
 }
 
-#[test]
 fn errno_is_the_domains_own() {
-    let mut domain = need!(domain("errno"));
+    let mut domain = domain("errno");
     // SAFETY: errno is the calling code's own.
     let errno = || unsafe { libc::__errno_location() };
     // SAFETY: as above.
@@ -53,10 +55,9 @@ fn errno_is_the_domains_own() {
     assert_eq!(unsafe { errno().read() }, libc::EBADF, "control");
 }
 
-#[test]
 fn thread_locals_are_the_domains_own() {
     thread_local! { static COUNT: Cell<u32> = const { Cell::new(5) } }
-    let mut domain = need!(domain("counter"));
+    let mut domain = domain("counter");
     COUNT.set(100);
     let count = || {
         COUNT.set(COUNT.get() + 1);
@@ -68,7 +69,6 @@ fn thread_locals_are_the_domains_own() {
     assert_eq!(count(), 101, "control");
 }
 
-#[test]
 fn thread_locals_with_destructors_work() {
     use std::cell::RefCell;
     struct Noisy(Vec<u32>);
@@ -79,7 +79,7 @@ fn thread_locals_with_destructors_work() {
     }
     static DROPPED: AtomicU64 = AtomicU64::new(0);
     thread_local! { static LIST: RefCell<Noisy> = const { RefCell::new(Noisy(Vec::new())) } }
-    let mut domain = need!(domain("destructors"));
+    let mut domain = domain("destructors");
     let push = || {
         LIST.with_borrow_mut(|list| list.0.push(7));
         LIST.with_borrow(|list| list.0.len() as u32)

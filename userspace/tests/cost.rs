@@ -5,15 +5,24 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-mod common;
-
 use std::arch::x86_64::_rdtsc;
 use std::hint::black_box;
 
-use common::domain;
 use pkru::domain::default_rights;
 use pkru::gate::{Context, Exit, Gate};
 use pkru_userspace::{Domain, ProtectionKey};
+use support::{domain, suite};
+
+suite! {
+    #[counts_instructions] an_empty_call,
+    #[counts_instructions] a_rewind,
+    #[counts_instructions] a_violation_costs_less_to_log_than_to_rewind,
+    #[counts_instructions] malloc_and_free_in_a_domain,
+    #[counts_instructions] the_bare_gate,
+    #[counts_instructions] a_call_costs_the_same_with_a_thousand_domains,
+    #[counts_instructions] a_discard_costs_what_was_touched,
+    an_empty_call_by_single_steps,
+}
 
 /// What two readings of the counter with nothing in between are apart.
 const READING: u64 = 4;
@@ -30,18 +39,6 @@ fn count(mut function: impl FnMut()) -> u64 {
     (0..200).map(|_| once(&mut function)).min().unwrap_or(0).saturating_sub(READING)
 }
 
-/// The variable by which the guest says that its counter counts instructions.
-const ICOUNT: &str = "PKRU_ICOUNT";
-
-/// Whether the counter counts instructions; says so if not.
-fn is_counting() -> bool {
-    let counting = std::env::var_os(ICOUNT).is_some();
-    if !counting {
-        println!("skipped: time-stamp counter counts time here; run in a guest with --icount");
-    }
-    counting
-}
-
 /// Reports a figure, and fails if it is above twice the goal.
 fn report(what: &str, figure: u64, goal: u64) {
     let limit = 2 * goal;
@@ -49,22 +46,34 @@ fn report(what: &str, figure: u64, goal: u64) {
     assert!(figure <= limit || cfg!(debug_assertions), "{what}: {figure} instructions, more than {limit}");
 }
 
-#[test]
-fn an_empty_call() {
-    if !is_counting() {
-        return;
+fn a_violation_costs_less_to_log_than_to_rewind() {
+    let mut domain = domain("logged");
+    let targets = [0u64; 64];
+    let mut number = 0;
+    let mut fewest = u64::MAX;
+    for _ in 0..200 {
+        // Another address each time, so that nothing is known of it yet.
+        number = (number + 1) % targets.len();
+        let target = (&raw const targets[number]).cast_mut();
+        // SAFETY: none: this is the mistake.
+        let violation = domain.call(|| unsafe { target.write_volatile(1) }).unwrap_err();
+        // SAFETY: every x86-64 CPU has the instruction.
+        let before = unsafe { _rdtsc() };
+        black_box(violation.to_string());
+        // SAFETY: as above.
+        fewest = fewest.min(unsafe { _rdtsc() } - before);
     }
-    let mut domain = need!(domain("empty"));
+    report("Display of a violation", fewest - READING, 2650);
+}
+
+fn an_empty_call() {
+    let mut domain = domain("empty");
     let figure = count(|| domain.call(|| ()).unwrap());
     report("an empty Domain::call", figure, 150);
 }
 
-#[test]
 fn a_rewind() {
-    if !is_counting() {
-        return;
-    }
-    let mut domain = need!(domain("rewind"));
+    let mut domain = domain("rewind");
     let target = Box::new(0u64);
     let address = &raw const *target as u64;
     let mut fewest = u64::MAX;
@@ -87,12 +96,8 @@ fn a_rewind() {
     assert_eq!(*target, 0);
 }
 
-#[test]
 fn malloc_and_free_in_a_domain() {
-    if !is_counting() {
-        return;
-    }
-    let mut domain = need!(domain("malloc"));
+    let mut domain = domain("malloc");
     let figure = domain.call(|| {
         count(|| {
             // SAFETY: the block is freed once.
@@ -102,13 +107,9 @@ fn malloc_and_free_in_a_domain() {
     report("malloc and free of 64 bytes in a domain", figure.unwrap(), 120);
 }
 
-#[test]
 fn the_bare_gate() {
-    if !is_counting() {
-        return;
-    }
     // It makes the thread ready.
-    let domain = need!(domain("ready"));
+    let domain = domain("ready");
     // SAFETY: the call touches no memory.
     let key = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) };
     let key = ProtectionKey::new(key as u8).expect("the kernel has another key");
@@ -139,12 +140,8 @@ fn the_bare_gate() {
     report("the bare gate, in and out", figure, 80);
 }
 
-#[test]
 fn a_call_costs_the_same_with_a_thousand_domains() {
-    if !is_counting() {
-        return;
-    }
-    let mut domain = need!(domain("one"));
+    let mut domain = domain("one");
     /// One function, so that both figures are of the same code.
     #[inline(never)]
     fn empty(domain: &mut Domain) -> u64 {
@@ -160,11 +157,7 @@ fn a_call_costs_the_same_with_a_thousand_domains() {
     assert_eq!(among_many, alone);
 }
 
-#[test]
 fn a_discard_costs_what_was_touched() {
-    if !is_counting() {
-        return;
-    }
     let cost = |heap: usize, pages: usize| {
         let mut domain = Domain::builder("discard").heap_size(heap).build().unwrap();
         let once = || {
@@ -181,7 +174,7 @@ fn a_discard_costs_what_was_touched() {
         };
         std::iter::repeat_with(once).take(20).min().unwrap_or(0)
     };
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let (small, large) = (cost(1 << 20, 1), cost(512 << 20, 1));
     let (some, many) = (cost(64 << 20, 100), cost(64 << 20, 1000));
     println!(
@@ -193,11 +186,10 @@ fn a_discard_costs_what_was_touched() {
     assert!(many > some && many < some * 20, "what was touched does");
 }
 
-#[test]
 fn an_empty_call_by_single_steps() {
     /// WRPKRU.
     const WRPKRU: u64 = 0x00ef_010f;
-    let mut domain = need!(domain("steps"));
+    let mut domain = domain("steps");
     domain.call(|| ()).unwrap();
     let (all, wrpkru) = steps(&mut domain, WRPKRU);
     println!("figure: an empty Domain::call: {all} instructions by single steps, {wrpkru} of them WRPKRU");

@@ -2,16 +2,28 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-mod common;
-
+use std::ffi::c_void;
 use std::hint::black_box;
 
-use common::{build, domain};
 use pkru_userspace::Domain;
+use support::{build, domain, suite};
 
-#[test]
+suite! {
+    blocks_lie_in_the_domain_and_are_aligned,
+    products_that_overflow_are_refused,
+    calloc_clears_what_was_used_before,
+    alignments,
+    realloc_keeps_the_contents,
+    usable_size_covers_what_was_asked,
+    an_exhausted_heap_says_so_in_c,
+    c_strings_come_from_the_domains_heap,
+    character_classes_work,
+    callocs_and_reallocarrays_products,
+    a_domains_block_is_not_freed_outside,
+}
+
 fn blocks_lie_in_the_domain_and_are_aligned() {
-    let mut domain = need!(domain("blocks"));
+    let mut domain = domain("blocks");
     let heap = format!("{domain:?}");
     let blocks = domain.call(|| {
         [0usize, 1, 24, 64, 1000, 100_000].map(|size| {
@@ -29,9 +41,8 @@ fn blocks_lie_in_the_domain_and_are_aligned() {
     unsafe { libc::free(outside) };
 }
 
-#[test]
 fn products_that_overflow_are_refused() {
-    let mut domain = need!(domain("overflow"));
+    let mut domain = domain("overflow");
     let refused = domain.call(|| {
         // SAFETY: these take any numbers; what they return is not used.
         unsafe {
@@ -47,9 +58,8 @@ fn products_that_overflow_are_refused() {
     assert_eq!(refused.unwrap(), [true; 5]);
 }
 
-#[test]
 fn calloc_clears_what_was_used_before() {
-    let mut domain = need!(domain("zero"));
+    let mut domain = domain("zero");
     let sum = domain.call(|| {
         // SAFETY: the blocks are as long as what is written and read.
         unsafe {
@@ -63,9 +73,8 @@ fn calloc_clears_what_was_used_before() {
     assert_eq!(sum.unwrap(), 0);
 }
 
-#[test]
 fn alignments() {
-    let mut domain = need!(domain("align"));
+    let mut domain = domain("align");
     let result = domain.call(|| {
         let mut block = std::ptr::null_mut();
         // SAFETY: `block` is writable, and what these return is not used.
@@ -82,9 +91,8 @@ fn alignments() {
     assert!(a != 0 && a % 4096 == 0 && b != 0 && b % 512 == 0 && c != 0 && c % 64 == 0);
 }
 
-#[test]
 fn realloc_keeps_the_contents() {
-    let mut domain = need!(domain("grow"));
+    let mut domain = domain("grow");
     let kept = domain.call(|| {
         let mut numbers = Vec::new();
         for number in 0..10_000u32 {
@@ -96,9 +104,8 @@ fn realloc_keeps_the_contents() {
     assert!(kept.unwrap());
 }
 
-#[test]
 fn usable_size_covers_what_was_asked() {
-    let mut domain = need!(domain("usable"));
+    let mut domain = domain("usable");
     let size = || {
         // SAFETY: the block is freed once.
         unsafe {
@@ -112,9 +119,8 @@ fn usable_size_covers_what_was_asked() {
     assert!(size() >= 100, "outside too");
 }
 
-#[test]
 fn an_exhausted_heap_says_so_in_c() {
-    let mut domain = need!(build(Domain::builder("full").heap_size(1 << 20)));
+    let mut domain = build(Domain::builder("full").heap_size(1 << 20));
     let blocks = domain.call(|| {
         // SAFETY: malloc takes any size; the blocks are left.
         (0..).take_while(|_| !unsafe { black_box(libc::malloc(10_000)) }.is_null()).count() as u64
@@ -122,9 +128,8 @@ fn an_exhausted_heap_says_so_in_c() {
     assert!((95..105).contains(&blocks.unwrap()));
 }
 
-#[test]
 fn c_strings_come_from_the_domains_heap() {
-    let mut domain = need!(domain("strdup"));
+    let mut domain = domain("strdup");
     let length = domain.call(|| {
         // SAFETY: the string is NUL-terminated, and the copy is freed once.
         unsafe {
@@ -137,11 +142,53 @@ fn c_strings_come_from_the_domains_heap() {
     assert_eq!(length.unwrap(), 8);
 }
 
-#[test]
 fn character_classes_work() {
-    let mut domain = need!(domain("ctype"));
+    let mut domain = domain("ctype");
     // These go through tables that a new thread sets up.
     // SAFETY: both take any character.
     let upper = domain.call(|| unsafe { (libc::toupper(i32::from(b'p')), libc::isdigit(i32::from(b'7')) != 0) });
     assert_eq!(upper.unwrap(), (i32::from(b'P'), true));
+}
+
+fn callocs_and_reallocarrays_products() {
+    let mut domain = domain("products");
+    let answers = domain.call(|| {
+        let half = usize::MAX / 2 + 1;
+        // SAFETY: allocations that fail, or are kept. The compiler would leave them out if it could.
+        unsafe {
+            let block = black_box(libc::malloc(16));
+            let results = [
+                black_box(libc::calloc(half, 2)).is_null(),
+                black_box(libc::reallocarray(block, half, 2)).is_null(),
+                !black_box(libc::calloc(0, 0)).is_null(),
+                !black_box(libc::malloc(0)).is_null(),
+                black_box(libc::malloc(0)) != black_box(libc::malloc(0)),
+                black_box(libc::malloc(black_box(usize::MAX))).is_null(),
+            ];
+            (results, *libc::__errno_location())
+        }
+    });
+    assert_eq!(answers.unwrap(), ([true; 6], libc::ENOMEM));
+}
+
+fn a_domains_block_is_not_freed_outside() {
+    let mut domain = domain("owner");
+    // SAFETY: the block is never used.
+    let block = domain.call(|| unsafe { libc::malloc(100) } as u64).unwrap() as *mut c_void;
+    for resize in [false, true] {
+        let status = support::in_child(|| {
+            // SAFETY: none: this is the mistake.
+            unsafe {
+                if resize {
+                    libc::realloc(block, 200) as usize
+                } else {
+                    libc::free(block);
+                    0
+                }
+            };
+        });
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
+    }
+    // SAFETY: the domain's own.
+    domain.call(|| unsafe { libc::free(block) }).expect("control");
 }

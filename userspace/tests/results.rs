@@ -1,16 +1,30 @@
-//! Results that a hostile domain forges are refused, and nothing outside it is read or freed.
+//! Results: those that a hostile domain forges are refused, nothing outside it is read or freed, and they do not fill its
+//! heap.
 
-mod common;
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
 use std::cell::RefCell;
 
-use common::{domain, works};
 use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
 use pkru_userspace::{Domain, ViolationKind};
+use support::{build, domain, suite, works};
 
-#[test]
+suite! {
+    values_cross,
+    a_vector_outside_the_domain,
+    a_length_past_the_end,
+    text_that_is_not_utf8,
+    parts_that_overlap,
+    a_wire_that_is_sent_again_frees_nothing,
+    lent_blocks_are_freed,
+    nesting_stays_within_the_callers_stack,
+    results_of_many_calls_do_not_fill_the_heap,
+    empty_results_with_room_do_not_fill_the_heap,
+    a_result_that_lies_on_the_stack_is_not_freed,
+}
+
 fn values_cross() {
-    let mut domain = need!(domain("values"));
+    let mut domain = domain("values");
     assert_eq!(domain.call(|| ()).unwrap(), ());
     assert_eq!(domain.call(|| (1u8, -2i64, 'ß', true)).unwrap(), (1, -2, 'ß', true));
     assert_eq!(domain.call(|| Some(vec![String::from("a"), String::new()])).unwrap().unwrap(), ["a", ""]);
@@ -32,9 +46,8 @@ fn refused<R: Transfer + std::fmt::Debug>(domain: &mut Domain, forge: impl Fn() 
     }
 }
 
-#[test]
 fn a_vector_outside_the_domain() {
-    let mut domain = need!(domain("liar"));
+    let mut domain = domain("liar");
     let secret = vec![0x42_u8; 64];
     let address = secret.as_ptr().cast_mut();
     // SAFETY: none: the vector is not the domain's.
@@ -43,9 +56,8 @@ fn a_vector_outside_the_domain() {
     assert_eq!(secret, [0x42; 64], "and nothing has freed it");
 }
 
-#[test]
 fn a_length_past_the_end() {
-    let mut domain = need!(domain("liar"));
+    let mut domain = domain("liar");
     // SAFETY: none: the length is a lie.
     let invalid = refused(&mut domain, || unsafe {
         let block = Vec::leak(vec![0u8; 16]).as_mut_ptr();
@@ -54,17 +66,15 @@ fn a_length_past_the_end() {
     assert!(matches!(invalid, InvalidResult::OutOfBounds { .. } | InvalidResult::TooLarge), "{invalid:?}");
 }
 
-#[test]
 fn text_that_is_not_utf8() {
-    let mut domain = need!(domain("liar"));
+    let mut domain = domain("liar");
     // SAFETY: none: the bytes are not UTF-8.
     let invalid = refused(&mut domain, || unsafe { String::from_utf8_unchecked(vec![0xff, 0xfe]) });
     assert_eq!(invalid, InvalidResult::NotUtf8);
 }
 
-#[test]
 fn parts_that_overlap() {
-    let mut domain = need!(domain("liar"));
+    let mut domain = domain("liar");
     let invalid = refused(&mut domain, || {
         let block = Vec::leak(vec![0u64; 1 << 20]).as_mut_ptr();
         // SAFETY: none: all of them are the same block.
@@ -93,11 +103,10 @@ impl Transfer for Kept {
     }
 }
 
-#[test]
 fn a_wire_that_is_sent_again_frees_nothing() {
     const WORDS: [&str; 4] = ["one", "two", "three", "four"];
     thread_local! { static WORDS_IN_DOMAIN: RefCell<Option<Box<[&'static str; 4]>>> = const { RefCell::new(None) }; }
-    let mut domain = need!(domain("again"));
+    let mut domain = domain("again");
     let Kept(wire) = domain.call(|| Kept(vec![0u8; size_of_val(&WORDS)].into_wire())).unwrap();
     let at = wire_address(&mut domain, wire);
     let place = domain
@@ -125,9 +134,8 @@ fn wire_address(domain: &mut Domain, wire: Bytes) -> usize {
     digits.parse().unwrap()
 }
 
-#[test]
 fn lent_blocks_are_freed() {
-    let mut domain = need!(common::build(Domain::builder("small").heap_size(1 << 20)));
+    let mut domain = build(Domain::builder("small").heap_size(1 << 20));
     // 16 times what the heap has. Half of it is received by nobody.
     struct Ignored;
     impl Transfer for Ignored {
@@ -145,7 +153,6 @@ fn lent_blocks_are_freed() {
     }
 }
 
-#[test]
 fn nesting_stays_within_the_callers_stack() {
     struct Node<const N: usize>([u8; N], Vec<Self>);
     /// The wires of nodes, lent one by one.
@@ -179,10 +186,36 @@ fn nesting_stays_within_the_callers_stack() {
         }
         Ok(found)
     }
-    let mut domain = need!(common::build(Domain::builder("deep").stack_size(16 << 20)));
+    let mut domain = build(Domain::builder("deep").stack_size(16 << 20));
     let too_deep = Err(ViolationKind::InvalidResult(InvalidResult::TooDeep));
     assert_eq!(nest::<16>(&mut domain, 120), Ok(120));
     assert_eq!(nest::<16>(&mut domain, 140), too_deep);
     assert_eq!(nest::<3000>(&mut domain, 8), Ok(8));
     assert_eq!(nest::<3000>(&mut domain, 120), too_deep);
+}
+
+fn results_of_many_calls_do_not_fill_the_heap() {
+    let mut domain = build(Domain::builder("results").heap_size(1 << 20));
+    for round in 0..200 {
+        let result = domain.call(|| vec![round as u8; 100_000]).unwrap();
+        assert!(result.len() == 100_000 && result.iter().all(|byte| *byte == round as u8));
+    }
+}
+
+fn empty_results_with_room_do_not_fill_the_heap() {
+    let mut domain = build(Domain::builder("capacity").heap_size(1 << 20));
+    for _ in 0..200 {
+        assert!(domain.call(|| Vec::<u8>::with_capacity(100_000)).unwrap().is_empty());
+    }
+}
+
+fn a_result_that_lies_on_the_stack_is_not_freed() {
+    let mut domain = domain("stack");
+    let forge = || {
+        let bytes = std::mem::ManuallyDrop::new([7u8; 32]);
+        // SAFETY: none: the vector's memory is no block.
+        unsafe { Vec::from_raw_parts(std::hint::black_box(bytes.as_ptr().cast_mut()), 32, 32) }
+    };
+    assert_eq!(domain.call(forge).unwrap().len(), 32);
+    works(&mut domain);
 }

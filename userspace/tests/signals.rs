@@ -2,16 +2,30 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-mod common;
-
 use std::cell::Cell;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::signals::{COUNT, install, timer, wait_in};
-use common::{contain, domain, in_child, mistake, works};
 use pkru_userspace::Domain;
+use support::signals::{COUNT, install, timer, wait_in};
+use support::{contain, domain, in_child, mistake, suite, works};
+
+suite! {
+    a_timer_at_one_kilohertz_for_a_minute_on_the_alternate_stack,
+    a_timer_at_one_kilohertz_for_a_minute_on_the_callers_stack,
+    a_handler_installed_before_the_first_domain,
+    the_handlers_stack_is_the_one_that_was_asked_for,
+    a_handler_may_use_a_lot_of_stack,
+    signals_within_handlers,
+    system_calls_are_interrupted_or_restarted_as_asked,
+    one_shot_handlers,
+    signal_and_its_answers,
+    handlers_are_not_for_code_in_a_domain_to_set,
+    many_threads_with_timers,
+    children_of_a_program_that_sets_handlers_all_the_time,
+    other_threads_system_calls_are_not_interrupted_when_statics_are_opened,
+}
 
 /// What the handlers have seen, beside their number.
 static WRONG: AtomicU64 = AtomicU64::new(0);
@@ -43,11 +57,12 @@ fn begin() {
     ALLOCATED.with(|word| assert_eq!(**word, 11));
 }
 
-/// Runs in domains for a while, under timer signals, now and then with a fault; returns how many calls there were.
-fn run_for(time: Duration, domain: &mut Domain) -> u64 {
+/// Runs in domains for a while and until there were so many timer signals, now and then with a fault; returns how many
+/// calls there were.
+fn run_for(time: Duration, signals: u64, domain: &mut Domain) -> u64 {
     let start = Instant::now();
     let mut calls = 0;
-    while start.elapsed() < time {
+    while start.elapsed() < time || COUNT.load(Ordering::Relaxed) <= signals {
         for _ in 0..50 {
             let sum = domain.call(|| (0..black_box(20_000u64)).map(black_box).sum::<u64>());
             assert_eq!(sum.unwrap(), 199_990_000);
@@ -60,10 +75,10 @@ fn run_for(time: Duration, domain: &mut Domain) -> u64 {
 
 fn a_kilohertz(flags: i32, time: Duration) {
     begin();
-    let mut domain = need!(domain("timed"));
+    let mut domain = domain("timed");
     install(libc::SIGALRM, look, flags);
     timer(1000);
-    let calls = run_for(time, &mut domain);
+    let calls = run_for(time, time.as_secs() * 100, &mut domain);
     timer(0);
     let (count, wrong) = (COUNT.load(Ordering::Relaxed), WRONG.load(Ordering::Relaxed));
     println!("figure: {count} signals in {calls} calls over {} s", time.as_secs());
@@ -71,23 +86,20 @@ fn a_kilohertz(flags: i32, time: Duration) {
     assert!(count > time.as_secs() * 100, "{count} signals");
 }
 
-#[test]
 fn a_timer_at_one_kilohertz_for_a_minute_on_the_alternate_stack() {
     a_kilohertz(libc::SA_ONSTACK, Duration::from_secs(60));
 }
 
-#[test]
 fn a_timer_at_one_kilohertz_for_a_minute_on_the_callers_stack() {
     a_kilohertz(0, Duration::from_secs(60));
 }
 
-#[test]
 fn a_handler_installed_before_the_first_domain() {
     begin();
     install(libc::SIGALRM, look, libc::SA_RESTART);
-    let mut domain = need!(domain("later"));
+    let mut domain = domain("later");
     timer(1000);
-    run_for(Duration::from_secs(2), &mut domain);
+    run_for(Duration::from_secs(2), 100, &mut domain);
     timer(0);
     assert!(COUNT.load(Ordering::Relaxed) > 100);
     assert_eq!(WRONG.load(Ordering::Relaxed), 0);
@@ -96,10 +108,9 @@ fn a_handler_installed_before_the_first_domain() {
     assert_eq!((old.sa_sigaction, old.sa_flags & libc::SA_RESTART), (look as *const () as usize, libc::SA_RESTART));
 }
 
-#[test]
 fn the_handlers_stack_is_the_one_that_was_asked_for() {
     begin();
-    let mut domain = need!(domain("stack"));
+    let mut domain = domain("stack");
     let own = vec![0u8; 128 * 1024].leak();
     let own = own.as_ptr().addr()..own.as_ptr().addr() + own.len();
     let new = libc::stack_t { ss_sp: own.start as *mut _, ss_flags: 0, ss_size: own.len() };
@@ -129,21 +140,19 @@ fn the_handlers_stack_is_the_one_that_was_asked_for() {
     assert_eq!(WRONG.load(Ordering::Relaxed), 0);
 }
 
-#[test]
 fn a_handler_may_use_a_lot_of_stack() {
     extern "C" fn large(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         let mut room = [0u8; 1 << 20];
         black_box(&mut room).fill(1);
         COUNT.fetch_add(1, Ordering::Relaxed);
     }
-    let mut domain = need!(domain("large"));
+    let mut domain = domain("large");
     install(libc::SIGALRM, large, 0);
     for _ in 0..5 {
         wait_in(&mut domain);
     }
 }
 
-#[test]
 fn signals_within_handlers() {
     extern "C" fn outer(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         // SAFETY: sends this thread a signal.
@@ -151,7 +160,7 @@ fn signals_within_handlers() {
         COUNT.fetch_add(1, Ordering::Relaxed);
     }
     begin();
-    let mut domain = need!(domain("nested"));
+    let mut domain = domain("nested");
     install(libc::SIGUSR1, look, 0);
     install(libc::SIGALRM, outer, 0);
     for _ in 0..5 {
@@ -161,12 +170,11 @@ fn signals_within_handlers() {
     assert!(COUNT.load(Ordering::Relaxed) >= 10);
 }
 
-#[test]
 fn system_calls_are_interrupted_or_restarted_as_asked() {
     begin();
-    let mut domain = need!(domain("sleeper"));
+    let mut domain = domain("sleeper");
     let sleep = || {
-        let time = libc::timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        let time = libc::timespec { tv_sec: 10, tv_nsec: 0 };
         // SAFETY: the struct lives across the call.
         let result = unsafe { libc::nanosleep(&raw const time, std::ptr::null_mut()) };
         (result, std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
@@ -179,10 +187,9 @@ fn system_calls_are_interrupted_or_restarted_as_asked() {
     works(&mut domain);
 }
 
-#[test]
 fn one_shot_handlers() {
     begin();
-    let mut domain = need!(domain("once"));
+    let mut domain = domain("once");
     install(libc::SIGUSR1, look, libc::SA_RESETHAND);
     // SAFETY: sends this thread a signal.
     domain.call(|| unsafe { libc::raise(libc::SIGUSR1) }).unwrap();
@@ -191,12 +198,11 @@ fn one_shot_handlers() {
     assert_eq!(old.sa_sigaction, libc::SIG_DFL);
 }
 
-#[test]
 fn signal_and_its_answers() {
     extern "C" fn simple(signal: i32) {
         COUNT.fetch_add(signal as u64, Ordering::Relaxed);
     }
-    let mut domain = need!(domain("signal"));
+    let mut domain = domain("signal");
     let handler = simple as *const () as usize;
     // SAFETY: the handler keeps to what handlers may do.
     unsafe {
@@ -211,95 +217,17 @@ fn signal_and_its_answers() {
     }
 }
 
-#[test]
 fn handlers_are_not_for_code_in_a_domain_to_set() {
-    let mut domain = need!(domain("setter"));
+    let mut domain = domain("setter");
     // SAFETY: refused.
     let set = || unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) == libc::SIG_ERR };
     assert!(domain.call(set).unwrap());
     assert!(!set(), "control");
 }
 
-#[test]
-fn a_mask_that_would_block_faults() {
-    let mut domain = need!(domain("masked"));
-    // SAFETY: the set is filled before it is used.
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&raw mut all);
-        assert_eq!(libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut()), 0);
-        contain(&mut domain, mistake);
-        assert_eq!(libc::sigprocmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut()), 0);
-        contain(&mut domain, mistake);
-        let mut now: libc::sigset_t = std::mem::zeroed();
-        libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut now);
-        assert_eq!(
-            (libc::sigismember(&raw const now, libc::SIGUSR1), libc::sigismember(&raw const now, libc::SIGSEGV)),
-            (1, 0)
-        );
-    }
-}
-
-#[test]
-fn the_programs_stack_overflow_is_reported_as_before() {
-    #[allow(unconditional_recursion, reason = "overflowing the stack is the point")]
-    fn recurse(depth: u64) -> u64 {
-        black_box(&[depth; 16])[3] + recurse(depth + 1)
-    }
-    let mut domain = need!(domain("bystander"));
-    works(&mut domain);
-    for thread in [false, true] {
-        let mut pipe = [0; 2];
-        // SAFETY: the array has room for two descriptors.
-        assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
-        let status = in_child(|| {
-            // SAFETY: both descriptors are open.
-            unsafe { libc::dup2(pipe[1], 2) };
-            if thread {
-                let overflow = || {
-                    contain(&mut common::domain("of thread").unwrap(), mistake);
-                    recurse(0)
-                };
-                std::thread::spawn(overflow).join().unwrap();
-            } else {
-                black_box(recurse(0));
-            }
-        });
-        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
-        let mut text = [0u8; 512];
-        // SAFETY: the buffer has that many bytes.
-        let length = unsafe { libc::read(pipe[0], text.as_mut_ptr().cast(), text.len()) };
-        let text = String::from_utf8_lossy(&text[..usize::try_from(length).unwrap()]).into_owned();
-        assert!(text.contains("has overflowed its stack"), "{text}");
-    }
-}
-
-#[test]
-fn a_fault_outside_kills_the_process_as_before() {
-    let _ = need!(domain("bystander"));
-    let status = in_child(mistake);
-    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
-    // SAFETY: this is what is tried.
-    let status = in_child(|| unsafe { libc::abort() });
-    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
-}
-
-#[test]
-fn a_fault_in_a_handler_that_interrupted_a_domain_is_the_programs() {
-    extern "C" fn wrong(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        mistake();
-    }
-    let mut domain = need!(domain("innocent"));
-    install(libc::SIGALRM, wrong, 0);
-    // SAFETY: sends this thread a signal.
-    let status = in_child(|| drop(domain.call(|| unsafe { libc::raise(libc::SIGALRM) })));
-    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
-}
-
-#[test]
 fn many_threads_with_timers() {
     begin();
-    let first = need!(domain("first"));
+    let first = domain("first");
     install(libc::SIGALRM, look, 0);
     extern "C" fn count(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         COUNT.fetch_add(1, Ordering::Relaxed);
@@ -307,50 +235,34 @@ fn many_threads_with_timers() {
     install(libc::SIGALRM, count, 0);
     drop(first);
     static STOP: AtomicBool = AtomicBool::new(false);
-    let threads: Vec<_> = (0..6)
-        .map(|_| {
+    static ROUNDS: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
+    let threads: Vec<_> = ROUNDS
+        .iter()
+        .map(|rounds| {
             std::thread::spawn(|| {
                 timer(1000);
                 let mut domain = Domain::builder("threaded").build().unwrap();
-                let mut rounds = 0;
                 while !STOP.load(Ordering::Relaxed) {
                     works(&mut domain);
                     contain(&mut domain, mistake);
-                    rounds += 1;
+                    rounds.fetch_add(1, Ordering::Relaxed);
                 }
                 timer(0);
-                rounds
             })
         })
         .collect();
     std::thread::sleep(Duration::from_secs(5));
+    // On a busy machine that takes longer.
+    while COUNT.load(Ordering::Relaxed) <= 1000 || ROUNDS.iter().any(|rounds| rounds.load(Ordering::Relaxed) <= 10) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
     STOP.store(true, Ordering::Relaxed);
-    let rounds: Vec<u32> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
-    assert!(rounds.iter().all(|rounds| *rounds > 10), "{rounds:?}");
-    assert!(COUNT.load(Ordering::Relaxed) > 1000);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
-#[test]
-fn code_in_a_domain_cannot_block_the_signals_of_faults() {
-    let mut domain = need!(domain("masker"));
-    // SAFETY: the set is filled before it is used.
-    let block = || unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut())
-    };
-    contain(&mut domain, || {
-        block();
-        mistake();
-    });
-    assert_eq!(domain.call(block).unwrap(), 0);
-    contain(&mut domain, mistake);
-}
-
-#[test]
 fn children_of_a_program_that_sets_handlers_all_the_time() {
     static STOP: AtomicBool = AtomicBool::new(false);
-    let mut domain = need!(common::build(Domain::builder("timed").deadline(Duration::from_millis(200))));
+    let mut domain = support::build(Domain::builder("timed").deadline(Duration::from_millis(500)));
     works(&mut domain);
     let setter = std::thread::spawn(|| {
         while !STOP.load(Ordering::Relaxed) {
@@ -360,7 +272,7 @@ fn children_of_a_program_that_sets_handlers_all_the_time() {
     for _ in 0..20 {
         let status = in_child(|| {
             // SAFETY: the child ends if it waits for ever.
-            unsafe { libc::alarm(20) };
+            unsafe { libc::alarm(300) };
             install(libc::SIGUSR1, look, 0);
             // The kernel does not copy timers.
             let violation = domain.call(|| while black_box(true) {}).unwrap_err();
@@ -372,19 +284,18 @@ fn children_of_a_program_that_sets_handlers_all_the_time() {
     setter.join().unwrap();
 }
 
-#[test]
 fn other_threads_system_calls_are_not_interrupted_when_statics_are_opened() {
     let mut pipe = [0; 2];
     // SAFETY: the array has room for two descriptors.
     assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
-    drop(need!(domain("first")));
+    drop(domain("first"));
     let reader = std::thread::spawn(move || {
         let mut byte = 0u8;
         // SAFETY: the byte is writable.
         unsafe { libc::read(pipe[0], (&raw mut byte).cast(), 1) }
     });
     std::thread::sleep(Duration::from_millis(100));
-    let mut open = common::open_domain("open").unwrap();
+    let mut open = support::open_domain("open");
     works(&mut open);
     // SAFETY: the byte is readable.
     assert_eq!(unsafe { libc::write(pipe[1], b"x".as_ptr().cast(), 1) }, 1);

@@ -156,8 +156,7 @@ fn encode_with_callbacks(pixels: &[u8], mistake: Option<*mut u8>) -> (u32, u64) 
 
 /// Debian's libwebp locks a mutex in a static before each look at a table that is filled at first use, whether it is
 /// filled or not.
-#[test]
-fn without_its_data_it_cannot_work() {
+pub(crate) fn without_its_data_it_cannot_work() {
     let pixels = picture();
     let is_the_lock = |domain: &mut Domain, work: &dyn Fn() -> Vec<u8>| {
         let violation = domain.call(work).expect_err("it writes a static");
@@ -169,18 +168,17 @@ fn without_its_data_it_cannot_work() {
         assert!(text.contains("Builder::library"), "{text}");
         println!("figure: {}: {symbol} writes {target}", violation.domain());
     };
-    let mut cold = need!(domain("cold"));
+    let mut cold = domain("cold");
     is_the_lock(&mut cold, &|| encode(&pixels));
     let file = encode(&pixels);
-    let mut warm = need!(build(Domain::builder("warm").warm_up(|| decode(&file))));
+    let mut warm = build(Domain::builder("warm").warm_up(|| decode(&file)));
     is_the_lock(&mut warm, &|| encode(&pixels));
     is_the_lock(&mut warm, &|| decode(&file));
 }
 
-#[test]
-fn with_its_data_it_encodes_and_decodes() {
+pub(crate) fn with_its_data_it_encodes_and_decodes() {
     let pixels = picture();
-    let mut cold = need!(domain("cold"));
+    let mut cold = domain("cold");
     cold.call(|| encode(&pixels)).unwrap_err();
     let work = || {
         let file = encode(&pixels);
@@ -203,7 +201,7 @@ fn with_its_data_it_encodes_and_decodes() {
     lands(encode_wrong);
 
     // SAFETY: from here on this process uses the library in that domain only.
-    let mut domain = need!(build(unsafe { Domain::builder("libwebp").library("libwebp.so") }));
+    let mut domain = build(unsafe { Domain::builder("libwebp").library("libwebp.so") });
     works_as_outside(&mut domain, &expected, work);
     let target = Target::new();
     assert_in_library(&is_stopped(&mut domain, &target, decode_wrong), "libwebp.so");

@@ -7,9 +7,6 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-#[path = "../../../userspace/tests/common/mod.rs"]
-#[macro_use]
-mod common;
 mod libpng;
 mod libwebp;
 mod snappy;
@@ -21,9 +18,23 @@ use std::fmt::Debug;
 use std::mem::ManuallyDrop;
 use std::ptr::{self, null, null_mut};
 
-use common::{build, domain, key_fault};
 use pkru_userspace::transfer::Transfer;
 use pkru_userspace::{Access, Domain, ProtectionKey, Violation, ViolationKind};
+use support::{build, domain, key_fault, suite};
+
+suite! {
+    libpng::decodes_and_encodes,
+    libpng::reads_by_a_callback,
+    libwebp::without_its_data_it_cannot_work,
+    libwebp::with_its_data_it_encodes_and_decodes,
+    snappy::compresses_and_uncompresses,
+    snappy::reads_beyond_its_input,
+    sqlite::fills_and_queries_a_table,
+    sqlite::a_database_lasts_from_call_to_call_until_a_violation,
+    sqlite::fifty_mistakes_leave_nothing_behind,
+    zlib::compresses_and_inflates,
+    zlib::allocates_by_a_callback,
+}
 
 /// Memory of the caller's that the mistakes are aimed at. It is never freed.
 struct Target(*mut u8);

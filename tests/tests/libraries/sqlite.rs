@@ -182,18 +182,17 @@ fn insert_with_mistake(place: *mut u8) {
 /// Makes a domain that has SQLite's data, after the controls; returns also the result of the work outside.
 ///
 /// So SQLite has already set itself up outside, as in a program that has used it.
-fn domain_with_sqlite() -> Option<(Domain, Vec<(String, i64)>)> {
-    drop(domain("first")?);
+fn domain_with_sqlite() -> (Domain, Vec<(String, i64)>) {
+    drop(domain("first"));
     let expected = query_words();
     lands(query_with_mistake);
     lands(insert_with_mistake);
     // SAFETY: from here on this process uses the library in that domain only.
-    Some((build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") })?, expected))
+    (build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") }), expected)
 }
 
-#[test]
-fn fills_and_queries_a_table() {
-    let (mut domain, expected) = need!(domain_with_sqlite());
+pub(crate) fn fills_and_queries_a_table() {
+    let (mut domain, expected) = domain_with_sqlite();
     let sum = expected.last().unwrap().1;
     println!("figure: {} rows of 1000 in the answer, and a sum of {sum}", expected.len() - 1);
     works_as_outside(&mut domain, &expected, query_words);
@@ -204,9 +203,8 @@ fn fills_and_queries_a_table() {
     works_as_outside(&mut domain, &expected, query_words);
 }
 
-#[test]
-fn a_database_lasts_from_call_to_call_until_a_violation() {
-    let (mut domain, _) = need!(domain_with_sqlite());
+pub(crate) fn a_database_lasts_from_call_to_call_until_a_violation() {
+    let (mut domain, _) = domain_with_sqlite();
     let open = || {
         let database = Database::filled();
         let handle = database.0 as usize;
@@ -231,9 +229,8 @@ fn resident() -> usize {
     status.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }
 
-#[test]
-fn fifty_mistakes_leave_nothing_behind() {
-    let (mut domain, expected) = need!(domain_with_sqlite());
+pub(crate) fn fifty_mistakes_leave_nothing_behind() {
+    let (mut domain, expected) = domain_with_sqlite();
     let target = Target::new();
     let mut round = |number| {
         let mistake = if number % 2 == 0 { query_with_mistake } else { insert_with_mistake };

@@ -1,16 +1,25 @@
-//! Handlers that call domains, need their keys, or leave a call by a jump. Each test in a process of its own.
+//! Handlers that call domains, need their keys, or leave a call by a jump.
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-mod common;
-
 use std::hint::black_box;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::signals::{COUNT, Timer, install, leave, wait_in, with_a_way_out};
-use common::{contain, domain, mistake, works};
 use pkru_userspace::Domain;
+use support::signals::{COUNT, Timer, install, leave, wait_in, with_a_way_out};
+use support::{Notice, contain, domain, loop_forever, mistake, suite, works};
+
+suite! {
+    a_handler_may_call_a_domain_that_faults,
+    the_first_call_of_a_thread_in_a_handler,
+    a_deadline_survives_a_handler_that_calls_domains,
+    a_handler_that_needs_the_key_of_the_call_it_has_interrupted,
+    a_jump_out_of_a_handler,
+    a_jump_out_of_a_call_gives_its_key_back,
+    a_call_from_a_signal_handler,
+}
 
 static WRONG: AtomicU64 = AtomicU64::new(0);
 static CALLED: std::sync::Mutex<Option<Domain>> = std::sync::Mutex::new(None);
@@ -23,7 +32,6 @@ extern "C" fn call_a_domain(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_voi
     COUNT.fetch_add(1, Ordering::Relaxed);
 }
 
-#[test]
 fn a_handler_may_call_a_domain_that_faults() {
     static INNER: std::sync::Mutex<Option<Domain>> = std::sync::Mutex::new(None);
     extern "C" fn call(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -39,8 +47,8 @@ fn a_handler_may_call_a_domain_that_faults() {
         });
         COUNT.fetch_add(1, Ordering::Relaxed);
     }
-    let mut domain = need!(domain("outer"));
-    *INNER.lock().unwrap() = Some(need!(common::domain("inner")));
+    let mut domain = domain("outer");
+    *INNER.lock().unwrap() = Some(support::domain("inner"));
     install(libc::SIGALRM, call, 0);
     for _ in 0..10 {
         wait_in(&mut domain);
@@ -51,10 +59,9 @@ fn a_handler_may_call_a_domain_that_faults() {
     works(&mut domain);
 }
 
-#[test]
 fn the_first_call_of_a_thread_in_a_handler() {
-    let mut other = need!(domain("other"));
-    *CALLED.lock().unwrap() = Some(need!(domain("called")));
+    let mut other = domain("other");
+    *CALLED.lock().unwrap() = Some(domain("called"));
     install(libc::SIGUSR1, call_a_domain, 0);
     std::thread::spawn(move || {
         // SAFETY: sends this thread a signal.
@@ -67,55 +74,60 @@ fn the_first_call_of_a_thread_in_a_handler() {
     assert_eq!((COUNT.load(Ordering::Relaxed), WRONG.load(Ordering::Relaxed)), (1, 0));
 }
 
-/// Sends this thread SIGUSR1 a while later.
-fn signal_soon() {
+/// Sends this thread SIGUSR1 when the notice is given.
+fn signal_at(notice: &Arc<Notice>) {
     // SAFETY: the call touches no memory.
     let thread = unsafe { libc::pthread_self() };
+    let notice = Arc::clone(notice);
     std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(100));
+        notice.wait();
         // SAFETY: the thread waits in a domain.
         unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
     });
 }
 
-#[test]
+fn give_and_loop(notice: &Notice) {
+    notice.give();
+    loop_forever();
+}
+
 fn a_deadline_survives_a_handler_that_calls_domains() {
     for inner in [None, Some(Duration::from_secs(20))] {
         let builder = Domain::builder("called");
         let builder = inner.map_or(builder.clone(), |time| builder.deadline(time));
-        *CALLED.lock().unwrap() = Some(need!(common::build(builder)));
-        let mut outer = need!(common::build(Domain::builder("outer").deadline(Duration::from_millis(400))));
+        *CALLED.lock().unwrap() = Some(support::build(builder));
+        let mut outer = support::build(Domain::builder("outer").deadline(Duration::from_secs(2)));
         install(libc::SIGUSR1, call_a_domain, 0);
-        signal_soon();
-        let violation = outer.call(|| while black_box(true) {}).unwrap_err();
+        let notice = Notice::new();
+        signal_at(&notice);
+        let violation = outer.call(|| give_and_loop(&notice)).unwrap_err();
         assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
         assert_eq!(WRONG.load(Ordering::Relaxed), 0, "the handler's call has no such deadline");
     }
     assert_eq!(COUNT.load(Ordering::Relaxed), 2);
 }
 
-#[test]
 fn a_handler_that_needs_the_key_of_the_call_it_has_interrupted() {
     use pkru_userspace::capability::{SignalFrame, detect};
     // One key for what is closed, and one for domains.
     let extra = usize::from(detect().is_ok_and(|found| found.signal_frame == SignalFrame::OnWritableStack));
     pkru_userspace::set_key_limit(2 + extra);
-    *CALLED.lock().unwrap() = Some(need!(domain("called")));
-    let mut outer = need!(common::build(Domain::builder("outer").deadline(Duration::from_millis(400))));
+    *CALLED.lock().unwrap() = Some(domain("called"));
+    let mut outer = support::build(Domain::builder("outer").deadline(Duration::from_secs(2)));
     install(libc::SIGUSR1, call_a_domain, 0);
-    signal_soon();
-    let violation = outer.call(|| while black_box(true) {}).unwrap_err();
+    let notice = Notice::new();
+    signal_at(&notice);
+    let violation = outer.call(|| give_and_loop(&notice)).unwrap_err();
     assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
     assert_eq!(WRONG.load(Ordering::Relaxed), 1, "the handler's call is refused, and does not wait for ever");
     works(&mut outer);
     works(CALLED.lock().unwrap().as_mut().unwrap());
 }
 
-#[test]
 fn a_jump_out_of_a_handler() {
-    let mut domain = need!(domain("left"));
+    let mut domain = domain("left");
     install(libc::SIGALRM, leave, 0);
-    let timer = Timer::new();
+    let timer = Timer::for_this_thread();
     for round in 1..=30 {
         let wait = || {
             timer.start(1000, 0);
@@ -128,14 +140,35 @@ fn a_jump_out_of_a_handler() {
     }
 }
 
-#[test]
 fn a_jump_out_of_a_call_gives_its_key_back() {
-    let mut domain = need!(domain("left"));
+    let mut domain = domain("left");
     install(libc::SIGUSR1, leave, 0);
     // SAFETY: sends this thread a signal.
     with_a_way_out(|| drop(domain.call(|| unsafe { libc::raise(libc::SIGUSR1) })));
     // This waits until no call pins a key.
-    let mut open = common::open_domain("open").unwrap();
+    let mut open = support::open_domain("open");
     works(&mut open);
+    works(&mut domain);
+}
+
+fn a_call_from_a_signal_handler() {
+    use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+    static DOMAIN: AtomicPtr<Domain> = AtomicPtr::new(std::ptr::null_mut());
+    static ANSWER: AtomicU32 = AtomicU32::new(0);
+    extern "C" fn handler(_: i32) {
+        // SAFETY: the test uses the domain only here meanwhile.
+        let domain = unsafe { &mut *DOMAIN.load(Ordering::Relaxed) };
+        ANSWER.store(domain.call(|| 7u32).unwrap_or(0), Ordering::Relaxed);
+    }
+    let mut domain = domain("handler");
+    works(&mut domain);
+    DOMAIN.store(&raw mut domain, Ordering::Relaxed);
+    // The handler starts with rights to key 0 alone.
+    // SAFETY: it is called at once, on this thread, at no bad moment.
+    unsafe {
+        libc::signal(libc::SIGUSR1, handler as *const () as usize);
+        libc::raise(libc::SIGUSR1);
+    }
+    assert_eq!(ANSWER.load(Ordering::Relaxed), 7);
     works(&mut domain);
 }

@@ -3,18 +3,20 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
 
-#[path = "../../userspace/tests/common/mod.rs"]
-#[macro_use]
-mod common;
-
 use std::cell::Cell;
 use std::ffi::{CString, c_int, c_ulong, c_void};
 use std::hint::black_box;
 use std::sync::atomic::AtomicU64;
 
-use common::{domain, works};
 use pkru_userspace::capability::{SignalFrame, detect};
 use pkru_userspace::{Access, Domain, Vault};
+use support::{domain, suite, works};
+
+suite! {
+    every_way_to_every_place,
+    a_vault_cannot_be_read,
+    what_the_kernel_reads_for_a_domain,
+}
 
 const OLD: u64 = 0x0123_4567_89ab_cdef;
 const NEW: u64 = 0xfeed_face_dead_beef;
@@ -195,13 +197,12 @@ fn thread_pointer() -> u64 {
 /// `__private_tm` in the thread control block, which nothing uses (glibc 2.36, `sysdeps/x86_64/nptl/tls.h`).
 const UNUSED_IN_TCB: u64 = 80;
 
-#[test]
 fn every_way_to_every_place() {
     static RUST: AtomicU64 = AtomicU64::new(OLD);
     static CONSTANT: [u64; 512] = [OLD; 512];
     thread_local! { static LOCAL: Cell<u64> = const { Cell::new(OLD) } }
 
-    let mut writer = need!(domain("writer"));
+    let mut writer = domain("writer");
     let tools = tools();
     let mut heap = Box::new(OLD);
     let mut stack = OLD;
@@ -273,7 +274,7 @@ fn row(tools: &Tools, writer: &mut Domain, target: &mut Target) -> String {
         let old = target.value();
         let cell = match writer.call(|| way(tools, address)) {
             Err(violation) => {
-                let fault = common::key_fault(&violation);
+                let fault = support::key_fault(&violation);
                 assert_eq!(fault.access, Access::Write, "{}, {name}", target.name);
                 // Some ways begin with another byte of the word.
                 assert!(fault.address.abs_diff(address as u64) < 8, "{}, {name}: {violation}", target.name);
@@ -324,9 +325,8 @@ fn control(tools: &Tools, target: &mut Target) {
     }
 }
 
-#[test]
 fn a_vault_cannot_be_read() {
-    let mut reader = need!(domain("reader"));
+    let mut reader = domain("reader");
     let vault = Vault::new(OLD).unwrap();
     let address = vault.as_ptr();
     // SAFETY: none: this is the mistake.
@@ -335,10 +335,9 @@ fn a_vault_cannot_be_read() {
     assert_eq!(vault.with(|value| *value), OLD, "control");
 }
 
-#[test]
 fn what_the_kernel_reads_for_a_domain() {
     // A system call that reads the memory of another domain on the domain's behalf is refused too.
-    let mut curious = need!(domain("curious"));
+    let mut curious = domain("curious");
     let mut other = Domain::builder("other").build().unwrap();
     let word = other.call(|| Box::leak(Box::new(OLD)) as *mut u64 as u64).unwrap() as *const c_void;
     let tools = tools();

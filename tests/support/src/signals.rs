@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pkru_userspace::Domain;
 
-pub(crate) type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void);
+/// A handler that is set with `SA_SIGINFO`.
+pub type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void);
 
-pub(crate) fn install(signal: i32, handler: Handler, flags: i32) -> libc::sigaction {
+/// Sets the handler of a signal; returns the action that the signal had.
+pub fn install(signal: i32, handler: Handler, flags: i32) -> libc::sigaction {
     // SAFETY: zeroed sigactions are valid, and the tests' handlers keep to what handlers may do.
     unsafe {
         let mut new: libc::sigaction = std::mem::zeroed();
@@ -22,16 +24,19 @@ pub(crate) fn install(signal: i32, handler: Handler, flags: i32) -> libc::sigact
 }
 
 /// Has SIGALRM sent to this thread every so many microseconds; 0 ends that.
-pub(crate) fn timer(microseconds: libc::c_long) {
-    thread_local! { static TIMER: Timer = Timer::new() }
+pub fn timer(microseconds: libc::c_long) {
+    thread_local! { static TIMER: Timer = Timer::for_this_thread() }
     TIMER.with(|timer| timer.start(microseconds, microseconds));
 }
 
 /// A timer that sends SIGALRM to the thread that has made it. The process's own would send it to any thread.
-pub(crate) struct Timer(libc::timer_t);
+#[derive(Debug)]
+pub struct Timer(libc::timer_t);
 
 impl Timer {
-    pub(crate) fn new() -> Self {
+    /// Makes a timer, which does not run yet.
+    #[must_use]
+    pub fn for_this_thread() -> Self {
         // SAFETY: the structs are valid, and live across the call.
         unsafe {
             let mut event: libc::sigevent = std::mem::zeroed();
@@ -45,7 +50,7 @@ impl Timer {
     }
 
     /// Has it send the signal after so many microseconds, and then every so many, or not again if that is 0.
-    pub(crate) fn start(&self, first: libc::c_long, interval: libc::c_long) {
+    pub fn start(&self, first: libc::c_long, interval: libc::c_long) {
         let [first, interval] = [first, interval].map(|time| libc::timespec { tv_sec: 0, tv_nsec: time * 1000 });
         let value = libc::itimerspec { it_interval: interval, it_value: first };
         // SAFETY: the struct lives across the call.
@@ -61,13 +66,13 @@ impl Drop for Timer {
 }
 
 /// How often handlers have run.
-pub(crate) static COUNT: AtomicU64 = AtomicU64::new(0);
+pub static COUNT: AtomicU64 = AtomicU64::new(0);
 
 /// Has a signal sent while a domain runs, and waits there until it was handled.
 ///
 /// One signal, for a handler that takes longer than the time between two would be all that runs.
-pub(crate) fn wait_in(domain: &mut Domain) {
-    let timer = Timer::new();
+pub fn wait_in(domain: &mut Domain) {
+    let timer = Timer::for_this_thread();
     let before = COUNT.load(Ordering::Relaxed);
     let wait = || {
         timer.start(1000, 0);
@@ -82,7 +87,7 @@ pub(crate) fn wait_in(domain: &mut Domain) {
 ///
 /// A frame of its own: the compiler does not know that this goes on twice, so nothing may be done after the jump.
 #[inline(never)]
-pub(crate) fn with_a_way_out(function: impl FnOnce()) {
+pub fn with_a_way_out(function: impl FnOnce()) {
     unsafe extern "C" {
         fn __sigsetjmp(buffer: *mut c_void, save: i32) -> i32;
     }
@@ -96,7 +101,7 @@ pub(crate) fn with_a_way_out(function: impl FnOnce()) {
 static BUFFER: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
 
 /// A handler that leaves what [`with_a_way_out`] runs.
-pub(crate) extern "C" fn leave(_: i32, _: *mut libc::siginfo_t, _: *mut c_void) {
+pub extern "C" fn leave(_: i32, _: *mut libc::siginfo_t, _: *mut c_void) {
     unsafe extern "C" {
         fn siglongjmp(buffer: *mut c_void, value: i32) -> !;
     }

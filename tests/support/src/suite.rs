@@ -1,0 +1,272 @@
+//! A test harness that runs each test in a process of its own.
+//!
+//! A domain changes its process: protection keys, signal handlers, the list of what is freed where. Tests that share a
+//! process would see each other's.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use pkru_qemu::init::{FORCE, ICOUNT};
+use pkru_qemu::machine::processor_time;
+use pkru_userspace::capability::detect;
+
+/// The argument before the name of a test that this process is to run itself.
+const IN_THIS_PROCESS: &str = "--in-this-process";
+
+/// The exit status of a process whose test came to its end. Code that is tested may exit with 0.
+const PASSED: u8 = 86;
+
+/// What begins a line of a test's output that is worth reading when the test passes.
+const FIGURE: &str = "figure: ";
+
+/// A test, and what it has reported.
+type Figures = (&'static str, Vec<String>);
+
+/// When a test's process is killed.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// It has used so much processor time. In a guest that includes the time that a busy host gives to others.
+    processor_time: Duration,
+    /// It has used no processor time for so long: it waits for something that does not come.
+    idle: Duration,
+    /// It has run for so long. The last resort.
+    elapsed: Duration,
+}
+
+const LIMITS: Limits = Limits {
+    processor_time: Duration::from_secs(3600),
+    idle: Duration::from_secs(600),
+    elapsed: Duration::from_secs(7200),
+};
+
+/// A test: its name and what it runs.
+///
+/// Without a mark it needs protection keys and runs on a thread of its own, as the standard harness has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Test {
+    name: &'static str,
+    function: fn(),
+    needs: Needs,
+    on_first_thread: bool,
+    is_child: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Needs {
+    Nothing,
+    Keys,
+    KeysAndInstructionCounter,
+}
+
+impl Test {
+    /// Makes a test.
+    #[must_use]
+    pub const fn new(name: &'static str, function: fn()) -> Self {
+        Self { name, function, needs: Needs::Keys, on_first_thread: false, is_child: false }
+    }
+
+    /// The mark `anywhere`: the test runs on machines without protection keys too.
+    #[must_use]
+    pub const fn anywhere(self) -> Self {
+        Self { needs: Needs::Nothing, ..self }
+    }
+
+    /// The mark `counts_instructions`: the test needs a time-stamp counter that counts instructions.
+    #[must_use]
+    pub const fn counts_instructions(self) -> Self {
+        Self { needs: Needs::KeysAndInstructionCounter, ..self }
+    }
+
+    /// The mark `on_first_thread`: the process has no other thread when the test begins.
+    #[must_use]
+    pub const fn on_first_thread(self) -> Self {
+        Self { on_first_thread: true, ..self }
+    }
+
+    /// The mark `child`: another test runs this one. It is listed as ignored.
+    #[must_use]
+    pub const fn child(self) -> Self {
+        Self { is_child: true, ..self }
+    }
+
+    /// Runs the test in this process.
+    fn run_here(self) -> ExitCode {
+        let good = if self.on_first_thread {
+            (self.function)();
+            true
+        } else {
+            let thread = std::thread::Builder::new().name(self.name.into()).spawn(self.function);
+            thread.expect("there can be a thread").join().is_ok()
+        };
+        ExitCode::from(if good { PASSED } else { 101 })
+    }
+}
+
+/// Defines a suite: `suite! { first, #[mark] second, … }`, each a function that takes and returns nothing. The marks are
+/// the methods of [`Test`].
+///
+/// The suite's target says `harness = false`. Its command line is that of the standard harness.
+#[macro_export]
+macro_rules! suite {
+    ($($(#[$mark:ident])* $test:path),+ $(,)?) => {
+        fn main() -> std::process::ExitCode {
+            $crate::suite::main(&[$($crate::suite::Test::new(stringify!($test), $test) $(.$mark())*),+])
+        }
+    };
+}
+
+/// Runs a suite as the command line says.
+#[must_use]
+pub fn main(tests: &[Test]) -> ExitCode {
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some(IN_THIS_PROCESS) {
+        let name = words.next();
+        let test = tests.iter().find(|test| Some(test.name) == name.as_deref());
+        return test.expect("the suite has the test").run_here();
+    }
+
+    let arguments = Arguments::from_args();
+    let no_keys = detect().err().map(|error| error.to_string());
+    let no_counter = std::env::var_os(ICOUNT).is_none().then(|| {
+        String::from("the time-stamp counter counts time here; run in a guest with `pkru-qemu linux --icount`")
+    });
+    let figures = Arc::new(Mutex::new(Vec::new()));
+    let trials = tests.iter().map(|test| {
+        let test = *test;
+        let lacking = match test.needs {
+            Needs::Nothing => None,
+            Needs::Keys => no_keys.clone(),
+            Needs::KeysAndInstructionCounter => no_keys.clone().or(no_counter.clone()),
+        };
+        let is_forced = no_keys.is_some() && std::env::var_os(FORCE).is_some();
+        // Runners such as nextest count as skipped what is listed as ignored. Where the test is run it says why.
+        let listed_as_ignored = lacking.is_some() && !is_forced && (arguments.list || arguments.ignored);
+        let (nocapture, figures) = (arguments.nocapture, Arc::clone(&figures));
+        let run = move || match lacking {
+            Some(reason) if is_forced => Err(format!("{FORCE} is set, but {reason}").into()),
+            // The error goes on with what to do, which need not stand in every line.
+            Some(reason) => Ok(Completion::ignored_with(reason.split([':', ';']).next().unwrap_or(&reason))),
+            None => run_apart(test.name, nocapture, &figures).map(|()| Completion::Completed),
+        };
+        Trial::ignorable_test(test.name, run).with_ignored_flag(test.is_child || listed_as_ignored)
+    });
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    for (test, lines) in figures.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        println!("{test}:");
+        lines.iter().for_each(|line| println!("    {line}"));
+    }
+    let need_keys = tests.iter().any(|test| test.needs != Needs::Nothing && test.is_child == arguments.ignored);
+    if let (Some(reason), true, 1..) = (no_keys, need_keys, conclusion.num_ignored) {
+        println!("skipped: {reason}");
+    }
+    conclusion.exit_code()
+}
+
+/// Runs a test in a process of its own; keeps what it prints, unless that is to be seen at once.
+fn run_apart(name: &'static str, nocapture: bool, figures: &Mutex<Vec<Figures>>) -> Result<(), Failed> {
+    let mut output = memory_file()?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args([IN_THIS_PROCESS, name]).stdin(Stdio::null());
+    if !nocapture {
+        command.stdout(output.try_clone()?).stderr(output.try_clone()?);
+    }
+    let ended = wait(&mut command.spawn()?, LIMITS)?;
+
+    let mut bytes = Vec::new();
+    output.rewind()?;
+    output.read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    match ended {
+        Ok(status) if status.code() == Some(PASSED.into()) => {
+            let lines = text.lines().filter_map(|line| line.split_once(FIGURE));
+            let lines: Vec<_> = lines.map(|(_, figure)| figure.to_string()).collect();
+            if !lines.is_empty() {
+                figures.lock().unwrap_or_else(PoisonError::into_inner).push((name, lines));
+            }
+            Ok(())
+        }
+        Ok(status) => Err(format!("{}\nits process ended: {status}", text.trim_end()).into()),
+        Err(reason) => Err(format!("{}\nkilled: {reason}", text.trim_end()).into()),
+    }
+}
+
+/// Makes a file without a name. Unlike a pipe it needs no reader, and no process that is left over can hold it open.
+fn memory_file() -> io::Result<File> {
+    // SAFETY: the name is NUL-terminated.
+    let descriptor = unsafe { libc::memfd_create(c"output".as_ptr(), libc::MFD_CLOEXEC) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, and nothing else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }.into())
+}
+
+/// Waits for a test's process, and kills it if it goes beyond a limit.
+fn wait(child: &mut Child, limits: Limits) -> io::Result<Result<ExitStatus, String>> {
+    // SAFETY: the call touches no memory.
+    let descriptor = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, and nothing else has it.
+    let ended = unsafe { OwnedFd::from_raw_fd(descriptor as i32) };
+    let start = Instant::now();
+    let (mut used, mut used_at) = (Duration::ZERO, start);
+    loop {
+        let mut poll = libc::pollfd { fd: ended.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: the struct is writable. A signal ends the wait early, which does no harm.
+        unsafe { libc::poll(&raw mut poll, 1, 1000) };
+        if let Some(status) = child.try_wait()? {
+            return Ok(Ok(status));
+        }
+        let now = processor_time(child.id()).unwrap_or(used);
+        if now != used {
+            (used, used_at) = (now, Instant::now());
+        }
+        let reason = if used > limits.processor_time {
+            format!("it has used more than {} s of processor time", limits.processor_time.as_secs())
+        } else if used_at.elapsed() > limits.idle {
+            format!("it has used no processor time for {} s", limits.idle.as_secs())
+        } else if start.elapsed() > limits.elapsed {
+            format!("it has run for more than {} s", limits.elapsed.as_secs())
+        } else {
+            continue;
+        };
+        child.kill()?;
+        child.wait()?;
+        return Ok(Err(reason));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEVER: Duration = Duration::from_secs(3600);
+    const SOON: Duration = Duration::from_secs(1);
+
+    fn run(script: &str, limits: Limits) -> Result<ExitStatus, String> {
+        wait(&mut Command::new("/bin/sh").args(["-c", script]).spawn().unwrap(), limits).unwrap()
+    }
+
+    #[test]
+    fn a_process_that_ends_is_within_its_limits() {
+        assert_eq!(run("exit 3", LIMITS).unwrap().code(), Some(3));
+    }
+
+    #[test]
+    fn a_process_that_goes_beyond_a_limit_is_killed() {
+        let none = Limits { processor_time: NEVER, idle: NEVER, elapsed: NEVER };
+        let reason = run("while :; do :; done", Limits { processor_time: SOON, ..none }).unwrap_err();
+        assert!(reason.contains("more than 1 s of processor time"), "{reason}");
+        let reason = run("exec sleep 1000", Limits { idle: SOON, ..none }).unwrap_err();
+        assert!(reason.contains("no processor time for 1 s"), "{reason}");
+        let reason = run("while :; do :; done", Limits { elapsed: SOON, ..none }).unwrap_err();
+        assert!(reason.contains("run for more than 1 s"), "{reason}");
+    }
+}
