@@ -1,13 +1,13 @@
-//! Which protection keys are free.
+//! Allocating protection keys.
 
 use core::fmt;
 
 use crate::{KeySet, ProtectionKey};
 
-/// A set of protection keys to hand out and take back.
+/// An allocator of protection keys.
 ///
-/// Only bookkeeping: whoever frees a key has untagged its pages before, for a key that still tags pages would give its
-/// next owner access to them.
+/// It keeps only a record of which keys are free. Untag all pages of a key before you free the key. Otherwise its next
+/// owner gets access to these pages.
 ///
 /// # Examples
 ///
@@ -24,24 +24,24 @@ use crate::{KeySet, ProtectionKey};
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyAllocator {
-    /// The keys that are free. Invariant: without key 0.
+    /// The free keys. Invariant: does not contain key 0.
     free: KeySet,
-    /// The keys that this allocator hands out, free or not.
+    /// The keys that this allocator can allocate, free or not.
     usable: KeySet,
 }
 
 impl KeyAllocator {
-    /// Creates an allocator of keys 1 to 15. Key 0 tags everything else and is never handed out.
+    /// Creates an allocator of keys 1 to 15. Key 0 is the key of all untagged pages and is never allocated.
     #[must_use]
     pub const fn new() -> Self {
         Self { free: KeySet::ALL_BUT_DEFAULT, usable: KeySet::ALL_BUT_DEFAULT }
     }
 
-    /// Takes a key out for good, because something else uses it.
+    /// Reserves a key for another use. The allocator never allocates it afterwards.
     ///
     /// # Errors
     ///
-    /// [`KeyError::NotFree`] if it is handed out, reserved already, or key 0.
+    /// [`KeyError::NotFree`] if the key is allocated, already reserved, or key 0.
     pub const fn reserve(&mut self, key: ProtectionKey) -> Result<(), KeyError> {
         if !self.free.contains(key) {
             return Err(KeyError::NotFree { key });
@@ -51,11 +51,11 @@ impl KeyAllocator {
         Ok(())
     }
 
-    /// Hands out the lowest free key.
+    /// Allocates the free key with the lowest number.
     ///
     /// # Errors
     ///
-    /// [`KeyError::Exhausted`] if none is free.
+    /// [`KeyError::Exhausted`] if no key is free.
     pub const fn allocate(&mut self) -> Result<ProtectionKey, KeyError> {
         match self.free.first() {
             Some(key) => {
@@ -66,11 +66,11 @@ impl KeyAllocator {
         }
     }
 
-    /// Takes a key back.
+    /// Frees a key.
     ///
     /// # Errors
     ///
-    /// [`KeyError::NotAllocated`] if this allocator did not hand it out.
+    /// [`KeyError::NotAllocated`] if the key is not allocated by this allocator.
     pub const fn free(&mut self, key: ProtectionKey) -> Result<(), KeyError> {
         if !self.usable.contains(key) || self.free.contains(key) {
             return Err(KeyError::NotAllocated { key });
@@ -92,23 +92,23 @@ impl Default for KeyAllocator {
     }
 }
 
-/// Why a key was not handed out or not taken back.
+/// The error of a failed operation of [`KeyAllocator`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyError {
-    /// Every key is in use.
+    /// All usable keys are allocated.
     Exhausted {
-        /// How many keys there are to use.
+        /// The number of usable keys.
         limit: u8,
     },
-    /// The key cannot be reserved because it is not free.
+    /// A key to reserve is not free.
     NotFree {
-        /// That key.
+        /// The key.
         key: ProtectionKey,
     },
-    /// The key was given back but had not been handed out.
+    /// A key to free is not allocated.
     NotAllocated {
-        /// That key.
+        /// The key.
         key: ProtectionKey,
     },
 }
@@ -118,7 +118,7 @@ impl fmt::Display for KeyError {
         match self {
             Self::Exhausted { limit } => write!(f, "all {limit} usable protection keys are in use"),
             Self::NotFree { key } => write!(f, "protection key {key} is not free"),
-            Self::NotAllocated { key } => write!(f, "protection key {key} was not handed out"),
+            Self::NotAllocated { key } => write!(f, "protection key {key} is not allocated"),
         }
     }
 }
@@ -131,7 +131,7 @@ mod tests {
     use std::vec::Vec;
 
     #[test]
-    fn fifteen_and_then_an_error_that_names_the_limit() {
+    fn fifteen_keys_and_then_an_error_with_the_limit() {
         let mut keys = KeyAllocator::new();
         let taken: Vec<_> = (0..15).map(|_| keys.allocate().unwrap().number()).collect();
         assert_eq!(taken, (1..=15).collect::<Vec<_>>());
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn key_zero_is_neither_handed_out_nor_taken_back() {
+    fn key_zero_is_neither_freed_nor_reserved() {
         let mut keys = KeyAllocator::new();
         let zero = ProtectionKey::DEFAULT;
         assert_eq!(keys.free(zero), Err(KeyError::NotAllocated { key: zero }));
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reserved_key_stays_out() {
+    fn a_reserved_key_is_neither_allocated_nor_freed() {
         let mut keys = KeyAllocator::new();
         let key = ProtectionKey::new(1).unwrap();
         keys.reserve(key).unwrap();

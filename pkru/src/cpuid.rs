@@ -1,18 +1,18 @@
-//! What CPUID says of protection keys.
+//! Detecting protection keys with CPUID.
 //!
-//! Decoding works over `raw-cpuid`'s reader trait, so that the answers of other CPUs can be replayed.
+//! The decoder reads through the `CpuIdReader` trait of `raw-cpuid`, so the tests can replay dumps of other CPUs.
 
 use raw_cpuid::{CpuIdReader, CpuIdResult};
 
-/// The features of a CPU that matter to domains.
+/// The features of a CPU that domains need.
 ///
 /// | field | CPUID | meaning |
 /// |---|---|---|
 /// | `pku` | 7.0:ECX\[3\] | the CPU has PKU |
-/// | `ospke` | 7.0:ECX\[4\] | the system switched it on: mirrors CR4.PKE |
+/// | `ospke` | 7.0:ECX\[4\] | the operating system has enabled PKU: mirrors CR4.PKE |
 /// | `pks` | 7.0:ECX\[31\] | the CPU has PKS |
-/// | `fsgsbase` | 7.0:EBX\[0\] | the CPU has RDFSBASE and WRFSBASE |
-/// | `pkru_offset` | (0Dh,9):EBX | where an XSAVE area in standard format holds PKRU |
+/// | `fsgsbase` | 7.0:EBX\[0\] | the CPU has RDFSBASE, WRFSBASE, RDGSBASE and WRGSBASE |
+/// | `pkru_offset` | 0Dh.9:EBX | the offset of PKRU in an XSAVE area in standard format |
 ///
 /// # Examples
 ///
@@ -31,28 +31,29 @@ use raw_cpuid::{CpuIdReader, CpuIdResult};
 pub struct Features {
     /// The CPU has protection keys for user pages.
     pub pku: bool,
-    /// The system has switched PKU on, so that RDPKRU and WRPKRU can be used.
+    /// The operating system has enabled PKU, so RDPKRU and WRPKRU can be used.
     pub ospke: bool,
-    /// The CPU has protection keys for supervisor pages. There is no bit that says whether they are on.
+    /// The CPU has protection keys for supervisor pages. CPUID does not report whether they are enabled (CR4.PKS).
     pub pks: bool,
-    /// The CPU has the instructions that read and write the FS base.
+    /// The CPU has the instructions that read and write the FS and GS base. They also need CR4.FSGSBASE.
     pub fsgsbase: bool,
-    /// The offset in bytes of PKRU in an XSAVE area in standard format, which is the format of Linux's signal frames.
+    /// The offset in bytes of PKRU in an XSAVE area in standard format; `None` if XSAVE does not save PKRU. Linux's
+    /// signal frames use the standard format.
     pub pkru_offset: Option<u32>,
 }
 
 impl Features {
     const LEAF_FEATURES: u32 = 0x7;
     const LEAF_XSAVE: u32 = 0xd;
-    /// The number of PKRU among the XSAVE state components.
+    /// PKRU's number as an XSAVE state component.
     const XSAVE_PKRU: u32 = 9;
 
-    /// Decodes the answers of a reader.
+    /// Decodes the CPUID leaves that `reader` returns.
     #[must_use]
     pub fn decode(reader: &impl CpuIdReader) -> Self {
         let last = reader.cpuid1(0).eax;
         let leaf = |leaf: u32, subleaf: u32| {
-            // A leaf above the last answers with the last leaf's data on Intel's CPUs.
+            // Intel CPUs return the data of the last basic leaf for a leaf above it.
             if leaf <= last { reader.cpuid2(leaf, subleaf) } else { CpuIdResult { eax: 0, ebx: 0, ecx: 0, edx: 0 } }
         };
         let features = leaf(Self::LEAF_FEATURES, 0);
@@ -61,7 +62,7 @@ impl Features {
 
         let components = leaf(Self::LEAF_XSAVE, 0).eax;
         let state = leaf(Self::LEAF_XSAVE, Self::XSAVE_PKRU);
-        // Some CPUs without PKU describe a component 9 all the same (AMD's Zen 2, whose leaf says 64 bytes).
+        // Some CPUs without PKU describe component 9: AMD's Zen 2 reports a size of 64 bytes.
         let saved = pku && bit(components, Self::XSAVE_PKRU) && state.eax >= 4;
         Self {
             pku,
@@ -72,7 +73,7 @@ impl Features {
         }
     }
 
-    /// Asks the CPU that this runs on.
+    /// Reads the features of the CPU that executes this function.
     #[cfg(target_arch = "x86_64")]
     #[must_use]
     pub fn of_this_cpu() -> Self {
@@ -84,7 +85,7 @@ impl Features {
 mod tests {
     use super::*;
 
-    /// What a CPU answers: leaf, subleaf, EAX, EBX, ECX, EDX.
+    /// CPUID of one CPU: leaf, subleaf, and EAX, EBX, ECX, EDX.
     type Dump = [(u32, u32, [u32; 4])];
 
     fn decode(dump: &Dump) -> Features {
@@ -96,17 +97,17 @@ mod tests {
         Features::decode(&answer)
     }
 
-    // The registers that the decoder reads, as these CPUs gave them. All but the last were read under Windows, which
-    // does not switch PKU on; the source of those is InstLatx64's collection, under the CPU's signature.
+    // The leaves that the decoder reads, from real CPUs and QEMU. All but the last are from InstLatx64's collection of
+    // dumps, under the CPU's signature. They were taken under Windows, which does not enable PKU.
 
-    /// 000306F2, Haswell-EP: no keys at all.
+    /// 000306F2, Haswell-EP: neither PKU nor PKS.
     const HASWELL_EP: &Dump = &[
         (0x0, 0, [0x0000_000f, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
         (0x7, 0, [0x0000_0000, 0x0000_3fbb, 0x0000_0000, 0x0000_0000]),
         (0xd, 0, [0x0000_0007, 0x0000_0340, 0x0000_0340, 0x0000_0000]),
     ];
 
-    /// 00050654, Skylake-SP: PKU; in this dump the XSAVE component is announced but not described.
+    /// 00050654, Skylake-SP: PKU. In this dump leaf 0Dh reports component 9, but its subleaf is empty.
     const SKYLAKE_SP: &Dump = &[
         (0x0, 0, [0x0000_0016, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
         (0x7, 0, [0x0000_0000, 0xd39f_fffb, 0x0000_0008, 0x0000_0000]),
@@ -130,7 +131,7 @@ mod tests {
         (0xd, 9, [0x0000_0008, 0x0000_0a80, 0x0000_0000, 0x0000_0000]),
     ];
 
-    /// 00830F10, Rome (Zen 2): no PKU, yet a description of its XSAVE component.
+    /// 00830F10, Rome (Zen 2): no PKU, but a subleaf for XSAVE component 9.
     const ROME: &Dump = &[
         (0x0, 0, [0x0000_0010, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
         (0x7, 0, [0x0000_0000, 0x219c_91a9, 0x0040_0004, 0x0000_0000]),
@@ -138,7 +139,7 @@ mod tests {
         (0xd, 9, [0x0000_0040, 0x0000_0340, 0x0000_0000, 0x0000_0000]),
     ];
 
-    /// 00A10F11, Genoa (Zen 4): PKU, with PKRU elsewhere than on Intel's CPUs.
+    /// 00A10F11, Genoa (Zen 4): PKU. The offset of PKRU differs from that of Intel's CPUs.
     const GENOA: &Dump = &[
         (0x0, 0, [0x0000_0010, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
         (0x7, 0, [0x0000_0001, 0xf1bf_97a9, 0x0041_5fce, 0x1000_0010]),
@@ -146,7 +147,7 @@ mod tests {
         (0xd, 9, [0x0000_0008, 0x0000_0980, 0x0000_0000, 0x0000_0000]),
     ];
 
-    /// QEMU 7.2, `-cpu max`, under Linux: PKU switched on, and PKS.
+    /// QEMU 7.2, `-cpu max`, under Linux: PKS, and PKU enabled.
     const QEMU_MAX: &Dump = &[
         (0x0, 0, [0x0000_000d, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
         (0x7, 0, [0x0000_0000, 0x01d8_43a9, 0x8001_021c, 0x0000_0000]),
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn amd_without_pku_in_spite_of_its_xsave_leaf() {
+    fn amd_without_pku_but_with_its_xsave_subleaf() {
         assert_eq!(decode(ROME), NOTHING_BUT_FSGSBASE);
     }
 
@@ -185,13 +186,13 @@ mod tests {
     }
 
     #[test]
-    fn switched_on() {
+    fn pku_enabled() {
         let expected = Features { pku: true, ospke: true, pks: true, fsgsbase: true, pkru_offset: Some(0xa80) };
         assert_eq!(decode(QEMU_MAX), expected);
     }
 
     #[test]
-    fn a_cpu_too_old_for_leaf_7() {
+    fn a_cpu_without_leaf_7() {
         let old: &Dump = &[(0x0, 0, [0x6, 0, 0, 0]), (0x7, 0, [0, 1, u32::MAX, 0])];
         assert_eq!(decode(old), Features::default());
     }

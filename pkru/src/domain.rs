@@ -1,4 +1,4 @@
-//! The life of a domain, the same on every platform.
+//! The life cycle of a domain. It is the same on every platform.
 //!
 //! ```text
 //! new ──▶ ready ──── enter ───▶ running
@@ -8,68 +8,73 @@
 //!        prepare ◀── discard ◀── violated
 //! ```
 //!
-//! A discard costs more than the rewind itself, and so waits until the domain is entered again, or is asked for.
+//! Discarding costs more than rewinding. A violated domain is therefore discarded when it is next entered, or when
+//! [`Domain::discard`] is called.
 //!
-//! A [`Platform`] provides keys, tagged memory and a gate: page tables and an interrupt descriptor table in a kernel,
-//! system calls and signals on Linux, vectors and plain calls in a host test.
+//! A [`Platform`] provides keys, tagged memory and a gate. A kernel implements it with page tables and an interrupt
+//! descriptor table, Linux programs with system calls and signals, and the host tests with vectors and plain calls.
 
 use core::fmt;
 use core::mem::ManuallyDrop;
 
 use crate::{AccessRights, KeyRights, ProtectionKey};
 
-/// What a domain needs of the system it lives in.
+/// Provides keys, tagged memory and a gate to [`Domain`].
 ///
 /// # Safety
 ///
-/// [`Domain::enter`] is sound only if the platform keeps what its methods promise: a key belongs to one domain at a
-/// time, all pages of a domain's memory carry its key while a lease of it exists, and `enter` ends with the caller's
-/// rights in force.
+/// [`Domain::enter`] relies on the implementation:
+///
+/// - A key belongs to at most one domain at a time.
+/// - While a lease of a domain exists, all pages of its memory carry its key.
+/// - When `enter` returns, the caller's rights are in force.
+/// - After `discard`, the memory reads as zeros.
 pub unsafe trait Platform {
     /// The memory of one domain.
     type Memory;
-    /// A record of a trap.
+    /// The record of a trap that ended a call.
     type Trap;
-    /// Why there is no key or no memory.
+    /// The error of a failed allocation of a key or of memory.
     type Error;
-    /// Who enters a domain, such as a thread; `()` if the platform need not know.
+    /// Identifies the caller, such as a thread. `()` if the platform does not need it.
     type Caller: Copy;
-    /// Proof that a domain's memory carries its key. The domain keeps the key until the lease is dropped; `()` if it
-    /// keeps its key for life.
+    /// Proof that a domain's memory carries its key. The domain keeps the key until the lease is dropped. `()` if a
+    /// domain keeps its key for life.
     type Lease;
 
-    /// Maps a domain's memory, zeroed, with guard pages around the stack.
+    /// Maps zeroed memory for a domain, with guard pages around the stack.
     ///
     /// # Errors
     ///
-    /// If there is no key, or no memory of these sizes. Nothing is left behind then.
+    /// Fails if no key or not enough memory is available. Everything allocated so far is freed.
     fn map(&self, sizes: Sizes) -> Result<Self::Memory, Self::Error>;
 
-    /// Gives the memory its key, for use by this caller, until the lease is dropped.
+    /// Tags the memory with a key for calls by this caller. The memory keeps the key until the lease is dropped.
     ///
     /// # Errors
     ///
-    /// If there is no key.
+    /// Fails if no key is available.
     fn acquire(&self, memory: &mut Self::Memory, caller: Self::Caller) -> Result<Self::Lease, Self::Error>;
 
-    /// Makes fresh memory ready to run in, or makes it ready again after [`discard`](Self::discard). It is called
-    /// while a lease of the memory exists.
+    /// Initializes memory that is new or discarded, so that code can run in it. [`Domain`] calls this while a lease of
+    /// the memory exists.
     ///
     /// # Errors
     ///
-    /// If a resource that this needs is exhausted.
+    /// Fails if a resource that it needs is exhausted.
     fn prepare(&self, memory: &mut Self::Memory) -> Result<(), Self::Error>;
 
     /// Runs `entry` in the domain.
     ///
     /// # Errors
     ///
-    /// The trap that ended the call.
+    /// Returns the trap that ended the call.
     ///
     /// # Safety
     ///
-    /// As for [`Gate::enter`](crate::gate::Gate::enter), except for what this platform provides. The lease is of this
-    /// memory.
+    /// - The conditions of [`Gate::enter`](crate::gate::Gate::enter) hold, except for those that the platform itself
+    ///   meets.
+    /// - The lease is of this memory.
     unsafe fn enter(
         &self,
         memory: &mut Self::Memory,
@@ -78,27 +83,27 @@ pub unsafe trait Platform {
         argument: u64,
     ) -> Result<u64, Self::Trap>;
 
-    /// Drops everything that the memory holds: afterwards it reads as zeros.
+    /// Discards the contents of the memory. Afterwards it reads as zeros.
     fn discard(&self, memory: &mut Self::Memory);
 
-    /// Unmaps the memory, so that no page carries its key any more, and gives the key back.
+    /// Unmaps the memory and then frees its key. No page carries the key when it is freed.
     fn unmap(&self, memory: Self::Memory);
 }
 
-/// A function that runs in a domain: it takes one word and returns one.
+/// An entry point: a function that runs in a domain. It takes one 64-bit word and returns one.
 pub type Entry = unsafe extern "C" fn(u64) -> u64;
 
 /// The sizes of a domain's memory in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Sizes {
-    /// The stack.
+    /// The size of the stack.
     pub stack: usize,
-    /// The heap.
+    /// The size of the heap.
     pub heap: usize,
 }
 
-/// The rights of a domain under the default policy: it reads everything under key 0, and writes only what carries its
-/// own key.
+/// Returns the rights of a domain under the default policy: it reads memory under key 0, reads and writes memory under
+/// its own key, and accesses no other.
 #[must_use]
 pub const fn default_rights(own: ProtectionKey) -> KeyRights {
     KeyRights::NONE.with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY).with(own, AccessRights::READ_WRITE)
@@ -111,61 +116,64 @@ pub struct Domain<P: Platform> {
     state: State,
 }
 
-/// Where a domain is in its life.
+/// The state of a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
-    /// It can be entered.
+    /// The domain can be entered.
     Ready,
-    /// Code is running in it, or was when its call was abandoned.
+    /// A call is running or suspended, or a panic of the platform ended it.
     Running,
-    /// A violation ended a call. Its memory holds what that left, and is discarded before anything runs in it again.
+    /// A violation ended the last call, or [`Domain::discard_later`] was called. The memory is discarded before the
+    /// next call.
     Violated,
-    /// Its memory holds nothing, and is prepared before the next call.
+    /// The memory is new or discarded. It is prepared before the next call.
     Discarded,
 }
 
-/// Why a call gave no result.
+/// The reason why a call returned no word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure<T, E> {
-    /// A trap ended it.
+    /// A trap ended the call.
     Trap(T),
-    /// The domain could not be made ready; nothing ran.
+    /// The platform could not prepare the domain. No code ran in it.
     NotReady(E),
 }
 
 impl<P: Platform> Domain<P> {
-    /// Creates a domain. Its memory is made ready when it is first entered.
+    /// Creates a domain. Its memory is prepared when it is first entered.
     ///
     /// # Errors
     ///
-    /// The platform's, if there is no key or no memory. Nothing is left behind then.
+    /// Returns the platform's error if no key or not enough memory is available. Everything allocated so far is freed.
     pub fn new(platform: P, sizes: Sizes) -> Result<Self, P::Error> {
         let memory = ManuallyDrop::new(platform.map(sizes)?);
         Ok(Self { platform, memory, state: State::Discarded })
     }
 
-    /// Gives the domain its key, for calls by this caller, until the lease is dropped.
+    /// Tags the domain's memory with a key for calls by this caller. The domain keeps the key until the lease is
+    /// dropped.
     ///
     /// # Errors
     ///
-    /// The platform's, if there is no key.
+    /// Returns the platform's error if no key is available.
     #[inline]
     pub fn acquire(&mut self, caller: P::Caller) -> Result<P::Lease, P::Error> {
         self.platform.acquire(&mut self.memory, caller)
     }
 
-    /// Calls `entry` with `argument` in the domain, and returns the word that it returned.
+    /// Calls `entry` with `argument` in the domain and returns its result.
     ///
-    /// If a trap ends the call, everything that the domain's memory held is gone before the next call.
+    /// If a trap ends the call, the domain's memory is discarded before the next call.
     ///
     /// # Errors
     ///
-    /// The trap, or why the domain could not be made ready.
+    /// - [`Failure::Trap`] if a trap ended the call.
+    /// - [`Failure::NotReady`] if the platform could not prepare the domain.
     ///
     /// # Safety
     ///
-    /// As for [`Gate::enter`](crate::gate::Gate::enter), except for what the platform provides. The lease is of this
-    /// domain.
+    /// - The conditions of [`Gate::enter`](crate::gate::Gate::enter) hold, except for those that the platform meets.
+    /// - The lease is of this domain.
     #[inline]
     pub unsafe fn enter(
         &mut self,
@@ -176,30 +184,31 @@ impl<P: Platform> Domain<P> {
         if self.state != State::Ready {
             self.make_ready().map_err(Failure::NotReady)?;
         }
-        // SAFETY: the caller answers for the lease and the entry point.
+        // SAFETY: the caller meets the contract of `enter`, and the memory is ready.
         unsafe { self.run(lease, entry, argument) }
     }
 
-    /// Notes that the word which [`enter`](Self::enter) returned was not the end of the call, but a
-    /// [suspension](crate::gate::suspend). The call goes on with [`resume`](Self::resume); if it never does, everything
-    /// that the domain's memory held is gone before the next call.
+    /// Marks the call that just returned as [suspended](crate::gate::suspend) and not finished.
+    ///
+    /// [`resume`](Self::resume) continues it. If the domain is entered instead, its memory is discarded first.
     pub fn suspended(&mut self) {
         self.state = State::Running;
     }
 
-    /// Goes on with a call that is suspended.
+    /// Continues a suspended call.
     ///
     /// # Errors
     ///
-    /// The trap.
+    /// [`Failure::Trap`] if a trap ended the call.
     ///
     /// # Panics
     ///
-    /// If no call is suspended.
+    /// Panics if no call is suspended.
     ///
     /// # Safety
     ///
-    /// As for [`enter`](Self::enter); and `entry` takes up the stack of the suspended call.
+    /// - The conditions of [`enter`](Self::enter) hold.
+    /// - `entry` restores the stack pointer of the suspended call, as [`suspend`](crate::gate::suspend) describes.
     pub unsafe fn resume(
         &mut self,
         lease: &P::Lease,
@@ -207,14 +216,14 @@ impl<P: Platform> Domain<P> {
         argument: u64,
     ) -> Result<u64, Failure<P::Trap, P::Error>> {
         assert_eq!(self.state, State::Running, "no call is suspended");
-        // SAFETY: the caller answers for the lease and the entry point; the memory was ready when the call began.
+        // SAFETY: the caller meets the contract of `resume`, and the memory was ready when the call began.
         unsafe { self.run(lease, entry, argument) }
     }
 
     #[inline]
     unsafe fn run(&mut self, lease: &P::Lease, entry: Entry, argument: u64) -> Result<u64, Failure<P::Trap, P::Error>> {
         self.state = State::Running;
-        // SAFETY: the caller answers for the lease and the entry point; the memory is ready.
+        // SAFETY: the callers of this function meet the contract of `enter`, and the memory is ready.
         match unsafe { self.platform.enter(&mut self.memory, lease, entry, argument) } {
             Ok(value) => {
                 self.state = State::Ready;
@@ -227,33 +236,33 @@ impl<P: Platform> Domain<P> {
         }
     }
 
-    /// Drops everything that the domain's memory holds.
+    /// Discards the contents of the domain's memory now.
     pub fn discard(&mut self) {
         self.platform.discard(&mut self.memory);
         self.state = State::Discarded;
     }
 
-    /// Returns where the domain is in its life.
+    /// Returns the domain's state.
     #[must_use]
     pub const fn state(&self) -> State {
         self.state
     }
 
-    /// Returns the domain's memory. What it holds is hostile.
+    /// Returns the domain's memory. Its contents are hostile.
     #[must_use]
     #[inline]
     pub fn memory(&self) -> &P::Memory {
         &self.memory
     }
 
-    /// Returns the domain's memory, to change what the platform keeps with it between calls.
+    /// Returns the domain's memory mutably, so that the platform can change its own record of it between calls.
     #[must_use]
     #[inline]
     pub fn memory_mut(&mut self) -> &mut P::Memory {
         &mut self.memory
     }
 
-    /// Has everything that the domain's memory holds dropped before it is entered again.
+    /// Discards the contents of the domain's memory before the next call.
     pub fn discard_later(&mut self) {
         if self.state == State::Ready {
             self.state = State::Violated;
@@ -268,7 +277,8 @@ impl<P: Platform> Domain<P> {
 
     #[cold]
     fn make_ready(&mut self) -> Result<(), P::Error> {
-        // Running: a call was abandoned, by a panic of the platform, and nothing is known of the memory.
+        // In state `Running` a suspended call was not resumed, or the platform panicked. The memory is in an unknown
+        // state.
         if matches!(self.state, State::Violated | State::Running) {
             self.discard();
         }
@@ -280,7 +290,7 @@ impl<P: Platform> Domain<P> {
 
 impl<P: Platform> Drop for Domain<P> {
     fn drop(&mut self) {
-        // SAFETY: the field is not used after this.
+        // SAFETY: the value is being dropped, so nothing uses the field after this.
         let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
         self.platform.unmap(memory);
     }
@@ -301,7 +311,7 @@ mod tests {
     use std::vec;
     use std::vec::Vec;
 
-    /// A platform of plain memory, where an entry point that returns `TRAP` stands for one that traps.
+    /// A platform of plain memory. An entry point that returns `TRAP` simulates a trap.
     #[derive(Clone, Default)]
     struct Host {
         keys: Rc<RefCell<KeyAllocator>>,
@@ -316,11 +326,11 @@ mod tests {
         key: ProtectionKey,
         bytes: Vec<u8>,
         prepared: u32,
-        /// Leases are clones of it.
+        /// Each lease is a clone of it.
         lease: Rc<()>,
     }
 
-    // SAFETY: there is no isolation to break.
+    // SAFETY: the tests' entry points touch no memory, so there is nothing to isolate.
     unsafe impl Platform for Host {
         type Memory = Memory;
         type Trap = &'static str;
@@ -342,11 +352,11 @@ mod tests {
         }
 
         fn prepare(&self, memory: &mut Memory) -> Result<(), KeyError> {
-            assert!(Rc::strong_count(&memory.lease) > 1, "there is a lease");
+            assert!(Rc::strong_count(&memory.lease) > 1, "a lease exists");
             if self.fail_prepare.get() {
                 return Err(KeyError::Exhausted { limit: 0 });
             }
-            assert!(memory.bytes.iter().all(|byte| *byte == 0), "prepared memory is clean");
+            assert!(memory.bytes.iter().all(|byte| *byte == 0), "memory is zero before it is prepared");
             memory.prepared += 1;
             Ok(())
         }
@@ -372,7 +382,7 @@ mod tests {
         }
 
         fn unmap(&self, memory: Memory) {
-            assert_eq!(Rc::strong_count(&memory.lease), 1, "no lease is left");
+            assert_eq!(Rc::strong_count(&memory.lease), 1, "no lease exists");
             self.mapped.set(self.mapped.get() - 1);
             self.keys.borrow_mut().free(memory.key).unwrap();
         }
@@ -391,7 +401,7 @@ mod tests {
     const SIZES: Sizes = Sizes { stack: 64, heap: 64 };
 
     #[test]
-    fn memory_persists_from_call_to_call_until_a_trap() {
+    fn memory_persists_between_calls_until_a_trap() {
         let mut domain = Domain::new(Host::default(), SIZES).unwrap();
         assert_eq!(enter(&mut domain, 7), Ok(7));
         assert_eq!(domain.memory().bytes[0], 0xff);
@@ -403,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_suspended_call_goes_on_or_is_discarded() {
+    fn a_suspended_call_is_resumed_or_discarded() {
         let mut domain = Domain::new(Host::default(), SIZES).unwrap();
         assert_eq!(enter(&mut domain, 7), Ok(7));
         domain.suspended();
@@ -414,13 +424,13 @@ mod tests {
         assert_eq!((domain.state(), domain.memory().prepared), (State::Ready, 1));
         domain.suspended();
         assert_eq!(domain.state(), State::Running);
-        assert_eq!((enter(&mut domain, 9), domain.memory().prepared), (Ok(9), 2), "it was abandoned");
+        assert_eq!((enter(&mut domain, 9), domain.memory().prepared), (Ok(9), 2), "the suspended call was discarded");
     }
 
     #[test]
     #[should_panic(expected = "no call is suspended")]
-    fn a_call_that_is_not_suspended_is_not_resumed() {
-        // No destructor of the platform runs: a lease is left.
+    fn resume_panics_if_no_call_is_suspended() {
+        // Dropping the domain would fail in `unmap`, because the lease still exists then.
         let mut domain = ManuallyDrop::new(Domain::new(Host::default(), SIZES).unwrap());
         let lease = domain.acquire(()).unwrap();
         // SAFETY: `same` does nothing unsafe, and the lease is this domain's.
@@ -428,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn a_discard_can_wait_for_the_next_call() {
+    fn discard_later_discards_before_the_next_call() {
         let mut domain = Domain::new(Host::default(), SIZES).unwrap();
         domain.discard_later();
         assert_eq!(enter(&mut domain, 1), Ok(1));
@@ -438,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_and_memory_come_back() {
+    fn dropping_a_domain_frees_its_key_and_memory() {
         let host = Host::default();
         for _ in 0..100 {
             let mut domain = Domain::new(host.clone(), SIZES).unwrap();
@@ -448,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn a_domain_that_cannot_be_made_leaves_nothing_behind() {
+    fn a_failed_creation_leaks_neither_key_nor_memory() {
         let host = Host::default();
         let too_big = Sizes { heap: LIMIT + 1, ..SIZES };
         assert!(Domain::new(host.clone(), too_big).is_err());
@@ -456,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn a_domain_that_cannot_be_made_ready_again_runs_nothing() {
+    fn no_code_runs_if_prepare_fails() {
         let host = Host::default();
         let mut domain = Domain::new(host.clone(), SIZES).unwrap();
         let _ = enter(&mut domain, TRAP);
@@ -468,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sixteenth_domain_is_refused() {
+    fn creating_a_sixteenth_domain_fails() {
         let host = Host::default();
         let domains: Vec<_> = (0..15).map(|_| Domain::new(host.clone(), SIZES).unwrap()).collect();
         let error = Domain::new(host, SIZES).unwrap_err();

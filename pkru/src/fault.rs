@@ -1,4 +1,4 @@
-//! Page faults: the error code, and what a fault of a protection key was.
+//! Page faults: decoding the error code, and describing an access that a protection key denied.
 
 use core::fmt;
 
@@ -8,7 +8,7 @@ use crate::rights::Access;
 use crate::{KeyRights, ProtectionKey};
 
 bitflags! {
-    /// The error code that the CPU gives with a page fault.
+    /// The error code of a page fault (#PF).
     ///
     /// ```text
     ///  31        15 14      6   5    4    3    2    1    0
@@ -19,10 +19,11 @@ bitflags! {
     ///
     /// # References
     ///
-    /// Intel SDM volume 3, section "Page-Fault Exceptions".
+    /// Intel SDM volume 3, section "Page-Fault Exceptions"; AMD APM volume 2, section "#PF—Page-Fault Exception (Vector
+    /// 14)".
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
     pub struct ErrorCode: u32 {
-        /// The page is present; the fault is one of protection.
+        /// The page is present. If this bit is clear, a paging-structure entry was not present.
         const PRESENT = 1 << 0;
         /// The access was a write.
         const WRITE = 1 << 1;
@@ -34,15 +35,18 @@ bitflags! {
         const FETCH = 1 << 4;
         /// The page's protection key denied the access.
         const PROTECTION_KEY = 1 << 5;
-        /// A shadow-stack access.
+        /// The access was a shadow-stack access.
         const SHADOW_STACK = 1 << 6;
-        /// A violation of SGX's access rules.
+        /// The access violated SGX's access-control rules.
         const SGX = 1 << 15;
     }
 }
 
 impl ErrorCode {
-    /// Returns what the instruction was doing.
+    /// Returns the kind of access that faulted.
+    ///
+    /// The CPU sets [`FETCH`](Self::FETCH) only if EFER.NXE or CR4.SMEP is 1. Without both, a fetch reads as
+    /// [`Access::Read`].
     #[must_use]
     pub const fn access(self) -> Access {
         if self.contains(Self::FETCH) {
@@ -55,7 +59,7 @@ impl ErrorCode {
     }
 }
 
-/// A page fault, decoded as far as its error code says.
+/// A page fault, decoded from its error code and the leaf entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PageFault {
@@ -75,7 +79,7 @@ pub enum PageFault {
         /// The kind of access.
         access: Access,
     },
-    /// A paging structure has a reserved bit set: the tables are corrupt.
+    /// A paging structure has a reserved bit set. The page tables are corrupt.
     Reserved {
         /// The address accessed.
         address: u64,
@@ -83,10 +87,11 @@ pub enum PageFault {
 }
 
 impl PageFault {
-    /// Decodes a fault from what the CPU and the page tables say of it.
+    /// Decodes a fault.
     ///
-    /// `entry` is the leaf entry that maps `address`, and `rights` the register's value when the fault struck: PKRU for
-    /// a user page, PKRS for a supervisor page.
+    /// `code` and `address` are the fault's error code and CR2. `entry` is the leaf entry that maps `address`. `rights`
+    /// is the value of the rights register at the fault: PKRU for a user page, PKRS for a supervisor page. `entry` and
+    /// `rights` are used only if a key denied the access.
     ///
     /// # Examples
     ///
@@ -135,7 +140,7 @@ pub struct KeyFault {
     pub access: Access,
     /// The key of the page.
     pub key: ProtectionKey,
-    /// The rights in force when the fault struck.
+    /// The rights in force at the fault.
     pub rights: KeyRights,
 }
 
@@ -155,13 +160,13 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_that_of_the_leaf_entry() {
+    fn the_key_is_read_from_the_leaf_entry() {
         let PageFault::Key(fault) = decode(ErrorCode::PRESENT | ErrorCode::PROTECTION_KEY) else { panic!() };
         assert_eq!((fault.key.number(), fault.access), (9, Access::Read));
     }
 
     #[test]
-    fn without_bit_5_no_key_is_blamed() {
+    fn without_the_pk_bit_the_fault_is_no_key_fault() {
         assert!(matches!(decode(ErrorCode::WRITE), PageFault::NotPresent { access: Access::Write, .. }));
         assert!(matches!(decode(ErrorCode::PRESENT | ErrorCode::WRITE), PageFault::Protection { .. }));
         assert!(matches!(
@@ -171,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_corrupt_table_is_seen_first() {
+    fn a_reserved_bit_takes_precedence() {
         let all = ErrorCode::PRESENT | ErrorCode::RESERVED | ErrorCode::PROTECTION_KEY;
         assert_eq!(decode(all), PageFault::Reserved { address: 0x1000 });
     }

@@ -1,9 +1,10 @@
 //! A domain's heap, with the semantics of C's malloc family.
 //!
-//! It lives inside the domain's memory, bookkeeping included, and only code in the domain calls it: the caller's side
-//! never acts on anything that it finds there. Large blocks come from `linked_list_allocator`; small ones are kept on
-//! lists by size when they are freed, so that the common pair of a small allocation and its release costs a few
-//! instructions.
+//! The heap and its records lie in the domain's memory, and code in the domain can overwrite them. Therefore only code
+//! in the domain allocates and frees. The caller must treat what it reads from a heap as hostile.
+//!
+//! `linked_list_allocator` manages the memory in chunks. A chunk holds a header and one block. A freed small chunk goes
+//! on a list of its size, so allocating and freeing small blocks takes a few instructions.
 
 use core::alloc::Layout;
 use core::fmt;
@@ -12,17 +13,18 @@ use core::ptr::{self, NonNull};
 
 use linked_list_allocator::Heap;
 
-/// The alignment that every block has, as C's `max_align_t` demands.
+/// The minimum alignment of a block in bytes: that of C's `max_align_t`.
 pub const ALIGNMENT: usize = 16;
 
-/// What stands before each block.
+/// The header in front of each block.
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
 struct Header {
-    /// The bytes from the start of the chunk that holds the block to the chunk's end, this header included.
+    /// The size of the chunk in bytes, with the header.
     chunk: usize,
-    /// The bytes from the start of the chunk to the block.
+    /// The offset in bytes of the block in the chunk.
     offset: u32,
+    /// [`LIVE`] or [`FREE`].
     state: u32,
 }
 
@@ -30,39 +32,40 @@ const HEADER: usize = size_of::<Header>();
 const LIVE: u32 = 0x6c69_7665;
 const FREE: u32 = 0x6672_6565;
 
-/// Chunks of up to this many bytes go on a list when freed.
+/// The size in bytes of the largest chunk that goes on a list when it is freed.
 const SMALL: usize = 1024 + HEADER;
 const LISTS: usize = SMALL / ALIGNMENT + 1;
 
 /// A heap over one range of memory.
 pub struct DomainHeap {
     large: Heap,
-    /// Freed small chunks by size in units of [`ALIGNMENT`], each linked through its first word.
+    /// The lists of freed small chunks, indexed by chunk size in units of [`ALIGNMENT`]. The first word of a free block
+    /// links to the next chunk.
     small: [*mut u8; LISTS],
     bottom: usize,
     top: usize,
-    /// The bytes of the last allocation that failed.
+    /// The size in bytes of the last failed allocation.
     failed: usize,
     root: *mut u8,
 }
 
-/// Why a block cannot be freed or resized.
+/// The error of freeing or resizing a pointer that is no live block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HeapError {
-    /// The pointer leads outside this heap.
+    /// The pointer is outside this heap.
     Foreign {
-        /// That pointer.
+        /// The pointer's address.
         address: usize,
     },
-    /// The pointer leads into the heap, but not to a block of it.
+    /// The pointer is inside the heap, but does not point to a block.
     NotABlock {
-        /// That pointer.
+        /// The pointer's address.
         address: usize,
     },
-    /// The block has been freed already.
+    /// The block is already free.
     DoubleFree {
-        /// The pointer to it.
+        /// The block's address.
         address: usize,
     },
 }
@@ -72,7 +75,7 @@ impl fmt::Display for HeapError {
         match self {
             Self::Foreign { address } => write!(f, "{address:#x} is not in the domain's heap"),
             Self::NotABlock { address } => write!(f, "{address:#x} is not a block of the domain's heap"),
-            Self::DoubleFree { address } => write!(f, "the block at {address:#x} was freed before"),
+            Self::DoubleFree { address } => write!(f, "the block at {address:#x} is already free"),
         }
     }
 }
@@ -84,22 +87,24 @@ impl DomainHeap {
     ///
     /// # Safety
     ///
-    /// The range is mapped and writable for as long as the heap is used, and nothing else uses it.
+    /// While the heap is in use, the range is mapped and writable, and nothing else uses it.
     ///
     /// # Panics
     ///
-    /// If the range is smaller than 64 bytes.
+    /// Panics if `size` is below 64.
     #[must_use]
     pub unsafe fn new(bottom: NonNull<u8>, size: usize) -> Self {
-        assert!(size >= 64, "a heap needs 64 bytes to begin with");
-        // SAFETY: the caller gives the range away.
+        assert!(size >= 64, "a heap needs at least 64 bytes");
+        // SAFETY: the caller gives this heap exclusive use of the range.
         let large = unsafe { Heap::new(bottom.as_ptr(), size) };
         let bottom = bottom.as_ptr() as usize;
         Self { large, small: [ptr::null_mut(); LISTS], bottom, top: bottom + size, failed: 0, root: ptr::null_mut() }
     }
 
-    /// Allocates `size` bytes aligned to `align` and to [`ALIGNMENT`]; `None` if they cannot be had, or if `align` is
-    /// not a power of two. A size of 0 gives a block of its own that may not be accessed.
+    /// Allocates a block of `size` bytes, aligned to `align` and to [`ALIGNMENT`].
+    ///
+    /// A `size` of 0 allocates a distinct block that must not be accessed. Returns `None` if too little memory is free
+    /// or `align` is above [`ALIGNMENT`] and not a power of two.
     pub fn allocate(&mut self, size: usize, align: usize) -> Option<NonNull<u8>> {
         if align <= ALIGNMENT && size <= SMALL - HEADER {
             let chunk = size.max(1).next_multiple_of(ALIGNMENT) + HEADER;
@@ -110,43 +115,44 @@ impl DomainHeap {
         self.allocate_large(size, align)
     }
 
-    /// Returns the bytes of the last allocation that failed; 0 if none has.
+    /// Returns the size in bytes of the last failed allocation; 0 if none failed.
     #[must_use]
     pub const fn last_failed(&self) -> usize {
         self.failed
     }
 
-    /// Returns the same of a heap of which nothing is known but that its bytes can be read.
+    /// Returns [`last_failed`](Self::last_failed) of a heap whose contents may be corrupt. The result is hostile.
     ///
     /// # Safety
     ///
-    /// The bytes of a heap's value are mapped there, and nothing writes them meanwhile.
+    /// `heap` is aligned and points to readable memory of the size of a `DomainHeap`. Nothing writes it during the
+    /// call.
     #[must_use]
     pub const unsafe fn last_failed_of(heap: *const Self) -> usize {
-        // SAFETY: the caller answers for the bytes.
+        // SAFETY: the field is readable by this function's contract, and any bytes are a valid `usize`.
         unsafe { (*heap).failed }
     }
 
-    /// Notes that an allocation of so many bytes has failed; with 0, that none has.
+    /// Records that an allocation of `size` bytes failed. A `size` of 0 clears the record.
     #[inline]
     pub const fn note_failed(&mut self, size: usize) {
         self.failed = size;
     }
 
-    /// Returns a pointer that whoever uses the heap may keep here, such as one to what it has allocated for itself.
-    /// Null at first.
+    /// Returns the pointer that the user of the heap stored with [`set_root`](Self::set_root), such as one to its own
+    /// data in the heap; null at first.
     #[must_use]
     #[inline]
     pub const fn root(&self) -> *mut u8 {
         self.root
     }
 
-    /// Sets that pointer.
+    /// Stores a pointer for the user of the heap.
     pub const fn set_root(&mut self, root: *mut u8) {
         self.root = root;
     }
 
-    /// Allocates `size` bytes of zeros, aligned to [`ALIGNMENT`].
+    /// Allocates a block of `size` zero bytes, aligned to [`ALIGNMENT`]; `None` if too little memory is free.
     pub fn allocate_zeroed(&mut self, size: usize) -> Option<NonNull<u8>> {
         let block = self.allocate(size, ALIGNMENT)?;
         // SAFETY: the block has at least `size` bytes.
@@ -158,21 +164,21 @@ impl DomainHeap {
     ///
     /// # Errors
     ///
-    /// If the pointer does not lead to a live block of this heap; then nothing is changed. A forged header in the
-    /// domain's memory can hide that: what follows stays in the domain.
+    /// Returns a [`HeapError`] if the pointer is not a live block of this heap. Then nothing has changed. A forged
+    /// header can pass this check. The damage is limited to the domain's own memory.
     ///
     /// # Safety
     ///
-    /// Nothing uses the block any more.
+    /// Nothing uses the block afterwards.
     pub unsafe fn free(&mut self, block: NonNull<u8>) -> Result<(), HeapError> {
         let header = self.header(block)?;
         // SAFETY: `header` found a live header in front of the block.
         unsafe { header_of(block).write(Header { state: FREE, ..header }) };
-        // SAFETY: the offset was written with the header, and leads to the start of the chunk.
+        // SAFETY: the offset was written with the header, and the chunk starts that many bytes before the block.
         let start = unsafe { block.sub(header.offset as usize) };
         if header.chunk <= SMALL && header.offset as usize == HEADER {
             let list = &mut self.small[header.chunk / ALIGNMENT];
-            // SAFETY: the block has at least one word, which is the heap's now that it is free.
+            // SAFETY: the block has at least one word, and the heap owns it now that the block is free.
             unsafe { block.cast::<*mut u8>().write(*list) };
             *list = start.as_ptr();
         } else {
@@ -181,62 +187,65 @@ impl DomainHeap {
         Ok(())
     }
 
-    /// Returns whether a block looks like one of some domain's heap, free or not. Code outside any domain asks this
-    /// about what it is about to free, for another allocator would take a domain's bytes for its own.
+    /// Returns whether a block looks like a block of any domain's heap, live or free.
+    ///
+    /// Code outside domains checks this before it passes a pointer to another allocator. That allocator would take a
+    /// domain's bytes for its own records. A domain can forge the mark, and so can other bytes by chance.
     ///
     /// # Safety
     ///
-    /// The 16 bytes before the block can be read, as those of every block of a malloc can.
+    /// The 16 bytes before the block are readable. They are for any block of a malloc.
     #[must_use]
     #[inline]
     pub unsafe fn marks(block: NonNull<u8>) -> bool {
         let state = block.as_ptr().wrapping_sub(HEADER).wrapping_add(offset_of!(Header, state)).cast::<u32>();
-        // SAFETY: the caller answers for the bytes. Where the block is not aligned it is none.
+        // SAFETY: the bytes are readable by this function's contract, and the read needs no alignment.
         let state = unsafe { state.read_unaligned() };
         state == LIVE || state == FREE
     }
 
-    /// Changes the size of a block, moving it if it must; `None`, with the block untouched, if the memory cannot be
-    /// had.
+    /// Changes the size of a block, and moves it if necessary. The new block is aligned to [`ALIGNMENT`].
+    ///
+    /// Returns `None` if too little memory is free. The old block is then unchanged.
     ///
     /// # Errors
     ///
-    /// As for [`free`](Self::free).
+    /// Fails as [`free`](Self::free) does.
     ///
     /// # Safety
     ///
-    /// Nothing uses the old block if a new one is returned.
+    /// Nothing uses the old block after a new one is returned.
     pub unsafe fn reallocate(&mut self, block: NonNull<u8>, size: usize) -> Result<Option<NonNull<u8>>, HeapError> {
         let old = self.usable_size(block)?;
-        // In place, unless that would hold on to more than half for nothing.
+        // Keep the block, unless more than half of it would be unused.
         if size <= old && size >= old / 2 {
             return Ok(Some(block));
         }
         let Some(new) = self.allocate(size, ALIGNMENT) else { return Ok(None) };
-        // SAFETY: both blocks have at least as many bytes, and they are different blocks.
+        // SAFETY: both blocks have at least that many bytes, and two live blocks do not overlap.
         unsafe { block.copy_to_nonoverlapping(new, old.min(size)) };
-        // SAFETY: the caller gives the old block up.
+        // SAFETY: nothing uses the old block afterwards, by this function's contract.
         unsafe { self.free(block) }?;
         Ok(Some(new))
     }
 
-    /// Returns how many bytes of a block may be used.
+    /// Returns the usable size of a block in bytes. It is at least the size requested.
     ///
     /// # Errors
     ///
-    /// As for [`free`](Self::free).
+    /// Fails as [`free`](Self::free) does.
     pub fn usable_size(&self, block: NonNull<u8>) -> Result<usize, HeapError> {
         let header = self.header(block)?;
         Ok(header.chunk - header.offset as usize)
     }
 
-    /// Returns whether an address lies in the range of this heap.
+    /// Returns whether an address is in this heap's range.
     #[must_use]
     pub const fn contains(&self, address: usize) -> bool {
         address >= self.bottom && address < self.top
     }
 
-    /// Allocates what no list has.
+    /// Allocates from `linked_list_allocator`, when no list has a chunk.
     #[inline(never)]
     fn allocate_large(&mut self, size: usize, align: usize) -> Option<NonNull<u8>> {
         let block = self.carve(size, align.max(ALIGNMENT));
@@ -247,7 +256,7 @@ impl DomainHeap {
     }
 
     fn carve(&mut self, size: usize, align: usize) -> Option<NonNull<u8>> {
-        // The header has room before the block: it is as large as the smallest alignment.
+        // The block starts `align` bytes into the chunk. The header fits in front of it: `align` is at least its size.
         let chunk = size.max(1).checked_next_multiple_of(ALIGNMENT)?.checked_add(align)?;
         let offset = u32::try_from(align).ok()?;
         let start = self.take(chunk, align)?;
@@ -257,9 +266,9 @@ impl DomainHeap {
     fn take_small(&mut self, chunk: usize) -> Option<NonNull<u8>> {
         let list = &mut self.small[chunk / ALIGNMENT];
         let start = NonNull::new(*list)?;
-        // SAFETY: a chunk on a list is longer than a header.
+        // SAFETY: a chunk is larger than its header.
         let block = unsafe { start.add(HEADER) };
-        // SAFETY: a free small block has its link in its first word.
+        // SAFETY: `free` has written the link to the first word of the block.
         *list = unsafe { block.cast::<*mut u8>().read() };
         Some(start)
     }
@@ -273,12 +282,12 @@ impl DomainHeap {
     }
 
     fn give(&mut self, start: NonNull<u8>, chunk: usize) {
-        let layout = Layout::from_size_align(chunk, ALIGNMENT).expect("a chunk had a layout when it was taken");
-        // SAFETY: the chunk was taken with this size; the allocator does not use the alignment of what is given back.
+        let layout = Layout::from_size_align(chunk, ALIGNMENT).expect("the chunk was allocated with a valid layout");
+        // SAFETY: the chunk was allocated with this size, and `linked_list_allocator` 0.10 ignores the alignment here.
         unsafe { self.large.deallocate(start, layout) };
     }
 
-    /// Empties the lists, so that neighbours among the small chunks can grow together.
+    /// Empties the lists, so that `linked_list_allocator` merges adjacent chunks.
     #[cold]
     fn give_back_small(&mut self) {
         for list in 0..LISTS {
@@ -289,10 +298,10 @@ impl DomainHeap {
     }
 
     fn place(start: NonNull<u8>, chunk: usize, offset: usize) -> NonNull<u8> {
-        // SAFETY: the chunk is longer than the offset.
+        // SAFETY: the chunk is larger than the offset.
         let block = unsafe { start.add(offset) };
         let header = Header { chunk, offset: offset as u32, state: LIVE };
-        // SAFETY: the offset leaves room for a header, at an address that is aligned as both are.
+        // SAFETY: the offset leaves room for a header, and chunk and offset are multiples of the header's alignment.
         unsafe { header_of(block).write(header) };
         block
     }
@@ -305,7 +314,7 @@ impl DomainHeap {
         if !address.is_multiple_of(ALIGNMENT) {
             return Err(HeapError::NotABlock { address });
         }
-        // SAFETY: the header's bytes lie in the heap's range, and any bytes make a header.
+        // SAFETY: the header's bytes are aligned and in the heap's range, and any bytes are a valid header.
         let header = unsafe { header_of(block).read() };
         let fits = header.chunk >= header.offset as usize && header.chunk <= self.top - self.bottom;
         match header.state {
@@ -316,7 +325,7 @@ impl DomainHeap {
     }
 }
 
-/// Returns where the header of a block stands.
+/// Returns a pointer to the header of a block.
 fn header_of(block: NonNull<u8>) -> *mut Header {
     block.as_ptr().cast::<Header>().wrapping_sub(1)
 }
@@ -339,7 +348,7 @@ mod tests {
 
     fn heap() -> DomainHeap {
         let arena = Box::leak(Box::new(Arena([0xaa; 1 << 16])));
-        // SAFETY: the arena is leaked, and nothing else knows it.
+        // SAFETY: the arena is leaked, and nothing else has a pointer to it.
         unsafe { DomainHeap::new(NonNull::from(&mut arena.0).cast(), arena.0.len()) }
     }
 
@@ -349,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_aligned_apart_and_as_large_as_asked() {
+    fn blocks_are_aligned_disjoint_and_large_enough() {
         let mut heap = heap();
         let mut blocks: Vec<(usize, usize)> = Vec::new();
         for size in [0, 1, 15, 16, 17, 100, 1024, 1025, 5000] {
@@ -365,20 +374,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_freed_is_had_again() {
+    fn freed_memory_is_allocated_again() {
         let mut heap = heap();
         for round in 0..100 {
             let blocks: Vec<_> = (0..).map_while(|index| heap.allocate(16 + (index * 7 + round) % 2000, 16)).collect();
-            assert!(blocks.len() > 20, "round {round} got {} blocks", blocks.len());
+            assert!(blocks.len() > 20, "round {round}: {} blocks", blocks.len());
             for block in blocks {
                 free(&mut heap, block).unwrap();
             }
         }
-        assert!(heap.allocate(60_000, 16).is_some(), "small chunks grow together again");
+        assert!(heap.allocate(60_000, 16).is_some(), "adjacent small chunks are merged");
     }
 
     #[test]
-    fn zeroed_means_zeroed() {
+    fn allocate_zeroed_clears_the_block() {
         let mut heap = heap();
         let block = heap.allocate_zeroed(100).unwrap();
         // SAFETY: the block has 100 bytes.
@@ -395,29 +404,29 @@ mod tests {
         let grown = unsafe { heap.reallocate(block, 3000) }.unwrap().unwrap();
         // SAFETY: the new block has 3000 bytes.
         assert_eq!(unsafe { core::slice::from_raw_parts(grown.as_ptr(), 10) }, b"0123456789");
-        // SAFETY: on failure the block stays.
+        // SAFETY: the request fails, and then the block stays valid.
         assert_eq!(unsafe { heap.reallocate(grown, 1 << 20) }, Ok(None));
         assert!(heap.usable_size(grown).unwrap() >= 3000);
     }
 
     #[test]
-    fn impossible_sizes_are_refused() {
+    fn impossible_sizes_and_alignments_fail() {
         let mut heap = heap();
         for size in [1 << 16, usize::MAX, usize::MAX - 15, isize::MAX as usize] {
             assert_eq!(heap.allocate(size, 16), None);
             assert_eq!(heap.allocate(size, 4096), None);
         }
-        assert_eq!(heap.allocate(16, 24), None, "24 is no power of two");
+        assert_eq!(heap.allocate(16, 24), None, "24 is not a power of two");
         assert_eq!(heap.last_failed(), 16);
     }
 
     #[test]
-    fn misuse_is_told_apart() {
+    fn each_misuse_has_its_error() {
         let mut heap = heap();
         let block = heap.allocate(64, 16).unwrap();
         let address = block.as_ptr() as usize;
         let other = Box::new([0u64; 8]);
-        // SAFETY: the bytes before both can be read.
+        // SAFETY: the 16 bytes before both pointers are readable.
         assert!(unsafe { DomainHeap::marks(block) } && !unsafe { DomainHeap::marks(NonNull::from(&other[4]).cast()) });
         free(&mut heap, block).unwrap();
         assert_eq!(free(&mut heap, block), Err(HeapError::DoubleFree { address }));

@@ -1,11 +1,11 @@
-//! The instructions of protection keys and of the FS base: the only inline assembly outside [`gate`](crate::gate).
+//! The instructions that read and write PKRU, PKRS and the FS base.
 //!
-//! No block here says `nomem`: a change of rights decides whether the accesses around it trap, so the compiler must not
-//! move them across.
+//! All inline assembly of this crate is here and in [`gate`](crate::gate). No block has the option `nomem`: a write of
+//! rights decides which accesses trap, so the compiler must not move memory accesses across it.
 
 use core::arch::{asm, naked_asm};
 
-/// IA32_PKRS, the rights to the keys of supervisor pages.
+/// The address of the MSR IA32_PKRS: the rights to the keys of supervisor pages.
 ///
 /// # References
 ///
@@ -16,26 +16,34 @@ pub const IA32_PKRS: u32 = 0x6e1;
 ///
 /// # Safety
 ///
-/// CR4.PKE is 1 (CPUID reports OSPKE); otherwise this raises #UD.
+/// CR4.PKE is 1 (CPUID reports OSPKE). Otherwise this raises #UD.
+///
+/// # References
+///
+/// Intel SDM volume 2, RDPKRU.
 #[must_use]
 #[inline]
 pub unsafe fn rdpkru() -> u32 {
     let value;
-    // SAFETY: the caller has CR4.PKE set; ECX is 0 as the instruction demands.
+    // SAFETY: CR4.PKE is 1 by this function's contract, and ECX is 0 as the instruction requires.
     unsafe { asm!("rdpkru", in("ecx") 0, out("eax") value, out("edx") _, options(nostack, preserves_flags)) };
     value
 }
 
 /// Writes PKRU.
 ///
-/// It is a function that is called, not an instruction at each use: a binary has few places that can change rights, and
-/// a tool that looks for them knows this one. Code that jumps to the instruction stops at the comparison behind it unless
-/// it has set both registers.
+/// This function is never inlined, so a binary has few WRPKRU instructions. A tool that scans for them can recognize
+/// this one. The code after the instruction compares the value written, in EAX, with the argument in EDI, and executes
+/// UD2 if they differ. So a wild jump to the instruction traps, unless both registers hold the same value.
 ///
 /// # Safety
 ///
-/// CR4.PKE is 1, and every access that follows is one that the new rights allow, down to the compiler's own to the
-/// stack.
+/// - CR4.PKE is 1. Otherwise this raises #UD.
+/// - The new rights allow every access that follows, including the compiler's accesses to the stack.
+///
+/// # References
+///
+/// Intel SDM volume 2, WRPKRU.
 #[unsafe(naked)]
 pub unsafe extern "C" fn wrpkru(value: u32) {
     naked_asm!("mov eax, edi", "xor ecx, ecx", "xor edx, edx", "wrpkru", "cmp eax, edi", "jne 2f", "ret", "2: ud2",)
@@ -45,12 +53,12 @@ pub unsafe extern "C" fn wrpkru(value: u32) {
 ///
 /// # Safety
 ///
-/// The CPU runs in ring 0 and has PKS; otherwise this raises #GP.
+/// The CPU runs in ring 0 and has PKS. Otherwise this raises #GP.
 #[must_use]
 #[inline]
 pub unsafe fn rdpkrs() -> u32 {
     let value;
-    // SAFETY: the caller is in ring 0, and the MSR exists where PKS does.
+    // SAFETY: the CPU runs in ring 0 and has PKS, and thus the MSR, by this function's contract.
     unsafe {
         asm!("rdmsr", in("ecx") IA32_PKRS, out("eax") value, out("edx") _, options(nostack, preserves_flags));
     }
@@ -61,11 +69,11 @@ pub unsafe fn rdpkrs() -> u32 {
 ///
 /// # Safety
 ///
-/// The CPU runs in ring 0 and has PKS, and every access that follows is one that the new rights allow, down to the
-/// compiler's own to the stack.
+/// - The CPU runs in ring 0 and has PKS. Otherwise this raises #GP.
+/// - The new rights allow every access that follows, including the compiler's accesses to the stack.
 #[inline]
 pub unsafe fn wrpkrs(value: u32) {
-    // SAFETY: the caller is in ring 0, the MSR exists where PKS does, and its high half is 0 as it must be.
+    // SAFETY: the CPU runs in ring 0 and has PKS by this function's contract. The reserved high half is 0.
     unsafe { asm!("wrmsr", in("ecx") IA32_PKRS, in("eax") value, in("edx") 0, options(nostack, preserves_flags)) };
 }
 
@@ -73,12 +81,16 @@ pub unsafe fn wrpkrs(value: u32) {
 ///
 /// # Safety
 ///
-/// CR4.FSGSBASE is 1; otherwise this raises #UD.
+/// CR4.FSGSBASE is 1. Otherwise this raises #UD.
+///
+/// # References
+///
+/// Intel SDM volume 2, RDFSBASE/RDGSBASE.
 #[must_use]
 #[inline]
 pub unsafe fn rdfsbase() -> u64 {
     let base;
-    // SAFETY: the caller has CR4.FSGSBASE set.
+    // SAFETY: CR4.FSGSBASE is 1 by this function's contract.
     unsafe { asm!("rdfsbase {}", out(reg) base, options(nostack, preserves_flags)) };
     base
 }
@@ -87,10 +99,16 @@ pub unsafe fn rdfsbase() -> u64 {
 ///
 /// # Safety
 ///
-/// CR4.FSGSBASE is 1, and `base` is a canonical address at which everything that reads through FS finds what it
-/// expects: thread-local variables, the stack protector's canary.
+/// - CR4.FSGSBASE is 1. Otherwise this raises #UD.
+/// - `base` is a canonical address. Otherwise this raises #GP.
+/// - The memory there holds everything that later code reads through FS, such as thread-local variables and the stack
+///   protector's canary.
+///
+/// # References
+///
+/// Intel SDM volume 2, WRFSBASE/WRGSBASE.
 #[inline]
 pub unsafe fn wrfsbase(base: u64) {
-    // SAFETY: the caller has CR4.FSGSBASE set and answers for the base.
+    // SAFETY: CR4.FSGSBASE is 1 and the base is valid, by this function's contract.
     unsafe { asm!("wrfsbase {}", in(reg) base, options(nostack, preserves_flags)) };
 }

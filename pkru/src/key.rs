@@ -1,8 +1,8 @@
-//! The protection key: a number from 0 to 15.
+//! Protection keys.
 
 use core::fmt;
 
-/// A protection key, 0 to 15, as it stands in bits 62:59 of a leaf page-table entry.
+/// A protection key: a number from 0 to 15. It is stored in bits 62:59 of a leaf page-table entry.
 ///
 /// ```text
 ///  63   62      59   58                                            0
@@ -33,16 +33,16 @@ pub struct ProtectionKey(
 );
 
 impl ProtectionKey {
-    /// How many keys there are.
+    /// The number of keys.
     pub const COUNT: usize = 16;
 
-    /// Key 0, which every page has that nobody tagged.
+    /// Key 0: the key of every page that has not been tagged.
     pub const DEFAULT: Self = Self(0);
 
     const SHIFT: u32 = 59;
     const MASK: u64 = 0xf << Self::SHIFT;
 
-    /// Returns the key of this number, or `None` if it is above 15.
+    /// Returns the key with this number, or `None` if it is above 15.
     #[must_use]
     pub const fn new(number: u8) -> Option<Self> {
         if (number as usize) < Self::COUNT { Some(Self(number)) } else { None }
@@ -60,13 +60,13 @@ impl ProtectionKey {
         self.0 as usize
     }
 
-    /// Reads the key out of a leaf page-table entry.
+    /// Returns the key in a leaf page-table entry.
     #[must_use]
     pub const fn of_entry(entry: u64) -> Self {
         Self(((entry & Self::MASK) >> Self::SHIFT) as u8)
     }
 
-    /// Returns the leaf page-table entry with this key in place of the one it had.
+    /// Returns the leaf page-table entry with its key replaced by this one.
     #[must_use]
     pub const fn in_entry(self, entry: u64) -> u64 {
         entry & !Self::MASK | (self.0 as u64) << Self::SHIFT
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_keeps_all_its_other_bits() {
+    fn in_entry_changes_only_the_key() {
         for key in ProtectionKey::all() {
             for entry in [0, u64::MAX, 0x8000_0000_0000_0063] {
                 let tagged = key.in_entry(entry);
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn there_are_sixteen() {
+    fn there_are_sixteen_keys() {
         assert_eq!(ProtectionKey::all().len(), ProtectionKey::COUNT);
         assert!(ProtectionKey::all().all(|key| ProtectionKey::new(key.number()) == Some(key)));
         assert!((16..=255).all(|number| ProtectionKey::new(number).is_none()));

@@ -1,10 +1,10 @@
-//! A set of protection keys.
+//! Sets of protection keys.
 
 use core::fmt;
 
 use crate::ProtectionKey;
 
-/// A set of protection keys, one bit each.
+/// A set of protection keys, with one bit for each key.
 ///
 /// # Examples
 ///
@@ -22,19 +22,19 @@ use crate::ProtectionKey;
 pub struct KeySet(u16);
 
 impl KeySet {
-    /// No key.
+    /// The empty set.
     pub const EMPTY: Self = Self(0);
 
-    /// All keys but key 0.
+    /// All keys except key 0.
     pub const ALL_BUT_DEFAULT: Self = Self(0xfffe);
 
-    /// Takes the set from its bits: bit n is key n.
+    /// Creates a set from its bits: bit n is key n.
     #[must_use]
     pub const fn from_bits(bits: u16) -> Self {
         Self(bits)
     }
 
-    /// Returns the bits.
+    /// Returns the set as bits: bit n is key n.
     #[must_use]
     pub const fn bits(self) -> u16 {
         self.0
@@ -74,25 +74,25 @@ impl KeySet {
         self
     }
 
-    /// Returns the key with the lowest number.
+    /// Returns the key with the lowest number; `None` if the set is empty.
     #[must_use]
     pub const fn first(self) -> Option<ProtectionKey> {
         ProtectionKey::new(self.0.trailing_zeros() as u8)
     }
 
-    /// Returns how many keys it has.
+    /// Returns the number of keys in the set.
     #[must_use]
     pub const fn len(self) -> usize {
         self.0.count_ones() as usize
     }
 
-    /// Returns whether it has no key.
+    /// Returns whether the set is empty.
     #[must_use]
     pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// Iterates over its keys, the lowest number first.
+    /// Iterates over the keys in the set, in ascending order.
     pub fn iter(self) -> impl Iterator<Item = ProtectionKey> {
         ProtectionKey::all().filter(move |key| self.contains(*key))
     }
@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn first_and_iteration_go_by_number() {
+    fn first_and_iter_are_in_ascending_order() {
         let keys = KeySet::from_bits(1 << 9 | 1 << 2);
         assert_eq!(keys.first(), ProtectionKey::new(2));
         assert!(keys.iter().map(ProtectionKey::number).eq([2, 9]));

@@ -1,7 +1,7 @@
-//! A software model of the architecture's access check, page walk included.
+//! A software model of the architecture's page walk and access check.
 //!
-//! Host tests run against it where the CPU has no keys, and the bare-metal suite compares it with the machine, access
-//! by access.
+//! Host tests use it on CPUs without protection keys. The bare-metal tests of `kernel-demo` compare it with the CPU,
+//! access by access.
 //!
 //! # References
 //!
@@ -19,13 +19,13 @@ const PAGE_SIZE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
-/// The control bits and registers that decide on an access.
+/// The control bits and registers that affect an access.
 ///
-/// [`Mode::default`] is ring 0 as kernels run it, with CR0.WP, EFER.NXE, CR4.PKE and CR4.PKS set, SMEP and SMAP not,
-/// and all rights to all keys.
+/// [`Mode::default`] is ring 0 with CR0.WP, EFER.NXE, CR4.PKE and CR4.PKS set, CR4.SMEP and CR4.SMAP clear, and all
+/// rights to all keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mode {
-    /// The access is made at privilege level 3.
+    /// The access is a user access: made at privilege level 3.
     pub user: bool,
     /// CR0.WP.
     pub wp: bool,
@@ -33,11 +33,11 @@ pub struct Mode {
     pub nxe: bool,
     /// CR4.SMEP.
     pub smep: bool,
-    /// CR4.SMAP, and EFLAGS.AC is 0.
+    /// CR4.SMAP is 1 and EFLAGS.AC is 0.
     pub smap: bool,
-    /// The value of PKRU if CR4.PKE is 1.
+    /// The value of PKRU; `None` if CR4.PKE is 0.
     pub pkru: Option<KeyRights>,
-    /// The value of PKRS if CR4.PKS is 1.
+    /// The value of PKRS; `None` if CR4.PKS is 0.
     pub pkrs: Option<KeyRights>,
 }
 
@@ -55,7 +55,7 @@ impl Default for Mode {
     }
 }
 
-/// A translation: where an address leads and what the paging structures allow there.
+/// The result of a page walk: the physical address, and the rights that the paging structures give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Translation {
     /// The physical address.
@@ -66,17 +66,21 @@ pub struct Translation {
     pub user: bool,
     /// R/W is 1 at every level.
     pub writable: bool,
-    /// XD is 1 at some level.
+    /// XD is 1 at one level at least.
     pub no_execute: bool,
     /// The key in the leaf entry.
     pub key: ProtectionKey,
 }
 
-/// Walks four levels of page tables; `read` returns the eight bytes at a physical address.
+/// Walks four levels of page tables from `cr3`. `read` returns the eight bytes at a physical address.
+///
+/// The walk assumes that EFER.NXE is 1 and that physical addresses have 52 bits. With EFER.NXE=0 the CPU treats XD as
+/// reserved, and with fewer bits the address bits above them. The walk reports neither.
 ///
 /// # Errors
 ///
-/// The error code's bits that the walk itself decides: none if an entry is not present, else [`ErrorCode::RESERVED`].
+/// Returns the bits of the error code that the walk determines: none if an entry is not present, [`ErrorCode::PRESENT`]
+/// and [`ErrorCode::RESERVED`] if a reserved bit is set.
 pub fn walk(read: impl Fn(u64) -> u64, cr3: u64, address: u64) -> Result<Translation, ErrorCode> {
     let (mut user, mut writable, mut no_execute) = (true, true, false);
     let mut table = cr3 & ADDRESS;
@@ -95,7 +99,7 @@ pub fn walk(read: impl Fn(u64) -> u64, cr3: u64, address: u64) -> Result<Transla
             continue;
         }
         let size = 1 << shift;
-        // Bit 12 of a large leaf is its PAT bit; the others below its size must be 0, and level 4 has no leaves.
+        // In a large leaf, bit 12 is PAT and the other address bits below its size are reserved. Level 4 has no leaves.
         let reserved = entry & ADDRESS & (size - 1) & if level == 0 { 0 } else { !(1 << 12) };
         if level == 3 || reserved != 0 {
             return Err(ErrorCode::PRESENT | ErrorCode::RESERVED);
@@ -103,14 +107,14 @@ pub fn walk(read: impl Fn(u64) -> u64, cr3: u64, address: u64) -> Result<Transla
         let physical = (entry & ADDRESS & !(size - 1)) | (address & (size - 1));
         return Ok(Translation { physical, size, user, writable, no_execute, key: ProtectionKey::of_entry(entry) });
     }
-    unreachable!("level 0 is a leaf")
+    unreachable!("the loop returns at level 0")
 }
 
-/// Decides whether an access through a translation is allowed.
+/// Checks an access to a page.
 ///
 /// # Errors
 ///
-/// The error code of the page fault, if it is not.
+/// Returns the error code of the page fault if the access is denied.
 ///
 /// # Examples
 ///
@@ -124,7 +128,7 @@ pub fn walk(read: impl Fn(u64) -> u64, cr3: u64, address: u64) -> Result<Transla
 /// let pkru = KeyRights::ALL.with(key, AccessRights::READ_ONLY);
 /// let mode = Mode { pkru: Some(pkru), ..Mode::default() };
 /// assert!(check(&page, Access::Read, &mode).is_ok());
-/// assert!(check(&page, Access::Write, &mode).is_err(), "PKRU binds ring 0 on a user page");
+/// assert!(check(&page, Access::Write, &mode).is_err(), "PKRU applies to ring 0 too");
 /// ```
 pub fn check(page: &Translation, access: Access, mode: &Mode) -> Result<(), ErrorCode> {
     let by_flags = if mode.user {
@@ -161,7 +165,7 @@ fn allowed_by_key(page: &Translation, access: Access, mode: &Mode) -> bool {
     let register = if page.user {
         mode.pkru
     } else if mode.user {
-        // A supervisor page is closed to user accesses by its flag; PKRS rules supervisor accesses alone.
+        // PKRS applies to supervisor accesses only. The U/S flag denies user accesses to a supervisor page.
         None
     } else {
         mode.pkrs
@@ -171,7 +175,7 @@ fn allowed_by_key(page: &Translation, access: Access, mode: &Mode) -> bool {
         Access::Execute => true,
         Access::Read => rights.allow(Access::Read),
         Access::Write if mode.user || mode.wp => rights.allow(Access::Write),
-        // Without CR0.WP, write-disable does not bind a supervisor; access-disable does.
+        // With CR0.WP=0, access-disable applies to supervisor writes and write-disable does not.
         Access::Write => !rights.contains(AccessRights::ACCESS_DISABLE),
     }
 }
@@ -198,7 +202,7 @@ mod tests {
     const DATA: [Access; 2] = [Access::Read, Access::Write];
 
     #[test]
-    fn access_disable_stops_all_data_accesses_and_no_fetch() {
+    fn access_disable_denies_data_accesses_and_allows_fetches() {
         for user in [false, true] {
             for access in DATA {
                 let code = check(&page(user), access, &mode(AccessRights::NONE)).unwrap_err();
@@ -210,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn write_disable_binds_ring_0_only_with_wp() {
+    fn write_disable_applies_to_ring_0_only_with_wp() {
         let read_only = mode(AccessRights::READ_ONLY);
         assert!(check(&page(true), Access::Write, &read_only).is_err());
         assert!(check(&page(true), Access::Write, &Mode { wp: false, ..read_only }).is_ok());
@@ -219,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn each_register_rules_its_own_pages() {
+    fn each_register_applies_to_its_own_pages() {
         let closed = Some(KeyRights::NONE);
         let open = Some(KeyRights::ALL);
         let pkru_closed = Mode { pkru: closed, pkrs: open, ..Mode::default() };
@@ -238,12 +242,12 @@ mod tests {
     }
 
     #[test]
-    fn switched_off_registers_do_not_count() {
+    fn disabled_registers_have_no_effect() {
         let off = Mode { pkru: None, pkrs: None, ..Mode::default() };
         assert!([true, false].into_iter().all(|user| check(&page(user), Access::Write, &off).is_ok()));
     }
 
-    /// Physical memory of a few page tables.
+    /// Returns a function that reads physical memory holding these page-table entries: (table, index, entry).
     fn tables(entries: &[(u64, usize, u64)]) -> impl Fn(u64) -> u64 + use<> {
         let entries: HashMap<u64, u64> =
             entries.iter().map(|(table, index, entry)| (table + *index as u64 * 8, *entry)).collect();
@@ -278,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn reserved_bits_are_seen() {
+    fn reserved_bits_are_reported() {
         let misaligned = tables(&[(0x1000, 0, 0x2000 | PRESENT), (0x2000, 0, 0x2000 | PRESENT | PAGE_SIZE)]);
         assert_eq!(walk(misaligned, 0x1000, 0), Err(ErrorCode::PRESENT | ErrorCode::RESERVED));
         let leaf_at_top = tables(&[(0x1000, 0, PRESENT | PAGE_SIZE)]);

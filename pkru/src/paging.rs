@@ -1,6 +1,10 @@
-//! Tagging page-table entries, and finding the leaf entry of an address.
+//! Writing keys into page-table entries, and finding the leaf entry of an address.
 //!
-//! It works on the page tables of the `x86_64` crate, in four levels, with leaves of 4 KiB, 2 MiB and 1 GiB.
+//! The functions work on the `x86_64` crate's page tables: four levels, with leaves of 4 KiB, 2 MiB and 1 GiB.
+//!
+//! # References
+//!
+//! Intel SDM volume 3, section "4-Level Paging and 5-Level Paging".
 
 use core::fmt;
 use core::ops::Range;
@@ -13,15 +17,15 @@ use x86_64::{PhysAddr, VirtAddr};
 
 use crate::ProtectionKey;
 
-/// The smallest page, in bytes.
+/// The size of the smallest page in bytes.
 pub const PAGE: u64 = 4096;
 
-/// A leaf entry: the one that maps an address.
+/// The leaf entry that maps an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leaf {
-    /// The first address that it maps.
+    /// The first address of the page.
     pub start: VirtAddr,
-    /// How many bytes it maps: 4 KiB, 2 MiB or 1 GiB.
+    /// The size of the page in bytes: 4 KiB, 2 MiB or 1 GiB.
     pub size: u64,
     /// The entry itself.
     pub entry: u64,
@@ -34,43 +38,45 @@ impl Leaf {
         ProtectionKey::of_entry(self.entry)
     }
 
-    /// Returns whether the page is a user page by its leaf entry, so that PKRU and not PKRS rules it. The entries above
-    /// it must be user entries too for that; [`model::walk`](crate::model::walk) looks at all of them.
+    /// Returns whether U/S is 1 in the leaf entry.
+    ///
+    /// The page is a user page, to which PKRU applies, only if U/S is 1 in the entries above the leaf too.
+    /// [`model::walk`](crate::model::walk) checks all levels.
     #[must_use]
     pub const fn is_user(&self) -> bool {
         self.entry & PageTableFlags::USER_ACCESSIBLE.bits() != 0
     }
 }
 
-/// Why a range was not tagged or a leaf not split. Nothing was changed.
+/// The error of a failed [`tag`] or [`split`]. The page tables have not changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PagingError {
-    /// The range does not begin and end on a multiple of 4 KiB.
+    /// The start or end of the range is not a multiple of 4 KiB.
     Misaligned {
-        /// The bound that is not.
+        /// The misaligned address.
         address: VirtAddr,
     },
-    /// The range is empty, or goes past the end of the address space.
+    /// The range is empty, or not within one half of the canonical address space.
     BadRange,
-    /// A page in the range is not mapped.
+    /// A page to tag or split is not mapped.
     NotMapped {
-        /// Its address.
+        /// The address of the page.
         address: VirtAddr,
     },
-    /// A large leaf lies only partly in the range: tagging it would tag more than was asked. [`split`] it first.
+    /// The range covers only a part of a large page. [`split`] that page first.
     PartlyInsideLargeLeaf {
-        /// The first address of the leaf.
+        /// The first address of the large page.
         start: VirtAddr,
-        /// Its size in bytes.
+        /// The size of the large page in bytes.
         size: u64,
     },
-    /// The leaf to split is a 4 KiB page.
+    /// The page to split is a 4 KiB page.
     NotLarge {
-        /// Its address.
+        /// The address passed to [`split`].
         address: VirtAddr,
     },
-    /// There is no frame for a page table.
+    /// No frame is free for a page table.
     NoFrame,
 }
 
@@ -78,22 +84,22 @@ impl fmt::Display for PagingError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Misaligned { address } => write!(f, "{address:#x} is not a multiple of 4 KiB"),
-            Self::BadRange => f.write_str("the range is empty or leaves the address space"),
+            Self::BadRange => f.write_str("the range is empty or not within one half of the address space"),
             Self::NotMapped { address } => write!(f, "{address:#x} is not mapped"),
             Self::PartlyInsideLargeLeaf { start, size } => {
                 write!(f, "the range covers only a part of the {} KiB page at {start:#x}", size / 1024)
             }
-            Self::NotLarge { address } => write!(f, "{address:#x} lies in a 4 KiB page, which cannot be split"),
-            Self::NoFrame => f.write_str("no frame is left for a page table"),
+            Self::NotLarge { address } => write!(f, "{address:#x} is in a 4 KiB page, which cannot be split"),
+            Self::NoFrame => f.write_str("no frame is free for a page table"),
         }
     }
 }
 
 impl core::error::Error for PagingError {}
 
-/// A promise to flush the translations of a range that has changed.
+/// The obligation to flush the TLB entries of a range whose leaf entries have changed.
 ///
-/// The CPU may keep the old key until then.
+/// Until then the CPU may use the old entries, and with them the old key.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "the CPU may use the old translations until they are flushed"]
 pub struct Flush {
@@ -102,11 +108,18 @@ pub struct Flush {
 }
 
 impl Flush {
-    /// Flushes the range on this CPU. Other CPUs must be told by the caller.
+    /// Flushes the range on this CPU. Must run in ring 0. Otherwise it raises #GP.
     ///
-    /// Ring 0 only.
+    /// The caller must flush the range on all other CPUs that use these page tables.
+    ///
+    /// A range of up to 33 pages of 4 KiB is flushed with INVLPG. For a longer range CR3 is reloaded, which does not
+    /// flush global pages (G=1).
+    ///
+    /// # References
+    ///
+    /// Intel SDM volume 3, section "Operations that Invalidate TLBs and Paging-Structure Caches".
     pub fn flush(self) {
-        // One by one up to a point; the figure is Linux's (6.12, `tlb_single_page_flush_ceiling`).
+        // The limit is that of Linux 6.12, `arch/x86/mm/tlb.c`, `tlb_single_page_flush_ceiling`.
         if self.length / PAGE <= 33 {
             for offset in (0..self.length).step_by(PAGE as usize) {
                 tlb::flush(self.start + offset);
@@ -116,40 +129,46 @@ impl Flush {
         }
     }
 
-    /// Does nothing, because the tables are not in use or everything is flushed anyway.
+    /// Drops the obligation, because no CPU uses the page tables or another flush covers the range.
     pub const fn ignore(self) {}
 
-    /// Returns the range that must be flushed, as addresses.
+    /// Returns the address range to flush.
     #[must_use]
     pub fn range(&self) -> Range<u64> {
         self.start.as_u64()..self.start.as_u64() + self.length
     }
 }
 
-/// Finds the leaf entry that maps an address.
+/// Returns the leaf entry that maps an address; `None` if the address is not mapped.
 ///
 /// # Safety
 ///
-/// `table` is the top of a valid hierarchy of four levels whose frames `mapping` maps.
+/// `table` is the level-4 table of a valid hierarchy whose frames `mapping` maps. Nothing changes the hierarchy during
+/// the call, except for the CPU's page walks.
 #[must_use]
 pub unsafe fn leaf(table: &PageTable, mapping: &impl PageTableFrameMapping, address: VirtAddr) -> Option<Leaf> {
-    // SAFETY: the pointer is not written through.
+    // SAFETY: the hierarchy is valid by this function's contract, and the pointer is only read.
     let (entry, size) = unsafe { leaf_entry(table, mapping, address) }?;
-    // SAFETY: it leads to an entry of a valid table.
+    // SAFETY: the pointer points to an entry of a valid table.
     Some(Leaf { start: align_down(address, size), size, entry: bits(unsafe { &*entry }) })
 }
 
-/// Writes a key into every leaf entry of a range.
+/// Writes a key into each leaf entry of a range.
 ///
 /// # Errors
 ///
-/// If the range is not whole mapped pages. Then no entry has changed.
+/// If this fails, no entry has changed.
+///
+/// - [`PagingError::Misaligned`] if a bound is not a multiple of 4 KiB.
+/// - [`PagingError::BadRange`] if the range is empty, or not within one half of the canonical address space.
+/// - [`PagingError::NotMapped`] if a page of the range is not mapped.
+/// - [`PagingError::PartlyInsideLargeLeaf`] if the range covers only a part of a large page.
 ///
 /// # Safety
 ///
-/// - `table` is the top of a valid hierarchy of four levels whose frames `mapping` maps, and nothing else changes it
-///   meanwhile.
-/// - The rights in force, and those of every context that will run, allow what code needs to do with these pages.
+/// - `table` is the level-4 table of a valid hierarchy whose frames `mapping` maps. Nothing else reads or changes the
+///   hierarchy during the call, except for the CPU's page walks.
+/// - All code that accesses these pages afterwards runs with rights to `key` that allow these accesses.
 pub unsafe fn tag(
     table: &mut PageTable,
     mapping: &impl PageTableFrameMapping,
@@ -159,12 +178,12 @@ pub unsafe fn tag(
     let length = check_range(&range)?;
     let end = range.start.as_u64() + (length - 1);
 
-    // First look, then write: an error leaves everything as it was.
+    // The first pass checks the range and the second writes, so an error changes nothing.
     for write in [false, true] {
         let mut address = range.start.as_u64();
         loop {
             let at = VirtAddr::new_truncate(address);
-            // SAFETY: the caller answers for the hierarchy.
+            // SAFETY: the hierarchy is valid by this function's contract.
             let found = unsafe { leaf_entry(table, mapping, at) };
             let (entry, size) = found.ok_or(PagingError::NotMapped { address: at })?;
             let start = align_down(at, size);
@@ -172,7 +191,7 @@ pub unsafe fn tag(
                 return Err(PagingError::PartlyInsideLargeLeaf { start, size });
             }
             if write {
-                // SAFETY: the entry is in a valid table that the caller holds alone.
+                // SAFETY: the entry is in a valid table, to which this function has exclusive access by its contract.
                 set_bits(unsafe { &mut *entry }, |entry| key.in_entry(entry));
             }
             if end - address == size - 1 {
@@ -184,32 +203,37 @@ pub unsafe fn tag(
     Ok(Flush { start: range.start, length })
 }
 
-/// Replaces the large leaf that maps an address by a table of 512 leaves of the next smaller size, with the same flags
-/// and key.
+/// Splits the large page that maps an address into 512 pages of the next smaller size, with the same flags and key.
 ///
 /// # Errors
 ///
-/// [`PagingError::NotMapped`], [`PagingError::NotLarge`] or [`PagingError::NoFrame`]. Then nothing has changed.
+/// If this fails, no entry has changed.
+///
+/// - [`PagingError::NotMapped`] if the address is not mapped.
+/// - [`PagingError::NotLarge`] if it is in a 4 KiB page.
+/// - [`PagingError::NoFrame`] if `frames` has no frame for the new table.
 ///
 /// # Safety
 ///
-/// As for [`tag`]; and `frames` gives frames that are unused and mapped by `mapping`.
+/// - `table` is the level-4 table of a valid hierarchy whose frames `mapping` maps. Nothing else reads or changes the
+///   hierarchy during the call, except for the CPU's page walks.
+/// - `frames` returns frames that are unused and that `mapping` maps.
 pub unsafe fn split(
     table: &mut PageTable,
     mapping: &impl PageTableFrameMapping,
     frames: &mut impl FrameAllocator<Size4KiB>,
     address: VirtAddr,
 ) -> Result<Flush, PagingError> {
-    /// In a large leaf the PAT bit is bit 12; in a 4 KiB leaf it is bit 7, which otherwise says that a leaf is large.
+    /// The PAT bit of a large leaf. In a 4 KiB leaf PAT is bit 7, which marks a large leaf (PS) at the levels above.
     const LARGE_PAT: u64 = 1 << 12;
 
-    // SAFETY: the caller answers for the hierarchy.
+    // SAFETY: the hierarchy is valid by this function's contract.
     let (entry, size) = unsafe { leaf_entry(table, mapping, address) }.ok_or(PagingError::NotMapped { address })?;
     if size == PAGE {
         return Err(PagingError::NotLarge { address });
     }
     let frame = frames.allocate_frame().ok_or(PagingError::NoFrame)?;
-    // SAFETY: the entry is in a valid table that the caller holds alone.
+    // SAFETY: the entry is in a valid table, to which this function has exclusive access by its contract.
     let entry = unsafe { &mut *entry };
     let old = bits(entry);
     let smaller = size / 512;
@@ -220,24 +244,24 @@ pub unsafe fn split(
         old
     };
     let leaves = mapping.frame_to_pointer(frame);
-    // SAFETY: the frame is unused and mapped.
+    // SAFETY: the frame is unused and mapped by this function's contract.
     unsafe { leaves.write(PageTable::new()) };
-    // SAFETY: it holds an empty table now, which nothing else knows.
+    // SAFETY: the frame holds an empty table now, and nothing else has a pointer to it.
     for (index, leaf) in unsafe { &mut *leaves }.iter_mut().enumerate() {
         set_bits(leaf, |_| first + index as u64 * smaller);
     }
-    // Rights narrow from level to level: the new entry gives everything, and its leaves decide, each for itself from
-    // now on.
+    // The CPU combines the flags of all levels. The new entry allows every access, so each new leaf alone decides.
     let flags = PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::USER_ACCESSIBLE;
     set_bits(entry, |_| frame.start_address().as_u64() | flags.bits());
     Ok(Flush { start: align_down(address, size), length: size })
 }
 
-/// Finds the leaf entry of an address and its size. The entry may be written if `table` may be.
+/// Returns a pointer to the leaf entry of an address, and the size of its page in bytes. A caller with exclusive access
+/// to the hierarchy may write through the pointer.
 ///
 /// # Safety
 ///
-/// As for [`leaf`].
+/// The conditions of [`leaf`] hold.
 unsafe fn leaf_entry(
     mut table: *const PageTable,
     mapping: &impl PageTableFrameMapping,
@@ -246,9 +270,9 @@ unsafe fn leaf_entry(
     let mut level = PageTableLevel::Four;
     loop {
         let index = usize::from(address.page_table_index(level));
-        // SAFETY: a table has 512 entries, and an index is below that.
+        // SAFETY: a table has 512 entries, and the index is below 512.
         let pointer = unsafe { table.cast::<PageTableEntry>().add(index) };
-        // SAFETY: the pointer leads to an entry of a table of the caller's hierarchy.
+        // SAFETY: the pointer points to an entry of a valid table.
         let entry = unsafe { &*pointer };
         let flags = entry.flags();
         if !flags.contains(PageTableFlags::PRESENT) {
@@ -271,7 +295,7 @@ fn check_range(range: &Range<VirtAddr>) -> Result<u64, PagingError> {
     }
     let length = range.end.as_u64().checked_sub(range.start.as_u64()).filter(|length| *length != 0);
     let length = length.ok_or(PagingError::BadRange)?;
-    // Both bounds in the same half: between the halves there are no addresses.
+    // Bit 47 tells the halves of the canonical address space apart. The range must not contain the gap between them.
     let last = VirtAddr::try_new(range.end.as_u64() - 1).map_err(|_| PagingError::BadRange)?;
     if last.as_u64() >> 47 == range.start.as_u64() >> 47 { Ok(length) } else { Err(PagingError::BadRange) }
 }
@@ -297,20 +321,20 @@ mod tests {
     use std::boxed::Box;
     use x86_64::structures::paging::PhysFrame;
 
-    /// Page tables in the host's memory, where a physical address is the host's own.
+    /// Maps page tables in the host's memory. Physical addresses are the host's virtual addresses.
     struct Identity;
 
-    // SAFETY: the tests' frames are boxes of this process, at their own addresses.
+    // SAFETY: the tests' frames are boxes of this process, and a frame's physical address is the box's address.
     unsafe impl PageTableFrameMapping for Identity {
         fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
             frame.start_address().as_u64() as *mut PageTable
         }
     }
 
-    /// Gives out boxes, as many as it says.
+    /// Allocates leaked boxes as frames, up to this number.
     struct Boxes(usize);
 
-    // SAFETY: a box that is leaked is unused.
+    // SAFETY: each frame is a new leaked box, so nothing else uses it.
     unsafe impl FrameAllocator<Size4KiB> for Boxes {
         fn allocate_frame(&mut self) -> Option<PhysFrame> {
             self.0 = self.0.checked_sub(1)?;
@@ -324,8 +348,8 @@ mod tests {
     const FLAGS: PageTableFlags =
         PageTableFlags::PRESENT.union(PageTableFlags::WRITABLE).union(PageTableFlags::USER_ACCESSIBLE);
 
-    /// Maps 0..2 MiB by small pages, 2..4 MiB by a large one and 1..2 GiB by a huge one, all to the same physical
-    /// addresses.
+    /// Maps 0..2 MiB with 4 KiB pages, 2..4 MiB with one 2 MiB page and 1..2 GiB with one 1 GiB page, all to the same
+    /// physical addresses.
     fn tables() -> &'static mut PageTable {
         let table = || Box::leak(Box::new(PageTable::new()));
         let address = |table: &PageTable| PhysAddr::new(core::ptr::from_ref(table) as u64);
@@ -350,7 +374,7 @@ mod tests {
     }
 
     fn tag_range(table: &mut PageTable, range: Range<u64>, key: ProtectionKey) -> Result<Flush, PagingError> {
-        // SAFETY: the test holds the tables alone, and no CPU uses them.
+        // SAFETY: the tables are valid, nothing else refers to them, and no CPU uses them.
         unsafe { tag(table, &Identity, at(range.start)..at(range.end), key) }
     }
 
@@ -370,11 +394,11 @@ mod tests {
         assert_eq!(flush.range(), 0x3000..0x5000);
         assert_eq!([0x2000, 0x3000, 0x4fff, 0x5000].map(|address| key_at(table, address)), [0, 7, 7, 0]);
         let entry = find(table, 0x4000).unwrap().entry;
-        assert_eq!(entry & !(0xf << 59), 0x4000 | FLAGS.bits(), "nothing but the key has changed");
+        assert_eq!(entry & !(0xf << 59), 0x4000 | FLAGS.bits(), "only the key has changed");
     }
 
     #[test]
-    fn large_and_huge_leaves_are_tagged_whole() {
+    fn large_pages_are_tagged_as_a_whole() {
         let table = tables();
         tag_range(table, LARGE..2 * LARGE, key(3)).unwrap().ignore();
         tag_range(table, HUGE..2 * HUGE, key(4)).unwrap().ignore();
@@ -383,14 +407,14 @@ mod tests {
     }
 
     #[test]
-    fn a_range_over_leaves_of_two_sizes() {
+    fn a_range_can_span_pages_of_two_sizes() {
         let table = tables();
         tag_range(table, LARGE - PAGE..2 * LARGE, key(5)).unwrap().ignore();
         assert_eq!([LARGE - 2 * PAGE, LARGE - PAGE, LARGE].map(|address| key_at(table, address)), [0, 5, 5]);
     }
 
     #[test]
-    fn a_partly_covered_leaf_is_an_error_and_nothing_changes() {
+    fn a_partly_covered_large_page_fails_and_changes_nothing() {
         let table = tables();
         let error = PagingError::PartlyInsideLargeLeaf { start: at(LARGE), size: LARGE };
         for range in [LARGE - PAGE..LARGE + PAGE, LARGE..2 * LARGE - PAGE, LARGE + PAGE..2 * LARGE] {
@@ -400,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unmapped_page_is_an_error_and_nothing_changes() {
+    fn an_unmapped_page_fails_and_changes_nothing() {
         let table = tables();
         let error = PagingError::NotMapped { address: at(2 * LARGE) };
         assert_eq!(tag_range(table, LARGE..3 * LARGE, key(5)), Err(error));
@@ -408,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_ranges_are_refused() {
+    fn bad_ranges_fail() {
         let table = tables();
         let tag = |table: &mut PageTable, range| tag_range(table, range, key(1)).unwrap_err();
         assert_eq!(tag(table, 0..1), PagingError::Misaligned { address: at(1) });
@@ -418,18 +442,18 @@ mod tests {
     }
 
     #[test]
-    fn a_split_changes_no_translation() {
+    fn split_changes_no_translation() {
         let table = tables();
         tag_range(table, LARGE..2 * LARGE, key(3)).unwrap().ignore();
         tag_range(table, HUGE..2 * HUGE, key(4)).unwrap().ignore();
         let root = core::ptr::from_mut(table) as u64;
-        // SAFETY: physical addresses of tables are the host's own.
+        // SAFETY: the walk reads entries of valid tables, whose physical addresses are the host's virtual addresses.
         let read = |address: u64| unsafe { (address as *const u64).read() };
         let probes = [LARGE, LARGE + 5 * PAGE + 3, 2 * LARGE - 1, HUGE, HUGE + 3 * LARGE + 9, 2 * HUGE - 1];
         let walks = || probes.map(|address| model::walk(read, root, address).unwrap());
         let before = walks();
         for address in [LARGE + 5, HUGE + 3 * LARGE, HUGE + 3 * LARGE + 1] {
-            // SAFETY: the test holds the tables alone, and boxes are unused frames.
+            // SAFETY: the tables are valid, nothing else refers to them, and the boxes are unused frames.
             unsafe { split(table, &Identity, &mut Boxes(1), at(address)) }.unwrap().ignore();
         }
         let after = walks();
@@ -445,9 +469,9 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_split() {
+    fn split_fails_without_a_large_page_or_a_frame() {
         let table = tables();
-        // SAFETY: the test holds the tables alone.
+        // SAFETY: the tables are valid, nothing else refers to them, and the boxes are unused frames.
         let mut split = |frames, address| unsafe { split(table, &Identity, &mut Boxes(frames), at(address)) };
         assert_eq!(split(1, 0x1000), Err(PagingError::NotLarge { address: at(0x1000) }));
         assert_eq!(split(1, 2 * LARGE), Err(PagingError::NotMapped { address: at(2 * LARGE) }));

@@ -1,4 +1,4 @@
-//! Access rights: two bits for one key, and the 32-bit value that holds those of all sixteen.
+//! Access rights: the two bits for one key, and the 32-bit value for all 16 keys.
 
 use core::fmt;
 
@@ -7,31 +7,31 @@ use bitflags::bitflags;
 use crate::ProtectionKey;
 
 bitflags! {
-    /// The rights to the pages of one key, as the hardware writes them: set bits take rights away.
+    /// The rights to the pages of one key, in the hardware's encoding: a set bit denies accesses.
     ///
-    /// Access-disable dominates: with it, write-disable means nothing. Instruction fetches are not subject to keys.
+    /// If access-disable is set, write-disable has no effect. Protection keys do not affect instruction fetches.
     ///
     /// # References
     ///
     /// Intel SDM volume 3, section "Protection Keys".
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
     pub struct AccessRights: u8 {
-        /// AD: no data access at all.
+        /// AD: denies all data accesses.
         const ACCESS_DISABLE = 1;
-        /// WD: no writes. Binds supervisor accesses only while CR0.WP is 1.
+        /// WD: denies writes. It applies to supervisor accesses only if CR0.WP is 1.
         const WRITE_DISABLE = 2;
     }
 }
 
 impl AccessRights {
-    /// Reads and writes.
+    /// Allows reads and writes.
     pub const READ_WRITE: Self = Self::empty();
-    /// Reads only.
+    /// Allows reads.
     pub const READ_ONLY: Self = Self::WRITE_DISABLE;
-    /// Neither, in the form in which Linux writes it: AD alone.
+    /// Allows neither. Only AD is set, as in Linux's initial PKRU.
     pub const NONE: Self = Self::ACCESS_DISABLE;
 
-    /// Returns whether these rights allow the access, for code that write-disable binds.
+    /// Returns whether these rights allow an access, for user accesses and for supervisor accesses with CR0.WP=1.
     #[must_use]
     pub const fn allow(self, access: Access) -> bool {
         match access {
@@ -52,7 +52,7 @@ impl fmt::Display for AccessRights {
     }
 }
 
-/// What an instruction does to memory.
+/// The kind of a memory access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Access {
     /// A data read.
@@ -90,26 +90,27 @@ impl fmt::Display for Access {
 pub struct KeyRights(u32);
 
 impl KeyRights {
-    /// All rights to all keys.
+    /// Reads and writes under all keys.
     pub const ALL: Self = Self(0);
 
-    /// No rights to any key: AD and WD set for each.
+    /// No access under any key: AD and WD are set for each.
     pub const NONE: Self = Self(u32::MAX);
 
-    /// What Linux gives a new thread and a signal handler: all rights to key 0 and no access to any other.
+    /// Linux's initial value for a new program and for signal handlers: reads and writes under key 0, no access under
+    /// any other key.
     ///
     /// # References
     ///
     /// Linux 6.12, `arch/x86/mm/pkeys.c`, `init_pkru_value`.
     pub const LINUX_INITIAL: Self = Self(0x5555_5554);
 
-    /// Takes the value as the register holds it.
+    /// Creates the value from the register's bits.
     #[must_use]
     pub const fn from_bits(bits: u32) -> Self {
         Self(bits)
     }
 
-    /// Returns the value as the register holds it.
+    /// Returns the value as the register's bits.
     #[must_use]
     pub const fn bits(self) -> u32 {
         self.0
@@ -121,7 +122,7 @@ impl KeyRights {
         AccessRights::from_bits_truncate((self.0 >> Self::shift(key)) as u8)
     }
 
-    /// Returns the value with the rights to one key replaced.
+    /// Returns this value with the rights to one key replaced.
     #[must_use]
     pub const fn with(self, key: ProtectionKey, rights: AccessRights) -> Self {
         Self(self.0 & !(3 << Self::shift(key)) | (rights.bits() as u32) << Self::shift(key))
@@ -148,7 +149,7 @@ impl fmt::Debug for KeyRights {
     }
 }
 
-/// Writes the value in hexadecimal, as debuggers and kernel logs show it.
+/// Writes the value in hexadecimal.
 impl fmt::Display for KeyRights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#010x}", self.0)
@@ -170,7 +171,7 @@ mod tests {
         assert!(!AccessRights::NONE.allow(Access::Write));
         assert!(AccessRights::READ_ONLY.allow(Access::Read));
         assert!(!AccessRights::READ_ONLY.allow(Access::Write));
-        assert!(both.allow(Access::Execute), "fetches are not subject to keys");
+        assert!(both.allow(Access::Execute), "keys do not affect fetches");
     }
 
     #[test]
@@ -186,13 +187,13 @@ mod tests {
     }
 
     #[test]
-    fn linux_initial_is_key_zero_alone() {
+    fn linux_initial_allows_key_zero_alone() {
         let expected = ProtectionKey::all().skip(1).fold(KeyRights::ALL, |all, key| all.with(key, AccessRights::NONE));
         assert_eq!(KeyRights::LINUX_INITIAL, expected);
     }
 
     #[test]
-    fn covering_is_by_meaning_and_not_by_bits() {
+    fn covers_compares_rights_and_not_bits() {
         let none = KeyRights::ALL.with(key(1), AccessRights::NONE);
         let none_twice = KeyRights::ALL.with(key(1), AccessRights::ACCESS_DISABLE | AccessRights::WRITE_DISABLE);
         assert!(none.covers(none_twice) && none_twice.covers(none));

@@ -1,4 +1,4 @@
-//! PKRU in an XSAVE area, as an operating system saves it with a thread's state or in a signal frame.
+//! Reading and writing PKRU in an XSAVE area, in which an operating system saves a thread's state.
 
 use crate::KeyRights;
 
@@ -12,8 +12,8 @@ use crate::KeyRights;
 ///                      └ XSTATE_BV: bit n is clear while component n is in its initial state
 /// ```
 ///
-/// The place of PKRU, which is component 9, differs between CPUs: CPUID leaf 0xd tells it
-/// ([`Features::pkru_offset`](crate::cpuid::Features)).
+/// PKRU is state component 9. Its offset differs between CPUs. CPUID leaf 0Dh reports it, see
+/// [`Features::pkru_offset`](crate::cpuid::Features::pkru_offset).
 ///
 /// # Examples
 ///
@@ -30,7 +30,7 @@ use crate::KeyRights;
 ///
 /// # References
 ///
-/// Intel SDM volume 1, sections "XSAVE Area" and "XSAVE-Managed State".
+/// Intel SDM volume 1, sections "XSAVE Area", "XSAVE-Managed State" and "Processor Tracking of XSAVE-Managed State".
 #[derive(Debug)]
 pub struct XsaveArea<'a>(
     // Invariant: at least `HEADER_END` bytes.
@@ -38,19 +38,22 @@ pub struct XsaveArea<'a>(
 );
 
 impl<'a> XsaveArea<'a> {
-    /// PKRU's bit in XSTATE_BV, and in the mask of components that an area has.
+    /// PKRU's bit in XSTATE_BV, XCR0 and other masks of XSAVE state components.
     pub const PKRU: u64 = 1 << 9;
 
     const HEADER: usize = 512;
     const HEADER_END: usize = 576;
 
-    /// Takes the bytes of an area; `None` if they are fewer than legacy region and header have.
+    /// Creates an area over its bytes; `None` if they are fewer than 576, the size of legacy region and header.
     #[must_use]
     pub const fn new(bytes: &'a mut [u8]) -> Option<Self> {
         if bytes.len() < Self::HEADER_END { None } else { Some(Self(bytes)) }
     }
 
-    /// Reads PKRU at an offset from the start of the area; `None` if the area does not reach so far.
+    /// Returns PKRU at `offset` bytes from the start of the area.
+    ///
+    /// Returns [`KeyRights::ALL`], the initial state, if XSTATE_BV marks PKRU as absent. Returns `None` if the offset
+    /// is in the legacy region or header, or beyond the area.
     #[must_use]
     pub fn pkru(&self, offset: usize) -> Option<KeyRights> {
         let value = self.0.get(Self::slot(offset)?)?;
@@ -61,8 +64,9 @@ impl<'a> XsaveArea<'a> {
         Some(KeyRights::from_bits(u32::from_le_bytes(value.try_into().ok()?)))
     }
 
-    /// Writes PKRU at an offset from the start of the area, and marks it as present. Returns `false`, with nothing
-    /// written, if the area does not reach so far.
+    /// Writes PKRU at `offset` bytes from the start of the area, and marks it as present in XSTATE_BV.
+    ///
+    /// Returns `false` and writes nothing if the offset is in the legacy region or header, or beyond the area.
     #[must_use]
     pub fn set_pkru(&mut self, offset: usize, rights: KeyRights) -> bool {
         let Some(value) = Self::slot(offset).and_then(|slot| self.0.get_mut(slot)) else { return false };
@@ -76,7 +80,7 @@ impl<'a> XsaveArea<'a> {
         (offset >= Self::HEADER_END).then_some(offset..offset.checked_add(4)?)
     }
 
-    /// XSTATE_BV.
+    /// Returns XSTATE_BV.
     fn present(&self) -> u64 {
         let mut bytes = [0; 8];
         bytes.copy_from_slice(&self.0[Self::HEADER..Self::HEADER + 8]);
@@ -96,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_marks_the_component_and_touches_nothing_else() {
+    fn set_pkru_marks_the_component_and_changes_nothing_else() {
         let mut bytes = [0; 700];
         bytes[512] = 3;
         assert!(XsaveArea::new(&mut bytes).unwrap().set_pkru(600, KeyRights::NONE));
@@ -106,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offset_outside_the_area_or_in_its_header_is_refused() {
+    fn an_offset_outside_the_area_or_in_its_header_fails() {
         let mut bytes = [0; 700];
         let mut area = XsaveArea::new(&mut bytes).unwrap();
         for offset in [0, 512, 575, 697, 700, usize::MAX] {

@@ -1,7 +1,7 @@
 //! The two registers that hold access rights: [`Pkru`] for user pages, [`Pkrs`] for supervisor pages.
 //!
-//! Both hold a [`KeyRights`](crate::KeyRights). A value of either type proves that the register can be used, because it
-//! is had only where the CPU was seen to offer it.
+//! Both registers hold a [`KeyRights`](crate::KeyRights). A value of either type proves that the register is usable:
+//! `detect` returns one only if the CPU has the register.
 
 mod pkrs;
 mod pkru;

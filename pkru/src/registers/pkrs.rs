@@ -4,10 +4,10 @@ use crate::KeyRights;
 use crate::cpuid::Features;
 use crate::instructions::{rdpkrs, wrpkrs};
 
-/// IA32_PKRS, the protection-key rights register for supervisor pages, usable.
+/// Proof that IA32_PKRS, the rights register for supervisor pages, is usable.
 ///
-/// It rules accesses to pages with U/S=0. Only ring 0 can read or write it; `detect` cannot see the privilege level,
-/// and so is unsafe.
+/// PKRS applies to accesses to pages with U/S=0. Only ring 0 can read or write it. [`detect`](Self::detect) is unsafe
+/// because it does not check the privilege level.
 ///
 /// ```text
 ///  63                    32 31                          0
@@ -23,21 +23,21 @@ use crate::instructions::{rdpkrs, wrpkrs};
 pub struct Pkrs(());
 
 impl Pkrs {
-    /// Returns the register if the CPU has it. It takes effect once CR4.PKS is 1.
+    /// Returns the register if the CPU has it. It has an effect only while CR4.PKS is 1.
     ///
     /// # Safety
     ///
-    /// The CPU runs in ring 0, now and wherever this value is used.
+    /// The CPU runs in ring 0 wherever this value is used.
     #[must_use]
     pub unsafe fn detect() -> Option<Self> {
         Features::of_this_cpu().pks.then_some(Self(()))
     }
 
-    /// Assumes that the register is usable.
+    /// Returns the register without checking the CPU.
     ///
     /// # Safety
     ///
-    /// Every CPU that this value is used on has PKS and runs in ring 0.
+    /// Each CPU on which this value is used has PKS and runs in ring 0.
     #[must_use]
     pub const unsafe fn assume() -> Self {
         Self(())
@@ -51,15 +51,17 @@ impl Pkrs {
         KeyRights::from_bits(unsafe { rdpkrs() })
     }
 
-    /// Puts rights in force.
+    /// Writes the rights. They take effect at once.
     ///
     /// # Safety
     ///
-    /// Every access that follows is one that the new rights allow, down to the compiler's own to the stack and the
-    /// CPU's to the stacks that it delivers interrupts on.
+    /// - The new rights allow every access that follows, including the compiler's accesses to the stack and the CPU's
+    ///   accesses to the stacks of interrupts.
+    /// - No code relies on the new rights denying an access that they allow.
     #[inline]
     pub unsafe fn write(self, rights: KeyRights) {
-        // SAFETY: a value of this type exists only in ring 0 of a CPU with PKS; the caller answers for the rights.
+        // SAFETY: a value of this type exists only in ring 0 of a CPU with PKS, and the rights suffice by this
+        // function's contract.
         unsafe { wrpkrs(rights.bits()) }
     }
 }

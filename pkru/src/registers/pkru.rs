@@ -4,10 +4,10 @@ use crate::KeyRights;
 use crate::cpuid::Features;
 use crate::instructions::{rdpkru, wrpkru};
 
-/// PKRU, the protection-key rights register for user pages, usable.
+/// Proof that PKRU, the rights register for user pages, is usable.
 ///
-/// It rules accesses to pages with U/S=1 at every privilege level, so ring 0 is bound by it too. It is a register of
-/// the logical CPU: Linux keeps it per thread.
+/// PKRU applies to accesses to pages with U/S=1 at every privilege level, ring 0 included. Each logical CPU has one.
+/// Linux saves and restores it for each thread.
 ///
 /// # Examples
 ///
@@ -27,19 +27,19 @@ use crate::instructions::{rdpkru, wrpkru};
 pub struct Pkru(());
 
 impl Pkru {
-    /// Returns the register if the system has switched it on.
+    /// Returns the register if the operating system has enabled it.
     ///
-    /// It goes by OSPKE, which mirrors CR4.PKE, and not by the vendor: both Intel's and AMD's CPUs have it.
+    /// This reads OSPKE from CPUID, which mirrors CR4.PKE. Intel's and AMD's CPUs both report it.
     #[must_use]
     pub fn detect() -> Option<Self> {
         Features::of_this_cpu().ospke.then_some(Self(()))
     }
 
-    /// Assumes that the register is usable.
+    /// Returns the register without checking the CPU.
     ///
     /// # Safety
     ///
-    /// CR4.PKE is 1 on every CPU that this value is used on.
+    /// CR4.PKE is 1 on each CPU on which this value is used.
     #[must_use]
     pub const unsafe fn assume() -> Self {
         Self(())
@@ -53,15 +53,16 @@ impl Pkru {
         KeyRights::from_bits(unsafe { rdpkru() })
     }
 
-    /// Puts rights in force.
+    /// Writes the rights. They take effect at once.
     ///
     /// # Safety
     ///
-    /// Every access that follows is one that the new rights allow, down to the compiler's own to the stack; and no code
-    /// relies on memory that they open being closed.
+    /// - The new rights allow every access that follows, including the compiler's accesses to the stack.
+    /// - No code relies on the new rights denying an access that they allow.
     #[inline]
     pub unsafe fn write(self, rights: KeyRights) {
-        // SAFETY: a value of this type exists only where CR4.PKE is 1; the caller answers for the rights.
+        // SAFETY: a value of this type exists only where CR4.PKE is 1, and the rights suffice by this function's
+        // contract.
         unsafe { wrpkru(rights.bits()) }
     }
 }
