@@ -250,13 +250,11 @@ impl Domain {
         memory.ensure_rights_after_call();
         let loaded = memory.loaded_count();
         let (kind, instruction) = classify(memory, &trap);
-        if let Some((then, last)) = &self.last
-            && *then == loaded
-            && last.is(&kind, instruction)
-        {
-            return last.clone();
+        let last = self.last.as_ref().filter(|(then, _)| *then == loaded).map(|(_, last)| last);
+        if let Some(same) = last.filter(|last| last.is(&kind, instruction)) {
+            return same.clone();
         }
-        let violation = Violation::of_trap(self.name.clone(), kind, instruction, closure);
+        let violation = Violation::of_trap(self.name.clone(), kind, instruction, closure, last);
         self.last = Some((loaded, violation.clone()));
         violation
     }

@@ -161,6 +161,9 @@ pub(super) struct Escaped<'a>(pub(super) &'a str);
 
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.0.contains(char::is_control) {
+            return f.write_str(self.0);
+        }
         self.0.chars().try_for_each(|character| {
             if character.is_control() {
                 character.escape_default().fmt(f)

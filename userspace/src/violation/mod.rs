@@ -12,7 +12,7 @@ mod symbol;
 pub(crate) mod symbol_tables;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use pkru::ProtectionKey;
 use pkru::fault::KeyFault;
@@ -46,17 +46,26 @@ struct Details {
     kind: ViolationKind,
     /// The instruction that was stopped, and the function that it belongs to.
     instruction: Option<u64>,
-    symbol: Option<Symbol>,
+    symbol: Option<Arc<Symbol>>,
     /// What the accessed address belongs to.
     target: Option<Symbol>,
     /// Whether the page that a key protects is the program's, and not another domain's, a vault's or a region's.
     is_programs: bool,
+    /// What it displays, written when it is first displayed.
+    text: OnceLock<String>,
 }
 
 impl Violation {
     pub(crate) fn new(domain: Arc<str>, kind: ViolationKind) -> Self {
-        let details = Details { domain, kind, instruction: None, symbol: None, target: None, is_programs: false };
-        Self(Arc::new(details))
+        Self(Arc::new(Details {
+            domain,
+            kind,
+            instruction: None,
+            symbol: None,
+            target: None,
+            is_programs: false,
+            text: OnceLock::new(),
+        }))
     }
 
     /// Returns whether it is of this kind and at this instruction.
@@ -65,21 +74,29 @@ impl Violation {
     }
 
     /// Makes a violation of a trap, as [`classify()`] has classified it. `closure` is the name of the closure that was
-    /// called.
+    /// called. `last` is an earlier violation, whose symbol is used again if the instruction is the same.
+    #[cold]
+    #[inline(never)]
     pub(crate) fn of_trap(
         domain: Arc<str>,
         kind: ViolationKind,
         instruction: Option<u64>,
         closure: &'static str,
+        last: Option<&Self>,
     ) -> Self {
-        let [symbol, target] = symbol_tables::find([instruction, kind.address()]);
-        let symbol = symbol.map(|symbol| match &symbol.name {
-            // The compiler has made one function of the two.
-            Some(name) if is_entry(name) => Symbol { name: Some(closure.into()), ..symbol },
-            _ => symbol,
+        let known = last.filter(|last| last.0.instruction == instruction).and_then(|last| last.0.symbol.clone());
+        let unknown = instruction.filter(|_| known.is_none());
+        let [symbol, target] = symbol_tables::find([unknown, kind.address()]);
+        let symbol = known.or_else(|| {
+            let symbol = symbol?;
+            Some(Arc::new(match &symbol.name {
+                // The compiler has made one function of the two.
+                Some(name) if is_entry(name) => Symbol { name: Some(closure.into()), ..symbol },
+                _ => symbol,
+            }))
         });
         let is_programs = matches!(&kind, ViolationKind::Key(fault) if statics::is_programs(fault.key));
-        Self(Arc::new(Details { domain, kind, instruction, symbol, target, is_programs }))
+        Self(Arc::new(Details { domain, kind, instruction, symbol, target, is_programs, text: OnceLock::new() }))
     }
 
     /// Returns the name of the domain.
@@ -129,7 +146,7 @@ impl Violation {
     /// Returns the function that the instruction belongs to, if it is known.
     #[must_use]
     pub fn symbol(&self) -> Option<&Symbol> {
-        self.0.symbol.as_ref()
+        self.0.symbol.as_deref()
     }
 
     /// Returns the variable or function that the accessed address belongs to, if it is known.
@@ -137,41 +154,11 @@ impl Violation {
     pub fn target(&self) -> Option<&Symbol> {
         self.0.target.as_ref()
     }
-
-    /// Writes what to do where code in a domain has to write the program's memory and nothing is wrong.
-    fn write_advice(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Details { kind: ViolationKind::Key(KeyFault { access: Access::Write, .. }), is_programs: true, .. } =
-            *self.0
-        else {
-            return Ok(());
-        };
-        if self.symbol().and_then(Symbol::name) == Some("pthread_create") {
-            return f.write_str("; code in a domain cannot start threads");
-        }
-        let Some(target) = self.target() else {
-            return f.write_str(
-                "; if this code has to write there, have it allocate and return what it writes, or use a `Region` or a \
-                 callback",
-            );
-        };
-        if !target.is_variable {
-            return Ok(());
-        }
-        f.write_str("; if this code has to write that static, ")?;
-        if !target.is_of_runtime {
-            f.write_str("initialise it before, outside the domain (Builder::warm_up), or ")?;
-        }
-        if target.can_be_owned {
-            let library = target.library().file_name().unwrap_or_default().display();
-            write!(f, "give the domain {library}'s data (Builder::library), or ")?;
-        }
-        f.write_str("make all statics writable in the domain (Globals::Writable)")
-    }
 }
 
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Details { domain, kind, instruction, symbol, target, is_programs } = &*self.0;
+impl Details {
+    fn write(&self, f: &mut impl fmt::Write) -> fmt::Result {
+        let Self { domain, kind, instruction, symbol, target, is_programs, .. } = self;
         write!(f, "domain `{}`: {kind}", Escaped(domain))?;
         match (target, kind) {
             (Some(target), _) => write!(f, " ({target})")?,
@@ -186,6 +173,47 @@ impl fmt::Display for Violation {
             write!(f, " in {symbol}")?;
         }
         self.write_advice(f)
+    }
+
+    /// Writes what to do where code in a domain has to write the program's memory and nothing is wrong.
+    fn write_advice(&self, f: &mut impl fmt::Write) -> fmt::Result {
+        let Self { kind: ViolationKind::Key(KeyFault { access: Access::Write, .. }), is_programs: true, .. } = self
+        else {
+            return Ok(());
+        };
+        if self.symbol.as_deref().and_then(Symbol::name) == Some("pthread_create") {
+            return f.write_str("; code in a domain cannot start threads");
+        }
+        let Some(target) = &self.target else {
+            return f.write_str(
+                "; if this code has to write there, have it allocate and return what it writes, or use a `Region` or a \
+                 callback",
+            );
+        };
+        if !target.is_variable {
+            return Ok(());
+        }
+        f.write_str("; if this code has to write that static, ")?;
+        if !target.is_of_runtime {
+            f.write_str("initialise it before, outside the domain (Builder::warm_up), or ")?;
+        }
+        if target.can_be_owned {
+            write!(f, "give the domain {}'s data (Builder::library), or ", target.file)?;
+        }
+        f.write_str("make all statics writable in the domain (Globals::Writable)")
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// As long as most of them, in bytes.
+        const USUAL: usize = 512;
+        f.write_str(self.0.text.get_or_init(|| {
+            let mut text = String::with_capacity(USUAL);
+            // Writing to a string does not fail.
+            let _ = self.0.write(&mut text);
+            text
+        }))
     }
 }
 

@@ -9,6 +9,8 @@ pub struct Symbol {
     pub(super) name: Option<String>,
     pub(super) offset: u64,
     pub(super) library: PathBuf,
+    /// The file's name.
+    pub(super) file: String,
     /// It lies in a segment that the program can write.
     pub(super) is_variable: bool,
     /// It is in a library whose data a domain can own.
@@ -41,7 +43,7 @@ impl Symbol {
 
 impl fmt::Display for Symbol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let library = self.library.file_name().unwrap_or(self.library.as_os_str()).display();
+        let library = &self.file;
         match &self.name {
             Some(name) if self.offset == 0 => write!(f, "{name} of {library}"),
             Some(name) => write!(f, "{name}+{:#x} of {library}", self.offset),

@@ -1,6 +1,5 @@
 //! The symbol tables of loaded objects, read once.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,8 +19,6 @@ pub(crate) struct SymbolTables {
     /// The [count of loaded objects](sys::loaded_count) for which `objects` was made.
     loaded: u64,
     objects: Vec<Object>,
-    /// By the path of the file. `None`: it has no table, or could not be read.
-    tables: Option<HashMap<PathBuf, Option<Table>>>,
 }
 
 /// A loaded object.
@@ -33,6 +30,16 @@ struct Object {
     segments: Vec<(Range<usize>, bool)>,
     is_program: bool,
     can_be_owned: bool,
+    table: Lookup,
+}
+
+/// The table of an object.
+#[derive(Debug)]
+enum Lookup {
+    NotRead,
+    Read(Table),
+    /// The file is gone, unreadable or stripped. Symbols have no name then.
+    None,
 }
 
 /// The symbols of a file, by address.
@@ -52,7 +59,7 @@ struct Entry {
 }
 
 trusted! {
-    static TABLES: Mutex<SymbolTables> = Mutex::new(SymbolTables { loaded: 0, objects: Vec::new(), tables: None });
+    static TABLES: Mutex<SymbolTables> = Mutex::new(SymbolTables { loaded: 0, objects: Vec::new() });
 }
 
 /// Locks the tables. Signals are blocked by the caller, because their handlers may fork.
@@ -70,28 +77,37 @@ pub(super) fn find<const N: usize>(addresses: [Option<u64>; N]) -> [Option<Symbo
     let objects = (!is_current).then(|| sys::libraries().iter().map(Object::of).collect());
     let mut tables = lock();
     if let Some(objects) = objects {
-        tables.objects = objects;
-        tables.loaded = loaded;
+        tables.replace(objects, loaded);
     }
     addresses.map(|address| tables.find(address?))
 }
 
 impl SymbolTables {
-    fn find(&mut self, address: u64) -> Option<Symbol> {
-        let object = self.objects.iter().find(|object| object.segment_at(address).is_some())?;
-        let in_file = address - object.base;
-        let tables = self.tables.get_or_insert_default();
-        if !tables.contains_key(&object.path) {
-            // A file that is gone or unreadable has no table, which is no error: the symbol has no name then.
-            tables.insert(object.path.clone(), Table::read(&object.path));
+    /// Replaces the list of objects, and keeps the tables of those that are still loaded.
+    fn replace(&mut self, objects: Vec<Object>, loaded: u64) {
+        let mut before = std::mem::replace(&mut self.objects, objects);
+        for object in &mut self.objects {
+            if let Some(same) = before.iter_mut().find(|before| before.path == object.path) {
+                std::mem::swap(&mut object.table, &mut same.table);
+            }
         }
-        let entry = tables.get(&object.path).and_then(Option::as_ref).and_then(|table| table.find(in_file));
+        self.loaded = loaded;
+    }
+
+    fn find(&mut self, address: u64) -> Option<Symbol> {
+        let object = self.objects.iter_mut().find(|object| object.segment_at(address).is_some())?;
+        let in_file = address - object.base;
+        if matches!(object.table, Lookup::NotRead) {
+            object.table = Table::read(&object.path).map_or(Lookup::None, Lookup::Read);
+        }
+        let entry = if let Lookup::Read(table) = &object.table { table.find(in_file) } else { None };
         let name = entry.map(|(name, _)| format!("{:#}", rustc_demangle::demangle(name)));
         let is_of_std = |name: &String| {
             ["std::", "core::", "alloc::"].iter().any(|krate| name.trim_start_matches('<').starts_with(krate))
         };
         Some(Symbol {
             offset: entry.map_or(in_file, |(_, start)| in_file - start),
+            file: object.path.file_name().unwrap_or(object.path.as_os_str()).to_string_lossy().into_owned(),
             library: object.path.clone(),
             is_variable: object.segment_at(address) == Some(true),
             can_be_owned: object.can_be_owned,
@@ -110,6 +126,7 @@ impl Object {
             segments: segments.collect(),
             is_program: library.name.is_empty(),
             can_be_owned: can_be_owned(library),
+            table: Lookup::NotRead,
         }
     }
 
