@@ -1,8 +1,8 @@
-//! Says what this machine offers for isolation, and whether domains can be made here.
+//! Reports which features of domains this machine supports, and whether domains work here.
 //!
 //!     cargo run --example doctor
 //!
-//! Each thing is found by trying it, in a child process. The exit status is 0 if domains can be made, and 1 if not.
+//! Each feature is tested, if needed in a child process. The exit status is 0 if domains work, and 1 if not.
 
 use std::process::ExitCode;
 
@@ -12,16 +12,17 @@ fn main() -> ExitCode {
     println!("{}", capability::survey());
     match try_a_domain() {
         Ok(()) => {
-            println!("Domains can be made here: one was, and a call of it returned.");
+            println!("Domains work here: one was made, and a call into it returned.");
             ExitCode::SUCCESS
         }
         Err(reason) => {
-            println!("No domains can be made here: {reason}.");
+            println!("Domains do not work here: {reason}.");
             ExitCode::FAILURE
         }
     }
 }
 
+/// Makes a domain and calls into it.
 fn try_a_domain() -> Result<(), String> {
     let mut domain = Domain::builder("doctor").build().map_err(|error| error.to_string())?;
     match domain.call(|| 6 * 7) {

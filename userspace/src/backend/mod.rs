@@ -1,6 +1,6 @@
-//! What isolates domains: protection keys.
+//! The mechanism that isolates domains: protection keys.
 //!
-//! A further backend, such as worker processes, is a second `pkru::domain::Platform` beside [`pku`], with the same
-//! [`Trap`](crate::signal::trap::Trap) and the same view of its memory.
+//! Another mechanism, such as worker processes, would be a second implementation of `pkru::domain::Platform` beside
+//! [`pku`], with the same [`Trap`](crate::signal::trap::Trap).
 
 pub(crate) mod pku;

@@ -1,4 +1,4 @@
-//! Domains fenced by PKU, in the memory of this process.
+//! Domains in the memory of this process, isolated by PKU.
 
 #![expect(unsafe_code, reason = "it makes domain memory ready and enters the gate")]
 
@@ -21,17 +21,17 @@ use crate::memory::tls;
 use crate::signal::trap::{Running, Trap};
 use crate::{Error, rights, sys};
 
-/// The size in bytes of the mailbox: the top of a domain's stack, where a call leaves its result.
+/// The size in bytes of the mailbox, the top of a domain's stack, where a call leaves its result.
 pub(crate) const MAILBOX: usize = 4096;
 
 /// The platform of one domain.
 #[derive(Debug)]
 pub(crate) struct PkuBackend {
-    /// The domain's rights to all keys but its own and the statics'.
+    /// The domain's rights to all keys except its own and the statics' key.
     pub(crate) rights: KeyRights,
     /// Libraries whose data the domain owns.
     pub(crate) libraries: Vec<LibraryData>,
-    /// What it may do with other statics.
+    /// The domain's rights to all other statics.
     pub(crate) globals: Globals,
 }
 
@@ -39,8 +39,8 @@ pub(crate) struct PkuBackend {
 pub(crate) struct Memory {
     mapping: Mapping<3>,
     tagged: Arc<Tagged>,
-    /// Boxed, so that the gate and the fault handler can rely on its address. Invariant: while the domain has a key,
-    /// the context has the same.
+    /// Boxed, because the gate and the fault handler rely on its address. Invariant: while the domain has a key, the
+    /// context has the same key.
     running: Box<Running>,
     rights: KeyRights,
     globals: Globals,
@@ -53,7 +53,7 @@ const STACK: usize = 0;
 const TLS: usize = 1;
 const HEAP: usize = 2;
 
-// SAFETY: what `Running` holds is used by the call that is running, on its thread; between calls by the owner alone.
+// SAFETY: during a call only its thread uses `Running`, and between calls only the owner of the memory does.
 unsafe impl Send for Memory {}
 
 impl Memory {
@@ -63,9 +63,9 @@ impl Memory {
         if self.thread != caller.number {
             self.mapping.check()?;
             ensure_rights(pin.key());
-            // What code has left in thread-locals may be bound to the thread that it ran on.
+            // Code may have stored values in thread-locals that hold for its thread only.
             if let Some(template) = &self.thread_locals {
-                // SAFETY: the template is of this memory, where nothing runs.
+                // SAFETY: the template was made for this memory, which is mapped and writable, and no call runs there.
                 unsafe { template.lay_out() };
             }
             self.thread = caller.number;
@@ -73,7 +73,7 @@ impl Memory {
         Ok(pin)
     }
 
-    /// Acquires the key again that the domain had when its call was suspended: the suspended code expects it.
+    /// Acquires the key that the domain had when its call was suspended, because the suspended code expects it.
     pub(crate) fn acquire_again(&mut self, caller: Caller) -> Result<Pin, Error> {
         self.assign_key(caller, Some(self.running.context.key()))
     }
@@ -88,7 +88,7 @@ impl Memory {
         Ok(pin)
     }
 
-    /// Makes sure after a call that the calling thread has rights to the domain's memory.
+    /// Ensures after a call that the calling thread has rights to the domain's memory.
     #[inline]
     pub(crate) fn ensure_rights_after_call(&self) {
         let context = &self.running.context;
@@ -97,27 +97,27 @@ impl Memory {
         }
     }
 
-    /// Sets whether the next call is a trial that panics.
+    /// Sets whether the next call is a trial call that panics.
     pub(crate) fn set_learning(&self, learning: bool) {
         self.running.learning.set(learning);
     }
 
-    /// Returns whether the next call is a trial that panics.
+    /// Returns whether the next call is a trial call that panics.
     pub(crate) const fn is_learning(&self) -> bool {
         self.running.learning.get()
     }
 
-    /// Returns the key that the domain has at the moment.
+    /// Returns the key that the domain has now.
     pub(crate) fn key(&self) -> Option<ProtectionKey> {
         self.tagged.key()
     }
 
-    /// Returns the number of the key that the domain has, or had when it was last called.
+    /// Returns the number of the key of the current or last call.
     pub(crate) const fn key_in_call(&self) -> u64 {
         self.running.context.key().number() as u64
     }
 
-    /// Returns the end of the stack that code in the domain starts on.
+    /// Returns the stack pointer that code in the domain starts with.
     pub(crate) const fn stack_end(&self) -> u64 {
         self.running.context.stack()
     }
@@ -129,7 +129,7 @@ impl Memory {
         stack.end - MAILBOX..stack.end
     }
 
-    /// Returns the memory that results can lie in.
+    /// Returns the memory that results may lie in.
     #[inline]
     pub(crate) fn readable(&self) -> [Range<usize>; 2] {
         [self.mapping.part(STACK), self.mapping.part(HEAP)]
@@ -151,7 +151,8 @@ impl Memory {
         self.mapping.part(STACK)
     }
 
-    /// Copies words from the domain's stack, upwards from an address. The calling thread has rights to the memory.
+    /// Copies up to `most` words from the domain's stack, upwards from an address. The calling thread has rights to the
+    /// memory.
     pub(crate) fn stack_words(&self, from: u64, most: usize) -> Vec<u64> {
         let Some(from) = (from as usize).checked_next_multiple_of(size_of::<u64>()) else { return Vec::new() };
         let (stack, end) = (self.stack(), self.mailbox().start);
@@ -160,29 +161,29 @@ impl Memory {
         }
         let count = ((end - from) / size_of::<u64>()).min(most);
         let mut words = vec![0u64; count];
-        // SAFETY: the range is in the domain's memory, where nothing runs.
+        // SAFETY: the range lies in the domain's memory, where no code runs.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u64, words.as_mut_ptr(), count) };
         words
     }
 
-    /// Returns the size of the last allocation that failed in the domain, as its heap says. The calling thread has
-    /// rights to the memory.
+    /// Returns the size in bytes of the last allocation that failed in the domain, as its heap says. The calling thread
+    /// has rights to the memory.
     pub(crate) fn failed_allocation(&self) -> usize {
         let heap = self.heap().start as *const DomainHeap;
-        // SAFETY: the heap's bookkeeping is there, in mapped memory, where nothing runs. Only an integer in it is read, for
-        // which any bytes are a value.
+        // SAFETY: the heap's bookkeeping is mapped and no code runs there, and the function reads only an integer, for
+        // which any bytes are valid.
         unsafe { DomainHeap::last_failed_of(heap) }
     }
 
-    /// Copies a text that code in the domain has left there; `None` if it is not all in the domain's memory. The calling
-    /// thread has rights to the memory.
+    /// Copies a text from the domain's memory, at most 4,096 bytes. Returns `None` if the text is not all in that
+    /// memory. The calling thread has rights to the memory.
     pub(crate) fn text(&self, address: usize, length: usize) -> Option<String> {
         const MOST: usize = 4096;
         let length = length.min(MOST);
         let end = address.checked_add(length)?;
         self.readable().iter().find(|range| range.start <= address && end <= range.end)?;
         let mut bytes = vec![0; length];
-        // SAFETY: the range is in the domain's memory, where nothing runs.
+        // SAFETY: the range lies in the domain's memory, where no code runs.
         unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), length) };
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
@@ -198,15 +199,15 @@ impl Memory {
     }
 }
 
-/// Makes sure that the calling thread has rights to a key.
+/// Ensures that the calling thread has rights to a key.
 fn ensure_rights(key: ProtectionKey) {
     if !rights::has(key) {
         rights::allow(key);
     }
 }
 
-// SAFETY: keys come from one table, and a lease pins the key that all pages of its domain carry; memory is unmapped before
-// its key is free again; the gate returns with the caller's rights.
+// SAFETY: one table assigns all keys, a lease pins the key that all pages of its domain have, memory is unmapped before
+// its key becomes free, and the gate returns with the caller's rights.
 unsafe impl Platform for PkuBackend {
     type Memory = Memory;
     type Trap = Trap;
@@ -246,7 +247,7 @@ unsafe impl Platform for PkuBackend {
 
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
         memory.mapping.check()?;
-        // A signal handler that calls another domain would wait for locks that are held here.
+        // A signal handler that calls another domain would wait forever for locks that this thread holds.
         let _quiet = sys::BlockedSignals::new();
         // A lease pins this key.
         ensure_rights(memory.running.context.key());
@@ -255,14 +256,15 @@ unsafe impl Platform for PkuBackend {
         let range = memory.heap();
         let heap = NonNull::new(range.start as *mut DomainHeap).expect("a heap does not start at 0");
         let skip = size_of::<DomainHeap>().next_multiple_of(ALIGNMENT);
-        // SAFETY: the heap has at least its smallest size, so the bookkeeping does not take it all.
+        // SAFETY: the smallest heap is larger than the bookkeeping.
         let bottom = unsafe { heap.cast::<u8>().add(skip) };
-        // SAFETY: the heap's memory is the domain's and mapped; until the domain runs nothing else uses it.
+        // SAFETY: the heap's memory is mapped, and nothing else uses it until the domain runs.
         let value = unsafe { DomainHeap::new(bottom, range.len() - skip) };
-        // SAFETY: the first bytes are left for the bookkeeping.
+        // SAFETY: the heap starts after these bytes, which are mapped and writable.
         unsafe { heap.write(value) };
         let (place, stack) = (memory.thread_locals(), memory.stack());
-        // SAFETY: the memory for thread-locals is the domain's, fresh or discarded, so it is zeroed.
+        // SAFETY: the memory for thread-locals is mapped, it is zeroed because it is new or discarded, and nothing else
+        // uses it.
         let fs_base = unsafe { tls::lay_out(&mut memory.thread_locals, &place, heap, &stack) }?;
         let stack = memory.mailbox().start as u64;
         memory.running.context.set_place(stack, fs_base);
@@ -272,14 +274,14 @@ unsafe impl Platform for PkuBackend {
     #[inline]
     unsafe fn enter(&self, memory: &mut Memory, lease: &Pin, entry: Entry, argument: u64) -> Result<u64, Trap> {
         debug_assert_eq!(lease.key(), memory.running.context.key(), "the lease is of this memory");
-        // The fault handler uses the whole of it.
+        // The pointer is valid for all of `Running`, which the fault handler uses.
         let context = (&raw mut *memory.running).cast::<Context>();
-        // SAFETY: the memory was mapped and made ready; the lease pins its key; the thread is ready; the fault handler is
-        // installed; the caller answers for the entry point.
+        // SAFETY: the memory is mapped and ready, the lease pins its key, the thread is ready, the fault handler is
+        // installed, and the caller guarantees that the entry point is valid.
         match unsafe { Gate::Pkru.enter(context, entry, argument) } {
             Exit::Returned(value) => Ok(value),
             Exit::Rewound => {
-                Err(memory.running.trap.take().expect("a call is rewound by the handler, which notes why"))
+                Err(memory.running.trap.take().expect("the handler stores a trap before it rewinds a call"))
             }
         }
     }

@@ -1,7 +1,7 @@
-//! What this machine and kernel can do, found by trying.
+//! Which features of domains this machine and kernel support.
 //!
-//! [`detect`] tries what domains need, and no more. [`survey()`] tries everything that bears on them, and says what
-//! follows from each. What changes a process, or could kill it, is tried in a forked child.
+//! [`detect`] tests what domains need. [`survey()`] tests every related feature and explains each result. A test that
+//! changes the process, or may kill it, runs in a forked child.
 //!
 //! The example `doctor` prints the survey:
 //!
@@ -25,26 +25,27 @@ use crate::{Error, rights, sys};
 
 pub use survey::{Finding, Found, Missing, Rseq, Subject, Survey, survey};
 
-/// What domains can build on here.
+/// How this machine and kernel support domains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capability {
-    /// Where PKRU stands in a signal frame's XSAVE area, in bytes.
+    /// The offset of PKRU in the XSAVE area of a signal frame, in bytes.
     pub pkru_offset: usize,
-    /// On what stack a signal that arrives in a domain can be taken.
+    /// The stacks on which the kernel can deliver a signal in a domain.
     pub signal_frame: SignalFrame,
 }
 
-/// On what stack the kernel can write the frame of a signal that arrives in a domain.
+/// The stacks on which the kernel can deliver a signal that arrives in a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SignalFrame {
-    /// On any: the kernel writes it with rights of its own. The stack is closed to domains.
+    /// Any stack. The kernel writes the signal frame with all rights, so domains have no rights to write the stack.
     OnAnyStack,
-    /// Only on one that the domain may write, because the kernel uses the domain's rights (before Linux 6.12).
+    /// Only a stack that the domain may write, because the kernel writes the signal frame with the domain's rights.
+    /// This is so before Linux 6.12.
     OnWritableStack,
 }
 
-/// Finds out whether this machine and kernel have what domains need.
+/// Tests whether this machine and kernel support domains.
 ///
 /// # Examples
 ///
@@ -57,7 +58,8 @@ pub enum SignalFrame {
 ///
 /// # Errors
 ///
-/// What is missing, in the order in which it is needed.
+/// The first missing feature: [`Error::NoPku`], [`Error::PkuOff`], [`Error::NoFsgsbase`] or [`Error::NoSignalFrame`].
+/// [`Error::System`] if a test fails to run, and [`Error::InDomain`] in a domain.
 pub fn detect() -> Result<Capability, Error> {
     if rights::is_in_domain() {
         return Err(Error::InDomain);
@@ -76,21 +78,22 @@ pub fn detect() -> Result<Capability, Error> {
     Ok(Capability { pkru_offset, signal_frame: signal_frame()? })
 }
 
-/// Linux says so in the auxiliary vector (6.12, `arch/x86/include/uapi/asm/hwcap2.h`).
+/// Returns whether the auxiliary vector has the bit for FSGSBASE (Linux 6.12, `arch/x86/include/uapi/asm/hwcap2.h`).
 fn kernel_allows_fsgsbase() -> bool {
     const AT_HWCAP2: u64 = 26;
     const HWCAP2_FSGSBASE: u64 = 1 << 1;
     sys::auxiliary(AT_HWCAP2) & HWCAP2_FSGSBASE != 0
 }
 
-/// Finds out on what stack a signal that arrives in a domain can be taken.
+/// Tests on which stacks the kernel can deliver a signal that arrives in a domain.
 fn signal_frame() -> Result<SignalFrame, Error> {
-    const FORK: &str = "fork a child to try how signals work";
-    const STAGE: &str = "try in a child how signals work";
-    // Before the fork: another thread may hold the loader's lock at that moment, and in the child for ever.
+    const FORK: &str = "fork a child that tests signal delivery";
+    const STAGE: &str = "test signal delivery in a child";
+    // Before the fork: if another thread holds the loader's lock then, it stays locked in the child.
     let rseq = sys::rseq_area();
     for frame in [SignalFrame::OnAnyStack, SignalFrame::OnWritableStack] {
-        // SAFETY: the experiment makes system calls, and ends in a fault that its own handler or the kernel takes.
+        // SAFETY: the experiment only makes system calls, and ends in a fault on which its handler or the kernel ends
+        // the child.
         match unsafe { sys::fork_probe(|| fault_as_a_domain(frame, rseq)) }.map_err(Error::system(FORK))? {
             Outcome::Done(1) => return Ok(frame),
             Outcome::Refused(errno) => return Err(Error::System { operation: STAGE, errno }),
@@ -100,8 +103,8 @@ fn signal_frame() -> Result<SignalFrame, Error> {
     Err(Error::NoSignalFrame)
 }
 
-/// In a child: takes a fault with key 0 read-only, on a signal stack with key 0 or with one that can be written. If the
-/// signal cannot be delivered the kernel kills the child.
+/// In a child: causes a fault while key 0 is read-only, as it is in a domain. The signal stack has key 0, or a key that
+/// can be written. The kernel kills the child if it cannot deliver the signal.
 fn fault_as_a_domain(frame: SignalFrame, rseq: Option<usize>) -> io::Result<u8> {
     const STACK: usize = 64 * 1024;
     rseq.map_or(Ok(()), sys::unregister_rseq)?;
@@ -111,20 +114,20 @@ fn fault_as_a_domain(frame: SignalFrame, rseq: Option<usize>) -> io::Result<u8> 
     let of_stack = match frame {
         SignalFrame::OnAnyStack => ProtectionKey::DEFAULT,
         SignalFrame::OnWritableStack => {
-            // The process may have taken every key; the child has no other use for them.
+            // The process may have allocated every key, and the child needs none of them.
             sys::free_all_keys();
             sys::pkey_alloc()?
         }
     };
     // SAFETY: the pages were just mapped.
     unsafe { sys::protect(stack.clone(), of_stack) }?;
-    // SAFETY: the child ends with the stack in place.
+    // SAFETY: the stack stays mapped until the child ends.
     unsafe { sys::set_alternate_stack(stack) }?;
     let flags = (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64;
-    // SAFETY: the handler uses nothing but registers.
+    // SAFETY: the handler uses registers only.
     unsafe { sys::set_action(libc::SIGSEGV, sys::Action::new(sys::answer_yes as *const () as usize, flags, 0)) }?;
     let rights = default_rights(of_stack).with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY);
-    // SAFETY: it faults, and the handler or the kernel ends the child.
+    // SAFETY: the write to a constant faults, and the handler or the kernel ends the child.
     unsafe { sys::write_with(rights.bits(), NonNull::from(&0u64)) };
     Ok(0)
 }

@@ -1,4 +1,4 @@
-//! The survey: everything that bears on domains, what was found, and what follows.
+//! The survey: each feature that is related to domains, whether it is there, and what that means.
 
 use std::arch::x86_64::__cpuid;
 use std::fmt;
@@ -10,9 +10,9 @@ use super::{Capability, SignalFrame, detect, signal_frame};
 use crate::sys::Outcome;
 use crate::{Error, sys};
 
-/// What a survey looks at.
+/// A feature that a survey tests.
 ///
-/// `Display` writes its name as the table has it.
+/// `Display` writes the name that the table shows.
 ///
 /// # Examples
 ///
@@ -36,23 +36,23 @@ pub enum Subject {
     Kernel,
     /// Protection keys of user pages in the CPU.
     Pku,
-    /// Whether the system has switched them on.
+    /// Whether the kernel has enabled protection keys.
     Ospke,
-    /// The keys that a process can have.
+    /// The number of keys that a process can allocate.
     Keys,
-    /// The place of PKRU in a signal frame, which a handler may read and change.
+    /// The offset of PKRU in a signal frame, where a handler can read and change it.
     PkruInFrame,
-    /// The stacks on which a signal that arrives in a domain can be taken.
+    /// The stacks on which the kernel can deliver a signal that arrives in a domain.
     SignalFrame,
     /// The instructions that read and write the FS base.
     Fsgsbase,
     /// The restartable sequences of the calling thread.
     Rseq,
-    /// Syscall User Dispatch: system calls that are handed to the thread that makes them.
+    /// Syscall User Dispatch: a thread's system calls raise SIGSYS instead.
     SyscallUserDispatch,
-    /// Mappings that cannot be changed any more.
+    /// Sealing: mappings that system calls can no longer change.
     Mseal,
-    /// Memory that the kernel does not access on behalf of a process.
+    /// Memory that system calls such as process_vm_readv(2) cannot read.
     MemfdSecret,
 }
 
@@ -91,24 +91,24 @@ impl Subject {
 
     const fn method(self) -> &'static str {
         match self {
-            Self::Cpu => "CPUID, leaves 0 and 80000002H to 80000004H",
-            Self::Kernel => "uname",
-            Self::Pku => "CPUID, leaf 7, ECX bit 3",
-            Self::Ospke => "CPUID, leaf 7, ECX bit 4",
-            Self::Keys => "a child takes all that the kernel gives",
+            Self::Cpu => "CPUID leaves 0 and 80000002H to 80000004H",
+            Self::Kernel => "uname(2)",
+            Self::Pku => "CPUID leaf 7, ECX bit 3",
+            Self::Ospke => "CPUID leaf 7, ECX bit 4",
+            Self::Keys => "a child process allocates keys until the kernel has none left",
             Self::PkruInFrame => {
-                "a signal handler in a child reads it where CPUID, leaf 0DH, says, and changes it there"
+                "a signal handler in a child process reads and changes PKRU at the offset that CPUID leaf 0DH gives"
             }
-            Self::SignalFrame => "a child takes a fault with key 0 read-only",
-            Self::Fsgsbase => "a child reads and writes its FS base",
-            Self::Rseq => "a child unregisters the calling thread's area, and registers another",
-            Self::SyscallUserDispatch => "a child asks for its system calls, and makes one",
-            Self::Mseal => "a child seals a page, and tries to unmap it",
-            Self::MemfdSecret => "a child maps a page of it, and tries to read that by process_vm_readv",
+            Self::SignalFrame => "a child process causes a fault while key 0 is read-only, as in a domain",
+            Self::Fsgsbase => "a child process reads and writes its FS base",
+            Self::Rseq => "a child process unregisters the thread's area and registers another",
+            Self::SyscallUserDispatch => "a child process enables it and makes a system call",
+            Self::Mseal => "a child process seals a page and tries to unmap it",
+            Self::MemfdSecret => "a child process maps a secret page and tries to read it with process_vm_readv",
         }
     }
 
-    /// Tries it.
+    /// Tests the feature.
     fn look(self, features: &Features) -> Result<Found, Missing> {
         match self {
             Self::Cpu => cpu().map(Found::Text).ok_or(Missing::NotAnnounced),
@@ -118,7 +118,7 @@ impl Subject {
             Self::Keys => {
                 needs_keys(features)?;
                 match number(sys::keys_in_all())? {
-                    // With this number the kernel has refused the first.
+                    // The first allocation has failed.
                     0 => Err(Missing::Refused(libc::ENOSPC)),
                     total => Ok(Found::Keys { total: total.into(), left: number(sys::keys_left())?.into() }),
                 }
@@ -148,63 +148,65 @@ impl Subject {
         }
     }
 
-    /// Says what follows for domains.
+    /// Explains what a result means for domains.
     const fn consequence(self, state: &Result<Found, Missing>) -> &'static str {
         if let Err(Missing::NotTried(Error::NoPku | Error::PkuOff)) = state {
-            return "Without protection keys there is no domain for which it would matter.";
+            return "It matters only where there are protection keys.";
         }
         if let Err(Missing::NotTried(_)) = state {
-            return "It could not be tried, so nothing is known.";
+            return "The test could not run, so the answer is unknown.";
         }
         match (self, state) {
-            (Self::Cpu | Self::Kernel, _) => "A name decides nothing: what is found below does.",
-            (Self::Pku, Ok(_)) => "The CPU can check each access to data against the rights of a domain.",
+            (Self::Cpu | Self::Kernel, _) => "For information only. The tests below decide.",
+            (Self::Pku, Ok(_)) => "The CPU can check every data access against the rights of a domain.",
             (Self::Pku, Err(_)) => {
-                "No domain can be made on this CPU, or a hypervisor hides its keys. QEMU's `-cpu max` has some."
+                "No domain can be made: the CPU has no protection keys, or a hypervisor hides them. QEMU's `-cpu max` has them."
             }
             (Self::Ospke, Ok(_)) => {
-                "A program changes its rights with one instruction, so that a domain is entered without a system call."
+                "The kernel has enabled protection keys. One instruction changes rights, so a call into a domain needs no system call."
             }
-            (Self::Ospke, Err(_)) => "No domain can be made on this system, for only the kernel can switch keys on.",
-            (Self::Keys, Ok(_)) => "All but one or two of them serve domains; more domains than that take turns.",
-            (Self::Keys, Err(_)) => "No domain can be made, for each needs a key while it runs.",
+            (Self::Ospke, Err(_)) => "No domain can be made: the kernel has not enabled protection keys.",
+            (Self::Keys, Ok(_)) => {
+                "All but one or two are for domains. If there are more domains, a key moves to the domain that runs."
+            }
+            (Self::Keys, Err(_)) => "No domain can be made: each needs a key while it runs.",
             (Self::PkruInFrame, Ok(_)) => {
-                "A violation ends the call alone: its handler returns with the rights of the caller."
+                "A violation ends only the call: the signal handler restores the caller's rights."
             }
-            (Self::PkruInFrame, Err(_)) => "No domain can be made, for a violation could not be turned into an error.",
+            (Self::PkruInFrame, Err(_)) => {
+                "No domain can be made: the signal handler could not restore the caller's rights after a violation."
+            }
             (Self::SignalFrame, Ok(Found::SignalFrame(SignalFrame::OnWritableStack))) => {
-                "Signal stacks take a key for themselves, and every domain may write them."
+                "Signal stacks need a key of their own, and every domain can write them."
             }
-            (Self::SignalFrame, Ok(_)) => "No domain can write the stacks on which signals are taken.",
-            (Self::SignalFrame, Err(_)) => "No domain can be made, for the first signal in it would kill the process.",
+            (Self::SignalFrame, Ok(_)) => "No domain can write the stacks on which signals are delivered.",
+            (Self::SignalFrame, Err(_)) => "No domain can be made: the first signal in it would kill the process.",
             (Self::Fsgsbase, Ok(_)) => {
-                "A domain has thread-locals of its own, `errno` among them, at the price of an instruction."
+                "A domain has its own thread-local variables, such as `errno`. One instruction switches to them."
             }
-            (Self::Fsgsbase, Err(_)) => "No domain can be made, for code in it would have its caller's thread-locals.",
+            (Self::Fsgsbase, Err(_)) => "No domain can be made: it would share its caller's thread-local variables.",
             (Self::Rseq, Ok(Found::Rseq(Rseq::CanBeUnregistered))) => {
-                "A thread gives it up at its first call of a domain, where the kernel's writes would be fatal."
+                "A thread unregisters its area before its first call into a domain: there the kernel's write would kill the process."
             }
             (Self::Rseq, Ok(Found::Rseq(Rseq::Stays))) => {
-                "This thread must call no domain: there the kernel's writes to the area would kill the process."
+                "This thread cannot call into a domain: the kernel's write to the area would kill the process there."
             }
-            (Self::Rseq, _) => "The kernel writes nothing to the memory of this thread while it is in a domain.",
+            (Self::Rseq, _) => "The kernel has no area to write for this thread while it is in a domain.",
             (Self::SyscallUserDispatch, Ok(_)) => {
-                "Not used yet: the system calls of a domain could be handed to its caller's side, for two stores a call of the domain."
+                "Not used yet. It could let the program check the system calls of a domain, at the cost of two stores per call."
             }
             (Self::SyscallUserDispatch, Err(_)) => {
-                "Only a seccomp filter can stop system calls of a domain, and it binds the rest of the thread too."
+                "Only a seccomp filter can deny system calls to a domain, and it applies to the whole thread."
             }
             (Self::Mseal, Ok(_)) => {
-                "Not used yet: a mapping could be sealed against system calls of a domain that would unmap or retag it."
+                "Not used yet. It could keep the system calls of a domain from unmapping memory or changing its key."
             }
-            (Self::Mseal, Err(_)) => {
-                "No mapping can be sealed: a domain that may make system calls can unmap or retag any."
-            }
+            (Self::Mseal, Err(_)) => "A domain that makes system calls can unmap any memory or change its key.",
             (Self::MemfdSecret, Ok(_)) => {
-                "Not used yet: a secret could be kept from system calls that copy memory whatever its key, such as process_vm_readv."
+                "Not used yet. It could keep secrets from system calls that ignore protection keys, such as process_vm_readv."
             }
             (Self::MemfdSecret, Err(_)) => {
-                "A domain that may make system calls can have the kernel read any secret, whatever its key."
+                "A domain that makes system calls can read any memory through the kernel, which ignores protection keys there."
             }
         }
     }
@@ -216,7 +218,7 @@ impl fmt::Display for Subject {
     }
 }
 
-/// What a survey found.
+/// What a survey found about a feature that is there.
 ///
 /// # Examples
 ///
@@ -234,22 +236,22 @@ impl fmt::Display for Subject {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Found {
-    /// It is there, and does what it should.
+    /// The feature works.
     Available,
     /// A name or a version.
     Text(String),
-    /// A distance in bytes.
+    /// An offset in bytes.
     Offset(usize),
-    /// How many protection keys there are besides key 0.
+    /// The number of protection keys, without key 0.
     Keys {
-        /// Those that the kernel has for one process.
+        /// The keys that a process can allocate.
         total: usize,
-        /// Those of them that it still has for this one.
+        /// The keys that this process can still allocate.
         left: usize,
     },
-    /// On what stack a signal that arrives in a domain can be taken.
+    /// The stacks on which the kernel can deliver a signal that arrives in a domain.
     SignalFrame(SignalFrame),
-    /// What the calling thread's restartable sequences are like.
+    /// The state of the calling thread's restartable sequences.
     Rseq(Rseq),
 }
 
@@ -258,10 +260,12 @@ impl fmt::Display for Found {
         match self {
             Self::Available => f.write_str("available"),
             Self::Text(text) => f.write_str(text),
-            Self::Offset(offset) => write!(f, "at byte {offset:#x} of the XSAVE area"),
-            Self::Keys { total, left } => write!(f, "{total}, {left} of them left"),
-            Self::SignalFrame(SignalFrame::OnAnyStack) => f.write_str("on any stack"),
-            Self::SignalFrame(SignalFrame::OnWritableStack) => f.write_str("only on a stack that the domain may write"),
+            Self::Offset(offset) => write!(f, "at offset {offset:#x} of the XSAVE area"),
+            Self::Keys { total, left } => write!(f, "{total}, of which {left} are free"),
+            Self::SignalFrame(SignalFrame::OnAnyStack) => f.write_str("delivered on any stack"),
+            Self::SignalFrame(SignalFrame::OnWritableStack) => {
+                f.write_str("delivered only on a stack that the domain can write")
+            }
             Self::Rseq(Rseq::NotRegistered) => f.write_str("not registered"),
             Self::Rseq(Rseq::CanBeUnregistered) => f.write_str("registered, can be unregistered"),
             Self::Rseq(Rseq::Stays) => f.write_str("registered, cannot be unregistered"),
@@ -269,7 +273,7 @@ impl fmt::Display for Found {
     }
 }
 
-/// What the restartable sequences of a thread are like.
+/// The state of a thread's restartable sequences.
 ///
 /// # Examples
 ///
@@ -277,7 +281,7 @@ impl fmt::Display for Found {
 /// use pkru_userspace::capability::{Found, Rseq, Subject, survey};
 ///
 /// if survey().look_up(Subject::Rseq) == Some(Ok(&Found::Rseq(Rseq::Stays))) {
-///     println!("this thread must call no domain");
+/// println!("this thread cannot call into a domain");
 /// }
 /// ```
 ///
@@ -288,20 +292,20 @@ impl fmt::Display for Found {
 pub enum Rseq {
     /// No area is registered for the thread.
     NotRegistered,
-    /// The C library has registered one, and it can be unregistered.
+    /// The C library has registered an area, and it can be unregistered.
     CanBeUnregistered,
-    /// One is registered that cannot be unregistered as the C library's can.
+    /// An area is registered with arguments that this crate does not know, so it cannot be unregistered.
     Stays,
 }
 
-/// Why a survey found something missing.
+/// Why a survey found a feature missing.
 ///
 /// # Examples
 ///
 /// ```
 /// use pkru_userspace::capability::Missing;
 ///
-/// assert_eq!(Missing::NoEffect.to_string(), "allowed, but without effect");
+/// assert_eq!(Missing::NoEffect.to_string(), "accepted by the kernel, but has no effect");
 /// ```
 ///
 /// # References
@@ -310,15 +314,15 @@ pub enum Rseq {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Missing {
-    /// CPUID does not announce it.
+    /// CPUID does not report it.
     NotAnnounced,
-    /// The kernel refused it with this error number.
+    /// The system call failed with this error number.
     Refused(i32),
-    /// The child that tried it was killed by this signal.
+    /// This signal killed the child that tested it.
     Killed(i32),
-    /// The kernel allowed it, but it did not do what it should.
+    /// The system call succeeded, but the feature does not work.
     NoEffect,
-    /// It could not be tried.
+    /// The test could not run.
     NotTried(Error),
 }
 
@@ -327,16 +331,16 @@ impl fmt::Display for Missing {
         match self {
             Self::NotAnnounced => f.write_str("not available"),
             Self::Refused(errno) => write!(f, "not available: {}", io::Error::from_raw_os_error(*errno)),
-            Self::Killed(signal) => write!(f, "not available: killed by signal {signal}"),
-            Self::NoEffect => f.write_str("allowed, but without effect"),
-            // In a table these say enough in the rows of PKU and OSPKE.
+            Self::Killed(signal) => write!(f, "not available: signal {signal} killed the child that tested it"),
+            Self::NoEffect => f.write_str("accepted by the kernel, but has no effect"),
+            // The rows of PKU and OSPKE say more.
             Self::NotTried(Error::NoPku | Error::PkuOff) => f.write_str("not tried: there are no protection keys"),
             Self::NotTried(error) => write!(f, "not tried: {error}"),
         }
     }
 }
 
-/// One line of a [`Survey`]: what was looked at, what was found, and what follows.
+/// One line of a [`Survey`]: a feature, what was found, and what that means.
 ///
 /// # Examples
 ///
@@ -356,7 +360,7 @@ pub struct Finding {
 }
 
 impl Finding {
-    /// Returns what was looked at.
+    /// Returns the feature that was tested.
     #[must_use]
     pub const fn subject(&self) -> Subject {
         self.subject
@@ -366,28 +370,28 @@ impl Finding {
     ///
     /// # Errors
     ///
-    /// Why it is missing.
+    /// Why the feature is missing.
     pub const fn state(&self) -> Result<&Found, &Missing> {
         self.state.as_ref()
     }
 
-    /// Says how it was found out, in words.
+    /// Describes how the feature was tested.
     #[must_use]
     pub const fn method(&self) -> &'static str {
         self.subject.method()
     }
 
-    /// Says in a sentence what follows for domains from what was found.
+    /// Explains what the result means for domains, in whole sentences.
     #[must_use]
     pub const fn consequence(&self) -> &'static str {
         self.subject.consequence(&self.state)
     }
 }
 
-/// What this machine and kernel offer; made by [`survey`].
+/// What this machine and kernel support, as found by [`survey`].
 ///
-/// `Display` writes a table: for each [`Finding`] a line with its name and what was found, and under it how it was
-/// found and what follows.
+/// `Display` writes a table. Each [`Finding`] has a line with the feature and what was found. Below it are the test and
+/// what the result means for domains.
 ///
 /// # Examples
 ///
@@ -406,22 +410,22 @@ pub struct Survey {
 }
 
 impl Survey {
-    /// Returns what domains can build on, as [`detect`] does.
+    /// Returns how this machine supports domains, as [`detect`] does.
     ///
     /// # Errors
     ///
-    /// What is missing, in the order in which it is needed; [`Error::InDomain`] if the survey was made in a domain.
+    /// The errors of [`detect`].
     pub fn capability(&self) -> Result<Capability, Error> {
         self.capability.clone()
     }
 
-    /// Returns what was found; nothing if the survey was made in a domain.
+    /// Returns what was found. It is empty if the survey was made in a domain.
     #[must_use]
     pub fn findings(&self) -> &[Finding] {
         &self.findings
     }
 
-    /// Returns what was found about one subject; `None` if it was not looked at.
+    /// Returns what was found about one feature, or `None` if it was not tested.
     #[must_use]
     pub fn look_up(&self, subject: Subject) -> Option<Result<&Found, &Missing>> {
         self.findings.iter().find(|finding| finding.subject == subject).map(Finding::state)
@@ -439,7 +443,7 @@ impl fmt::Display for Survey {
                 Ok(found) => writeln!(f, "{:width$}  {found}", finding.subject)?,
                 Err(missing) => writeln!(f, "{:width$}  {missing}", finding.subject)?,
             }
-            // What was not tried was not found out in any way.
+            // No test was made.
             if !matches!(finding.state, Err(Missing::NotTried(_))) {
                 writeln!(f, "    how: {}", finding.method())?;
             }
@@ -449,14 +453,14 @@ impl fmt::Display for Survey {
     }
 }
 
-/// Tries everything that bears on domains, and says what follows.
+/// Tests every feature that is related to domains.
 ///
-/// It needs no protection keys, and can be called at any time and from any thread, before the first domain and after.
-/// It forks about ten children, one after the other, and leaves nothing behind. What a policy of the system refuses, by
-/// a seccomp filter for example, is found as it is for a program here: not available.
+/// It needs no protection keys. Any thread can call it at any time, before the first domain and after. It forks about
+/// ten children, one after the other, and leaves nothing behind. A feature that a policy of the system denies to this
+/// program, such as a seccomp filter, is reported as not available.
 ///
-/// Called by code in a domain, it tries nothing and returns a survey without findings, whose
-/// [`capability`](Survey::capability) is [`Error::InDomain`].
+/// In a domain it tests nothing. The survey then has no findings, and its [`capability`](Survey::capability) is
+/// [`Error::InDomain`].
 ///
 /// # Examples
 ///
@@ -465,7 +469,7 @@ impl fmt::Display for Survey {
 ///
 /// let survey = survey();
 /// match survey.look_up(Subject::SyscallUserDispatch) {
-///     Some(Ok(_)) => println!("system calls can be dispatched"),
+/// Some(Ok(_)) => println!("Syscall User Dispatch works"),
 ///     Some(Err(missing)) => println!("Syscall User Dispatch: {missing}"),
 ///     None => println!("this runs in a domain"),
 /// }
@@ -489,7 +493,7 @@ const fn announced(bit: bool) -> Result<Found, Missing> {
     if bit { Ok(Found::Available) } else { Err(Missing::NotAnnounced) }
 }
 
-/// Some experiments mean nothing, or raise #UD, where keys are not switched on.
+/// Fails if protection keys are not enabled. Some experiments raise #UD then, and the others have no meaning.
 const fn needs_keys(features: &Features) -> Result<(), Missing> {
     match features {
         Features { pku: false, .. } => Err(Missing::NotTried(Error::NoPku)),
@@ -498,7 +502,7 @@ const fn needs_keys(features: &Features) -> Result<(), Missing> {
     }
 }
 
-/// The number with which an experiment answered.
+/// Returns the number that an experiment returned.
 fn number(outcome: io::Result<Outcome>) -> Result<u8, Missing> {
     match outcome.map_err(Error::system("fork a child")) {
         Ok(Outcome::Done(number)) => Ok(number),
@@ -508,7 +512,7 @@ fn number(outcome: io::Result<Outcome>) -> Result<u8, Missing> {
     }
 }
 
-/// What an experiment found that answers yes or no.
+/// Returns the answer of a yes-or-no experiment.
 fn yes(outcome: io::Result<Outcome>) -> Result<Found, Missing> {
     if number(outcome)? == 1 { Ok(Found::Available) } else { Err(Missing::NoEffect) }
 }

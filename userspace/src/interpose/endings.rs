@@ -1,4 +1,4 @@
-//! Functions that end the program or leave frames. In a domain they end the call.
+//! Functions that end the program or jump out of frames. In a domain they end the call.
 
 #![expect(unsafe_code, reason = "it defines C functions")]
 
@@ -13,15 +13,15 @@ use crate::{rights, sys, thread};
 ///
 /// # Safety
 ///
-/// None: it is C's.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn abort() -> ! {
     if let Some(heap) = inside::heap() {
         inside::abort(heap);
     }
-    // SAFETY: it is the C library's function of this name.
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(Next::abort.get()) };
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { next() }
 }
 
@@ -32,15 +32,15 @@ macro_rules! exits {
             ///
             /// # Safety
             ///
-            /// None: it is C's.
+            /// None.
             #[unsafe(no_mangle)]
             pub(crate) unsafe extern "C" fn $name(status: c_int) -> ! {
                 if rights::is_in_domain() {
                     inside::exit(status);
                 }
-                // SAFETY: it is the C library's function of this name.
+                // SAFETY: this is the address of the C library's function of this name, which has this type.
                 let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(c_int) -> !>(Next::$name.get()) };
-                // SAFETY: the same contract.
+                // SAFETY: this function has the same contract, which the caller fulfils.
                 unsafe { next(status) }
             }
         )*
@@ -58,27 +58,27 @@ exits! {
     quick_exit;
 }
 
-/// What code calls whose stack canary has changed.
+/// The function that compiled code calls when a stack canary has changed.
 ///
 /// # Safety
 ///
-/// None: it is the compiler's.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn __stack_chk_fail() -> ! {
     if rights::is_in_domain() {
         inside::stack_chk_fail();
     }
-    // SAFETY: it is the C library's function of this name.
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(Next::__stack_chk_fail.get()) };
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { next() }
 }
 
-/// What a failed assertion in C calls.
+/// The function that a failed assert(3) calls.
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn __assert_fail(
     assertion: *const c_char,
@@ -90,17 +90,17 @@ pub(crate) unsafe extern "C" fn __assert_fail(
     if rights::is_in_domain() {
         inside::assert_fail(assertion, file, line);
     }
-    // SAFETY: it is the C library's function of this name.
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, Function>(Next::__assert_fail.get()) };
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { next(assertion, file, line, function) }
 }
 
-/// C++'s `std::terminate`, which an exception that nobody catches ends in.
+/// C++'s `std::terminate`.
 ///
 /// # Safety
 ///
-/// None: it is C++'s.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
     if rights::is_in_domain() {
@@ -108,22 +108,22 @@ pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
     }
     match Next::terminate.find() {
         Some(next) => {
-            // SAFETY: it is the C++ library's function of this name.
+            // SAFETY: this is the address of the C++ library's function of this name, which has this type.
             let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> !>(next) };
-            // SAFETY: the same contract.
+            // SAFETY: this function has the same contract, which the caller fulfils.
             unsafe { next() }
         }
-        // Loaded out of reach of the search; this is what it does.
-        // SAFETY: abort can be called at any time.
+        // The C++ library is not in the loader's global scope. Its default handler aborts too.
+        // SAFETY: abort has no requirements.
         None => unsafe { abort() },
     }
 }
 
-/// The same, by the name by which the C++ library calls it when an exception finds no handler.
+/// `__cxxabiv1::__terminate`, which the C++ library calls for an exception that nothing catches.
 ///
 /// # Safety
 ///
-/// As for the C++ library.
+/// `handler` is null or a terminate handler.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _ZN10__cxxabiv111__terminateEPFvvE(handler: *mut c_void) -> ! {
     if rights::is_in_domain() {
@@ -131,34 +131,34 @@ pub(crate) unsafe extern "C" fn _ZN10__cxxabiv111__terminateEPFvvE(handler: *mut
     }
     match Next::terminate_with.find() {
         Some(next) => {
-            // SAFETY: it is the C++ library's function of this name.
+            // SAFETY: this is the address of the C++ library's function of this name, which has this type.
             let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> !>(next) };
-            // SAFETY: the same contract.
+            // SAFETY: this function has the same contract, which the caller fulfils.
             unsafe { next(handler) }
         }
         None => {
-            // SAFETY: the C++ library's own handler, to be called for this.
+            // SAFETY: the caller guarantees that this is null or a function of this type.
             let handler = unsafe { mem::transmute::<*mut c_void, Option<unsafe extern "C" fn()>>(handler) };
             if let Some(handler) = handler {
-                // SAFETY: as above.
+                // SAFETY: a terminate handler may be called at any time.
                 unsafe { handler() };
             }
-            // SAFETY: abort can be called at any time.
+            // SAFETY: abort has no requirements.
             unsafe { abort() }
         }
     }
 }
 
-/// Returns the stack pointer that a jump buffer holds.
+/// Returns the stack pointer in a jump buffer.
 ///
-/// glibc keeps it rotated and mixed with the thread's pointer guard (2.36, `sysdeps/x86_64/jmpbuf-offsets.h`).
+/// glibc stores it XORed with the thread's pointer guard and rotated (2.36, `sysdeps/x86_64/jmpbuf-offsets.h`).
 ///
 /// # Safety
 ///
 /// The buffer is readable.
 unsafe fn stack_of(buffer: *const c_void) -> usize {
     const STACK: usize = 6;
-    // SAFETY: the buffer is longer than that.
+    // SAFETY: the buffer is readable, and the stack pointer is its seventh word.
     let mangled = unsafe { buffer.cast::<u64>().wrapping_add(STACK).read() };
     (mangled.rotate_right(17) ^ sys::pointer_guard()) as usize
 }
@@ -170,19 +170,19 @@ macro_rules! jumps {
             ///
             /// # Safety
             ///
-            /// As C says.
+            /// The arguments are valid, as the manual page demands.
             #[unsafe(no_mangle)]
             pub(crate) unsafe extern "C" fn $name(buffer: *mut c_void, value: c_int) -> ! {
-                // SAFETY: the caller answers for the buffer.
+                // SAFETY: the caller passes a valid jump buffer.
                 let target = unsafe { stack_of(buffer) };
                 if rights::is_in_domain() {
                     inside::longjmp(target);
                 } else if let Some(thread) = thread::current() {
                     thread.before_jump(target);
                 }
-                // SAFETY: it is the C library's function of this name.
+                // SAFETY: this is the address of the C library's function of this name, which has this type.
                 let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*mut c_void, c_int) -> !>(Next::$name.get()) };
-                // SAFETY: the same contract.
+                // SAFETY: this function has the same contract, which the caller fulfils.
                 unsafe { next(buffer, value) }
             }
         )*
@@ -192,10 +192,10 @@ macro_rules! jumps {
 jumps! {
     /// longjmp(3).
     longjmp;
-    /// longjmp(3), by another name.
+    /// BSD's name of longjmp(3), which glibc defines as the same function.
     _longjmp;
     /// siglongjmp(3).
     siglongjmp;
-    /// longjmp(3), with a check, for code that was compiled with `_FORTIFY_SOURCE`.
+    /// longjmp(3) with a check, for code that is compiled with `_FORTIFY_SOURCE`.
     __longjmp_chk;
 }

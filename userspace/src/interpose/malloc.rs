@@ -1,10 +1,10 @@
 //! The malloc family.
 //!
-//! In a domain it allocates from the domain's heap; outside it forwards to the C library. Rust's default allocator
-//! calls these functions too. A thread-local says which heap to use. Each domain has its own copy of it, so that
-//! entering a domain writes nothing here.
+//! In a domain these functions allocate from the domain's heap. Outside domains they call the C library. Rust's default
+//! allocator calls them too. A thread-local says which heap to use. Each domain has its own copy of it, so entering a
+//! domain writes nothing here.
 //!
-//! In a domain a pointer that is no live block of its heap ends the call with a violation.
+//! In a domain, a pointer that is not a live block of the domain's heap ends the call with a violation.
 
 #![expect(unsafe_code, reason = "it defines C functions")]
 
@@ -35,26 +35,26 @@ fn fail(errno: c_int) -> *mut c_void {
 ///
 /// # Safety
 ///
-/// None: it is C's.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
     match heap() {
         Some(heap) => inside::malloc(heap, size),
-        // SAFETY: the C library's own function with the same contract.
+        // SAFETY: this is the C library's own function, with the same contract.
         None => unsafe { __libc_malloc(size) },
     }
 }
 
-/// calloc(3); a product that overflows is refused.
+/// calloc(3). Fails with ENOMEM if the product overflows.
 ///
 /// # Safety
 ///
-/// None: it is C's.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
     match heap() {
         Some(heap) => inside::calloc(heap, count, size),
-        // SAFETY: the C library's own function with the same contract.
+        // SAFETY: this is the C library's own function, with the same contract.
         None => unsafe { __libc_calloc(count, size) },
     }
 }
@@ -63,29 +63,29 @@ pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void
 ///
 /// # Safety
 ///
-/// As C says: the block was allocated here and is not used any more if another is returned.
+/// The block is null or was allocated here. It is not used afterwards, unless null is returned.
 #[unsafe(no_mangle)]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn realloc(block: *mut c_void, size: usize) -> *mut c_void {
-    // The return address tells whose mistake an invalid block is.
+    // The return address identifies the code that passed an invalid block.
     naked_asm!("mov rdx, [rsp]", "jmp {}", sym reallocate)
 }
 
 unsafe extern "C" fn reallocate(block: *mut c_void, size: usize, caller: u64) -> *mut c_void {
     match heap() {
-        // SAFETY: the caller gives the block up.
+        // SAFETY: the caller no longer uses the block.
         Some(heap) => unsafe { inside::realloc(heap, block, size, caller) },
         None => {
             if let Some(old) = NonNull::new(block.cast()) {
                 refuse_of_domain(old);
             }
-            // SAFETY: the C library's own function with the same contract.
+            // SAFETY: this is the C library's own function, with the same contract.
             unsafe { __libc_realloc(block, size) }
         }
     }
 }
 
-/// reallocarray(3); a product that overflows is refused.
+/// reallocarray(3). Fails with ENOMEM if the product overflows.
 ///
 /// # Safety
 ///
@@ -98,7 +98,7 @@ pub(crate) unsafe extern "C" fn reallocarray(block: *mut c_void, count: usize, s
 
 unsafe extern "C" fn reallocate_array(block: *mut c_void, count: usize, size: usize, caller: u64) -> *mut c_void {
     match count.checked_mul(size) {
-        // SAFETY: the same contract.
+        // SAFETY: this function has the same contract, which the caller fulfils.
         Some(size) => unsafe { reallocate(block, size, caller) },
         None => fail(libc::ENOMEM),
     }
@@ -108,7 +108,7 @@ unsafe extern "C" fn reallocate_array(block: *mut c_void, count: usize, size: us
 ///
 /// # Safety
 ///
-/// As C says: the block was allocated here and is not used any more.
+/// The block is null or was allocated here, and is not used afterwards.
 #[unsafe(no_mangle)]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn free(block: *mut c_void) {
@@ -117,22 +117,22 @@ pub(crate) unsafe extern "C" fn free(block: *mut c_void) {
 
 unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
     match heap() {
-        // SAFETY: the caller gives the block up.
+        // SAFETY: the caller no longer uses the block.
         Some(heap) => unsafe { inside::free(heap, block, caller) },
         None => {
             let Some(given) = NonNull::new(block.cast()) else { return };
             refuse_of_domain(given);
-            // SAFETY: the C library's own function with the same contract.
+            // SAFETY: this is the C library's own function, with the same contract.
             unsafe { __libc_free(block) };
         }
     }
 }
 
-/// Outside domains: ends the program if a block is a domain's. The C library would trust what the domain has left
-/// before it.
+/// Outside domains: aborts the program if a block is a domain's. The C library would trust the bytes before the block,
+/// which the domain can write.
 #[inline]
 fn refuse_of_domain(block: NonNull<u8>) {
-    // SAFETY: the C library keeps 16 bytes of its own before each block.
+    // SAFETY: a block of the C library or of a domain has at least 16 readable bytes before it.
     if unsafe { DomainHeap::marks(block) } {
         refuse();
     }
@@ -143,7 +143,7 @@ fn refuse() -> ! {
     const MESSAGE: &[u8] = b"pkru-userspace: a domain's block was freed, resized or measured outside the domain\n";
     // SAFETY: the message is readable.
     unsafe { libc::write(libc::STDERR_FILENO, MESSAGE.as_ptr().cast(), MESSAGE.len()) };
-    // SAFETY: abort can be called at any time.
+    // SAFETY: abort has no requirements.
     unsafe { libc::abort() }
 }
 
@@ -151,12 +151,12 @@ fn refuse() -> ! {
 ///
 /// # Safety
 ///
-/// None: it is C's.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn memalign(align: usize, size: usize) -> *mut c_void {
     match heap() {
         Some(heap) => inside::memalign(heap, align, size),
-        // SAFETY: the C library's own function with the same contract.
+        // SAFETY: this is the C library's own function, with the same contract.
         None => unsafe { __libc_memalign(align, size) },
     }
 }
@@ -165,17 +165,17 @@ pub(crate) unsafe extern "C" fn memalign(align: usize, size: usize) -> *mut c_vo
 ///
 /// # Safety
 ///
-/// None: it is C's.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
     if !align.is_power_of_two() {
         return fail(libc::EINVAL);
     }
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { memalign(align, size) }
 }
 
-/// posix_memalign(3): `errno` is left alone.
+/// posix_memalign(3).
 ///
 /// # Safety
 ///
@@ -187,13 +187,13 @@ pub(crate) unsafe extern "C" fn posix_memalign(out: *mut *mut c_void, align: usi
     }
     let block = match heap() {
         Some(heap) => inside::posix_memalign(heap, align, size),
-        // SAFETY: the C library's own function with the same contract.
+        // SAFETY: this is the C library's own function, with the same contract.
         None => unsafe { __libc_memalign(align, size) },
     };
     if block.is_null() {
         return libc::ENOMEM;
     }
-    // SAFETY: the caller answers for `out`.
+    // SAFETY: the caller guarantees that `out` is writable.
     unsafe { out.write(block) };
     0
 }
@@ -202,10 +202,10 @@ pub(crate) unsafe extern "C" fn posix_memalign(out: *mut *mut c_void, align: usi
 ///
 /// # Safety
 ///
-/// None: it is C's.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn valloc(size: usize) -> *mut c_void {
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { memalign(sys::page_size(), size) }
 }
 
@@ -213,11 +213,11 @@ pub(crate) unsafe extern "C" fn valloc(size: usize) -> *mut c_void {
 ///
 /// # Safety
 ///
-/// None: it is C's.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn pvalloc(size: usize) -> *mut c_void {
     match size.max(1).checked_next_multiple_of(sys::page_size()) {
-        // SAFETY: the same contract.
+        // SAFETY: this function has the same contract, which the caller fulfils.
         Some(size) => unsafe { valloc(size) },
         None => fail(libc::ENOMEM),
     }
@@ -227,7 +227,7 @@ pub(crate) unsafe extern "C" fn pvalloc(size: usize) -> *mut c_void {
 ///
 /// # Safety
 ///
-/// As C says: the block was allocated here.
+/// The block is null or was allocated here.
 #[unsafe(no_mangle)]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn malloc_usable_size(block: *mut c_void) -> usize {
@@ -241,13 +241,13 @@ unsafe extern "C" fn usable_size(block: *mut c_void, caller: u64) -> usize {
     }
     refuse_of_domain(block.cast());
     let Some(next) = Next::malloc_usable_size.find() else { return 0 };
-    // SAFETY: it is the C library's function of this name.
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
     let function = unsafe { std::mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> usize>(next) };
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { function(block.as_ptr()) }
 }
 
-/// Returns whether the loader binds libraries to these functions.
+/// Returns whether the loader binds libraries to these functions and not to another library's.
 pub(crate) fn is_routed() -> bool {
     let ours: [(&std::ffi::CStr, usize); 4] = [
         (c"malloc", malloc as *const () as usize),

@@ -1,17 +1,17 @@
-//! Functions of the C library that this crate replaces for the whole program.
+//! Functions of the C library that this crate replaces in the whole program.
 //!
-//! An executable that links this crate exports these symbols, and the loader binds every library's calls to them.
-//! Outside domains they forward to the C library.
+//! An executable that links this crate exports these symbols, and the loader binds the calls of every library to them.
+//! Outside domains they call the C library's functions.
 //!
 //! | module | functions | why |
 //! |---|---|---|
-//! | [`malloc`] | the malloc family | code in a domain allocates from the domain's heap |
-//! | [`thread_exit`] | `__cxa_thread_atexit_impl` | a domain's thread-locals have no destructors |
-//! | [`signals`] | `sigaction`, `signal` and its other names, `sigaltstack`, `sigprocmask`, `pthread_sigmask` | the program's handlers run with the program's rights |
-//! | [`signals`] | `pthread_kill` | in a domain it would fault with all signals blocked |
-//! | [`old_signals`] | `sigset`, `sigignore`, `sighold`, `sigblock`, `sigsetmask` | as for `sigaction` and `sigprocmask` |
-//! | [`endings`] | `abort`, `exit` and its like, `longjmp` and its like, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate` | code in a domain that ends the program, or leaves its frames, ends its call |
-//! | [`processes`] | `fork`, `posix_spawn`, `posix_spawnp`, `system`, `popen` | in a domain they fail, where their child would die or locks would be lost |
+//! | [`malloc`] | the malloc family | In a domain they allocate from the domain's heap. |
+//! | [`thread_exit`] | `__cxa_thread_atexit_impl` | In a domain it registers nothing. |
+//! | [`signals`] | `sigaction`, `signal` and its variants, `sigaltstack`, `sigprocmask`, `pthread_sigmask` | The program's handlers run with the program's rights. |
+//! | [`signals`] | `pthread_kill` | In a domain the C library's would fault with all signals blocked. |
+//! | [`old_signals`] | `sigset`, `sigignore`, `sighold`, `sigblock`, `sigsetmask` | As for `sigaction` and `sigprocmask`. |
+//! | [`endings`] | `abort`, `exit` and `longjmp` with their variants, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate` | In a domain they end the call. |
+//! | [`processes`] | `fork`, `posix_spawn`, `posix_spawnp`, `system`, `popen` | In a domain they fail with EPERM. |
 
 pub(crate) mod endings;
 pub(crate) mod malloc;
@@ -28,7 +28,7 @@ use crate::trusted::trusted;
 
 macro_rules! next {
     ($($function:ident = $name:literal,)*) => {
-        /// A function of the C library, or of C++'s, that one of this crate's hides; found at its first call.
+        /// A function of the C or C++ library that this crate replaces. Its address is looked up at its first call.
         #[allow(non_camel_case_types, reason = "they are named after the functions")]
         #[derive(Debug, Clone, Copy)]
         pub(crate) enum Next {
@@ -68,26 +68,27 @@ next! {
 }
 
 trusted! {
-    /// Their addresses, 0 where one was not yet looked for.
+    /// Their addresses, 0 until found.
     static ADDRESSES: [AtomicUsize; NAMES.len()] = [const { AtomicUsize::new(0) }; NAMES.len()];
 }
 
-/// Finds all of them: code in a domain could not note where they are, and the child of a fork could wait for the loader
-/// in vain.
+/// Finds all of them now.
+///
+/// Code in a domain cannot store an address here. In a forked child, a lookup can wait forever for the loader's lock.
 pub(crate) fn find_all() {
     for next in Next::ALL {
         let _ = next.find();
     }
 }
 
-/// Fails as functions of the C library do.
+/// Sets `errno` and returns -1.
 fn fail(errno: c_int) -> c_int {
     sys::set_errno(errno);
     -1
 }
 
 impl Next {
-    /// Returns its address, if there is such a function.
+    /// Returns the function's address, or `None` if no library defines it.
     pub(crate) fn find(self) -> Option<usize> {
         let place = &ADDRESSES[self as usize];
         match place.load(Ordering::Relaxed) {
@@ -100,11 +101,11 @@ impl Next {
         }
     }
 
-    /// Returns its address.
+    /// Returns the function's address.
     ///
     /// # Panics
     ///
-    /// If the C library has no such function, whose work would be lost in silence otherwise.
+    /// If no library defines the function.
     pub(crate) fn get(self) -> usize {
         self.find().unwrap_or_else(|| panic!("the C library has no {}", NAMES[self as usize].to_string_lossy()))
     }

@@ -1,5 +1,6 @@
-//! The functions for signals that are older than sigaction(2). The C library has them go past the ones that
-//! [`signals`](super::signals) replaces.
+//! Signal functions that are older than sigaction(2).
+//!
+//! In the C library they do not call the functions that [`signals`](super::signals) replaces, so they are replaced too.
 
 #![expect(unsafe_code, reason = "it defines C functions")]
 
@@ -12,22 +13,22 @@ use super::signals::{install, pthread_sigmask};
 /// `SIG_HOLD`
 const HOLD: libc::sighandler_t = 2;
 
-/// Changes the mask by a set of signals, one bit each; returns the one before.
+/// Changes the signal mask by a set of signals, one bit each, and returns the old mask.
 fn change(how: c_int, signals: u64) -> Result<u64, c_int> {
-    // SAFETY: a signal set is a C struct of integers, for which zero is a value.
+    // SAFETY: `sigset_t` is a C struct of integers, for which all zeros are valid.
     let mut new: libc::sigset_t = unsafe { std::mem::zeroed() };
     let mut old = new;
-    // SAFETY: the C library's sets begin with the kernel's.
+    // SAFETY: the C library's set starts with the kernel's 64-bit set.
     unsafe { (&raw mut new).cast::<u64>().write(signals) };
-    // SAFETY: both sets live across the call.
+    // SAFETY: both sets outlive the call.
     match unsafe { pthread_sigmask(how, &raw const new, &raw mut old) } {
-        // SAFETY: as above.
+        // SAFETY: as for `new`.
         0 => Ok(unsafe { (&raw const old).cast::<u64>().read() }),
         errno => Err(errno),
     }
 }
 
-/// A signal as a set.
+/// Returns the set that contains one signal.
 fn only(signal: c_int) -> Result<u64, c_int> {
     if (1..=64).contains(&signal) { Ok(1 << (signal - 1)) } else { Err(libc::EINVAL) }
 }
@@ -40,7 +41,7 @@ fn checked(result: Result<u64, c_int>) -> c_int {
 ///
 /// # Safety
 ///
-/// As C says.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sigset(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
     let set = || {
@@ -62,11 +63,11 @@ pub(crate) unsafe extern "C" fn sigset(signal: c_int, handler: libc::sighandler_
     })
 }
 
-/// Returns the handler that a signal has.
+/// Returns the handler of a signal.
 fn current(signal: c_int) -> libc::sighandler_t {
-    // SAFETY: sigaction is a C struct for which zero is a value.
+    // SAFETY: `sigaction` is a C struct of integers and pointers, for which all zeros are valid.
     let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: the struct is writable.
+    // SAFETY: `old` is writable.
     match unsafe { super::signals::sigaction(signal, ptr::null(), &raw mut old) } {
         0 => old.sa_sigaction,
         _ => libc::SIG_ERR,
@@ -77,7 +78,7 @@ fn current(signal: c_int) -> libc::sighandler_t {
 ///
 /// # Safety
 ///
-/// As C says.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sigignore(signal: c_int) -> c_int {
     if install(signal, libc::SIG_IGN, 0, 0) == libc::SIG_ERR { -1 } else { 0 }
@@ -87,7 +88,7 @@ pub(crate) unsafe extern "C" fn sigignore(signal: c_int) -> c_int {
 ///
 /// # Safety
 ///
-/// As C says.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sighold(signal: c_int) -> c_int {
     checked(only(signal).and_then(|this| change(libc::SIG_BLOCK, this)))
@@ -97,7 +98,7 @@ pub(crate) unsafe extern "C" fn sighold(signal: c_int) -> c_int {
 ///
 /// # Safety
 ///
-/// As C says.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sigblock(mask: c_int) -> c_int {
     change(libc::SIG_BLOCK, u64::from(mask as u32)).map_or_else(fail, |before| before as c_int)
@@ -107,7 +108,7 @@ pub(crate) unsafe extern "C" fn sigblock(mask: c_int) -> c_int {
 ///
 /// # Safety
 ///
-/// As C says.
+/// None.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sigsetmask(mask: c_int) -> c_int {
     change(libc::SIG_SETMASK, u64::from(mask as u32)).map_or_else(fail, |before| before as c_int)

@@ -1,9 +1,9 @@
-//! Functions that start a program, which code in a domain may not.
+//! Functions that start a process. In a domain they fail with EPERM.
 //!
-//! The C library runs the child on memory that it maps for that, until it is another program. A domain cannot write
-//! such memory, and the child would die there without a word. Nor may it fork: the C library takes locks of its own for
-//! that, and a domain that may write some of them fails at the next, with the first locked for good. `vfork` takes
-//! none: its child runs in the domain too, and can end or become another program.
+//! posix_spawn(3), system(3) and popen(3) map a stack for the child. A domain cannot write that stack, so the child
+//! would crash. fork(2) takes several locks of the C library. A domain that may write only some of them would fault at
+//! the next one, and those taken so far would stay locked. vfork(2) is not replaced. It takes no lock, and its child
+//! runs in the domain until it exits or executes a program.
 
 #![expect(unsafe_code, reason = "it defines C functions")]
 
@@ -21,7 +21,7 @@ macro_rules! spawns {
             ///
             /// # Safety
             ///
-            /// As C says.
+            /// The arguments are valid, as the manual page demands.
             #[unsafe(no_mangle)]
             pub(crate) unsafe extern "C" fn $name(
                 child: *mut libc::pid_t,
@@ -42,9 +42,9 @@ macro_rules! spawns {
                 if rights::is_in_domain() {
                     return libc::EPERM;
                 }
-                // SAFETY: it is the C library's function of this name.
+                // SAFETY: this is the address of the C library's function of this name, which has this type.
                 let next = unsafe { mem::transmute::<usize, Function>(Next::$name.get()) };
-                // SAFETY: the same contract.
+                // SAFETY: this function has the same contract, which the caller fulfils.
                 unsafe { next(child, program, actions, attributes, arguments, environment) }
             }
         )*
@@ -62,7 +62,7 @@ spawns! {
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 ///
 /// # References
 ///
@@ -72,9 +72,9 @@ pub(crate) unsafe extern "C" fn fork() -> libc::pid_t {
     if rights::is_in_domain() {
         return not_permitted();
     }
-    // SAFETY: it is the C library's function of this name.
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> libc::pid_t>(Next::fork.get()) };
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { next() }
 }
 
@@ -82,15 +82,15 @@ pub(crate) unsafe extern "C" fn fork() -> libc::pid_t {
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn system(command: *const c_char) -> c_int {
     if rights::is_in_domain() {
         return not_permitted();
     }
-    // SAFETY: it is the C library's function of this name.
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(*const c_char) -> c_int>(Next::system.get()) };
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { next(command) }
 }
 
@@ -98,7 +98,7 @@ pub(crate) unsafe extern "C" fn system(command: *const c_char) -> c_int {
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn popen(command: *const c_char, mode: *const c_char) -> *mut libc::FILE {
     type Function = unsafe extern "C" fn(*const c_char, *const c_char) -> *mut libc::FILE;
@@ -106,8 +106,8 @@ pub(crate) unsafe extern "C" fn popen(command: *const c_char, mode: *const c_cha
         not_permitted();
         return std::ptr::null_mut();
     }
-    // SAFETY: it is the C library's function of this name.
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, Function>(Next::popen.get()) };
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { next(command, mode) }
 }

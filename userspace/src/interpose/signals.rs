@@ -1,9 +1,11 @@
-//! What the program says about signals, kept so that its handlers can be called as it asked.
+//! Signal actions, masks and alternate stacks.
 //!
-//! Before the first domain everything goes to the kernel. Then this crate takes over the handlers that there are, and
-//! from then on the kernel has this crate's handler for all of them, and each thread that enters domains has this
-//! crate's alternate stack. A program that makes these system calls itself, past the C library, changes that behind
-//! this crate's back.
+//! Before the first domain, these functions only make the system call. The first domain takes over the program's
+//! handlers: the kernel then calls this crate's handler, and these functions keep what the program sets in a table of
+//! this crate. Each thread that enters domains has this crate's alternate stack, and these functions keep the
+//! program's.
+//!
+//! A program that makes these system calls without the C library overwrites what this crate has set.
 
 #![expect(unsafe_code, reason = "it defines C functions")]
 
@@ -24,8 +26,8 @@ fn checked(result: std::io::Result<()>) -> c_int {
 }
 
 fn set(signal: c_int, new: Option<Action>) -> std::io::Result<Action> {
-    /// The C library keeps two signals for itself (glibc 2.36, `nptl/libc_start_call_main.h`, `SIGCANCEL` and
-    /// `SIGSETXID`).
+    /// SIGCANCEL and SIGSETXID, which the C library reserves (glibc 2.36,
+    /// `sysdeps/unix/sysv/linux/internal-signals.h`).
     const OF_THE_LIBRARY: [c_int; 2] = [32, 33];
     if OF_THE_LIBRARY.contains(&signal) {
         return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
@@ -38,7 +40,7 @@ fn set(signal: c_int, new: Option<Action>) -> std::io::Result<Action> {
     }
     let old = sys::action(signal)?;
     if let Some(new) = new {
-        // SAFETY: what the program wants is its own business.
+        // SAFETY: the program guarantees that its handler may be called, as for sigaction(2).
         unsafe { sys::set_action(signal, new) }?;
     }
     Ok(old)
@@ -48,29 +50,29 @@ fn set(signal: c_int, new: Option<Action>) -> std::io::Result<Action> {
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sigaction(
     signal: c_int,
     new: *const libc::sigaction,
     old: *mut libc::sigaction,
 ) -> c_int {
-    // SAFETY: the caller answers for the pointer.
+    // SAFETY: the caller passes null or a valid pointer.
     let new = unsafe { new.as_ref() }.map(|new| {
-        // SAFETY: the C library's sets begin with the kernel's.
+        // SAFETY: the C library's set starts with the kernel's 64-bit set.
         let mask = unsafe { (&raw const new.sa_mask).cast::<u64>().read() };
         Action::new(new.sa_sigaction, u64::from(new.sa_flags as u32), mask)
     });
     match set(signal, new) {
         Ok(before) => {
             if !old.is_null() {
-                // SAFETY: sigaction is a C struct for which zero is a value.
+                // SAFETY: `sigaction` is a C struct of integers and pointers, for which all zeros are valid.
                 let mut value: libc::sigaction = unsafe { mem::zeroed() };
                 value.sa_sigaction = before.handler;
                 value.sa_flags = before.flags as c_int;
-                // SAFETY: as above.
+                // SAFETY: the C library's set starts with the kernel's 64-bit set.
                 unsafe { (&raw mut value.sa_mask).cast::<u64>().write(before.mask) };
-                // SAFETY: the caller answers for the pointer.
+                // SAFETY: the caller passes null or a valid pointer.
                 unsafe { old.write(value) };
             }
             0
@@ -79,7 +81,7 @@ pub(crate) unsafe extern "C" fn sigaction(
     }
 }
 
-/// Sets a handler; returns the one before, or `SIG_ERR`.
+/// Sets the handler of a signal. Returns the old one, or `SIG_ERR` on failure.
 pub(super) fn install(signal: c_int, handler: libc::sighandler_t, flags: c_int, mask: u64) -> libc::sighandler_t {
     match set(signal, Some(Action::new(handler, u64::from(flags as u32), mask))) {
         Ok(old) => old.handler,
@@ -90,54 +92,54 @@ pub(super) fn install(signal: c_int, handler: libc::sighandler_t, flags: c_int, 
     }
 }
 
-/// signal(2), with BSD's semantics, as glibc has it.
+/// signal(2), with BSD semantics like glibc's.
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
     let mask = if (1..=64).contains(&signal) { 1 << (signal - 1) } else { 0 };
     install(signal, handler, libc::SA_RESTART, mask)
 }
 
-/// The same by another name.
+/// Another name of [`signal`].
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn bsd_signal(number: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { signal(number, handler) }
 }
 
-/// signal(2), with System V's semantics: once, and with the signal not blocked meanwhile.
+/// signal(2), with System V semantics: the handler runs once, and does not block the signal.
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sysv_signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
     install(signal, handler, libc::SA_RESETHAND | libc::SA_NODEFER, 0)
 }
 
-/// The same by another name.
+/// Another name of [`sysv_signal`].
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn __sysv_signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { sysv_signal(signal, handler) }
 }
 
-/// sigaltstack(2). In a thread that enters domains the kernel keeps this crate's stack.
+/// sigaltstack(2). In a thread that enters domains, the kernel keeps using this crate's stack.
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut libc::stack_t) -> c_int {
     if rights::is_in_domain() {
@@ -145,7 +147,7 @@ pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut
     }
     let thread = thread::current();
     let before = thread.map_or_else(sys::alternate_stack, |thread| thread.programs_stack().get());
-    // SAFETY: the caller answers for the pointer.
+    // SAFETY: the caller passes null or a valid pointer.
     let result = match unsafe { new.as_ref() } {
         None => Ok(()),
         Some(new) => {
@@ -161,27 +163,27 @@ pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut
         let on_it = before.addresses().is_some_and(|stack| stack.contains(&here));
         let flags = if on_it { before.flags | libc::SS_ONSTACK } else { before.flags };
         let value = libc::stack_t { ss_sp: before.start as *mut _, ss_flags: flags, ss_size: before.size };
-        // SAFETY: the caller answers for the pointer.
+        // SAFETY: the caller passes null or a valid pointer.
         unsafe { old.write(value) };
     }
     checked(result)
 }
 
-/// pthread_sigmask(3). In a thread that enters domains, and in domains, the signals that faults raise stay unblocked.
+/// pthread_sigmask(3). In domains, and in threads that enter them, the signals of faults stay unblocked.
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn pthread_sigmask(
     how: c_int,
     new: *const libc::sigset_t,
     old: *mut libc::sigset_t,
 ) -> c_int {
-    // SAFETY: the caller answers for the pointer; the C library's sets begin with the kernel's.
+    // SAFETY: the caller passes null or a valid pointer, and the C library's set starts with the kernel's 64-bit set.
     let mut mask = unsafe { new.cast::<u64>().as_ref() }.copied();
     if let Some(mask) = &mut mask {
-        // Those two are the C library's own.
+        // SIGCANCEL and SIGSETXID.
         let mut never = 1u64 << 31 | 1 << 32;
         if rights::is_in_domain() || thread::current().is_some() {
             never |= FAULTS.iter().fold(0, |all, signal| all | 1 << (signal - 1));
@@ -197,22 +199,22 @@ pub(crate) unsafe extern "C" fn pthread_sigmask(
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn sigprocmask(how: c_int, new: *const libc::sigset_t, old: *mut libc::sigset_t) -> c_int {
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     match unsafe { pthread_sigmask(how, new, old) } {
         0 => 0,
         errno => fail(errno),
     }
 }
 
-/// pthread_kill(3). A domain sends its own thread signals, and others none: for those the C library blocks every
-/// signal, and then takes a lock that a domain cannot write.
+/// pthread_kill(3). In a domain it works for the calling thread, and fails with EPERM for others. For those the C
+/// library blocks every signal and then takes a lock, which a domain cannot write.
 ///
 /// # Safety
 ///
-/// As C says.
+/// The arguments are valid, as the manual page demands.
 ///
 /// # References
 ///
@@ -223,8 +225,8 @@ pub(crate) unsafe extern "C" fn pthread_kill(target: libc::pthread_t, signal: c_
     if rights::is_in_domain() && target as usize != sys::thread_handle() {
         return libc::EPERM;
     }
-    // SAFETY: it is the C library's function of this name.
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, Function>(Next::pthread_kill.get()) };
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { next(target, signal) }
 }

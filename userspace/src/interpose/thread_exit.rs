@@ -1,9 +1,8 @@
-//! Destructors of thread-locals, of which a domain runs none.
+//! Destructors of thread-locals. In a domain none is registered.
 //!
-//! A thread-local with a destructor registers it, when it is first used, with the C library, which notes that in data
-//! of its own and in the loader's. A domain may write neither. Its thread-locals are dropped without a destructor when
-//! the domain is discarded, so in a domain there is nothing to note. Outside, registration goes to the C library as
-//! ever.
+//! A thread-local with a destructor registers it with the C library at its first use. The C library writes its own data
+//! and the loader's, and a domain can write neither. A discard ends a domain's thread-locals without destructors, so in
+//! a domain this function does nothing.
 
 #![expect(unsafe_code, reason = "it defines C functions")]
 
@@ -15,7 +14,7 @@ use crate::memory::locals;
 type Destructor = unsafe extern "C" fn(*mut c_void);
 type Register = unsafe extern "C" fn(Destructor, *mut c_void, *mut c_void) -> c_int;
 
-/// Registers a destructor of the calling thread, for Rust's std and for C++'s `thread_local`.
+/// Registers a destructor of the calling thread. Rust's std and C++'s `thread_local` call it.
 ///
 /// # Safety
 ///
@@ -33,8 +32,8 @@ pub(crate) unsafe extern "C" fn __cxa_thread_atexit_impl(
     if locals::says_in_domain() {
         return 0;
     }
-    // SAFETY: it is the C library's function of this name.
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
     let register = unsafe { std::mem::transmute::<usize, Register>(Next::__cxa_thread_atexit_impl.get()) };
-    // SAFETY: the same contract.
+    // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { register(destructor, object, library) }
 }

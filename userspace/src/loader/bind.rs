@@ -1,7 +1,8 @@
-//! Binding the functions that libraries call, before a domain calls them.
+//! Binding the functions that libraries call.
 //!
-//! In a lazily bound library the loader resolves a function at its first call: it takes a lock and writes the library's
-//! table. A domain can do neither. So each slot that is still unbound is bound here, as the loader would bind it.
+//! In a lazily bound library the loader resolves a function at its first call. It takes a lock and writes the library's
+//! table (GOT), and a domain can do neither. So this module binds each unbound slot of the table before domains run, as
+//! the loader would.
 //!
 //! # References
 //!
@@ -34,21 +35,21 @@ const R_X86_64_JUMP_SLOT: u32 = 7;
 
 trusted! {
     static BINDING: ForkLock = ForkLock::new();
-    /// The [count of loaded objects](sys::loaded_count) when all of them were bound last.
+    /// The [count of loaded objects](sys::loaded_count) that are bound.
     static DONE: AtomicU64 = AtomicU64::new(0);
 }
 
-/// Binds every unbound slot of every library. Does nothing if nothing was loaded since the last time.
+/// Binds every unbound slot of every library. Does nothing if no object was loaded or unloaded since the last call.
 ///
-/// No other thread binds slots until the result is dropped. Signals are blocked by the caller until then.
+/// No other thread binds slots until the result is dropped. The caller blocks signals until then.
 pub(crate) fn bind_all() -> ForkLockGuard<'static> {
     let guard = BINDING.lock();
     let loaded = sys::loaded_count();
     if DONE.load(Ordering::Relaxed) != loaded {
         let libraries = sys::libraries();
-        // Objects that define symbols without versions, as executables do: these serve a reference to any version.
+        // Objects without symbol versions, such as executables. Their definitions match references to any version.
         let unversioned: Vec<_> = libraries.iter().filter(|library| entry(library, DT_VERDEF).is_none()).collect();
-        // What domains own was bound before they got it, and this thread may have no rights to it.
+        // Data that domains own was bound before they got it, and this thread may have no rights to it.
         let owned = owned::pages();
         let is_owned = |library: &Library| library.writable_pages().iter().any(|pages| owned.contains(pages));
         for library in libraries.iter().filter(|library| !is_owned(library)) {
@@ -79,28 +80,30 @@ struct Symbol {
     _size: u64,
 }
 
-/// Finds an entry of a library's dynamic section by its tag.
+/// Returns the value of the first entry with a tag in a library's dynamic section.
 fn entry(library: &Library, tag: u64) -> Option<u64> {
     let section = library.dynamic.clone()?;
     let mut entries = section.step_by(16).map_while(|address| {
-        // SAFETY: the dynamic section is an array of pairs of words in the library's data, ended by a tag of 0.
+        // SAFETY: the dynamic section is an array of pairs of words, which is mapped while the library is loaded.
         let [tag, value]: [u64; 2] = unsafe { load(address) };
         (tag != 0).then_some((tag, value))
     });
     entries.find(|(found, _)| *found == tag).map(|(_, value)| value)
 }
 
+/// Binds every unbound slot of a library.
 fn bind(library: &Library, unversioned: &[&Library]) {
     let Some(tables) = Tables::of(library) else { return };
     let (start, length) = tables.relocations;
     for (index, address) in (start..start + length).step_by(size_of::<Relocation>()).enumerate() {
-        // SAFETY: the loader has relocated this table and uses it itself.
+        // SAFETY: DT_JMPREL and DT_PLTRELSZ describe an array of relocations, which is mapped while the library is
+        // loaded.
         let relocation: Relocation = unsafe { load(address) };
         if relocation.info as u32 != R_X86_64_JUMP_SLOT {
             continue;
         }
         let slot = (library.base + relocation.offset as usize) as *mut usize;
-        // SAFETY: the slot is a word of the library's table.
+        // SAFETY: the relocation gives the address of a slot, which is a word of the library's data.
         let bound = unsafe { slot.read_volatile() };
         if !library.has_code_at(bound) || !is_linkage_stub(bound, index) {
             continue;
@@ -108,18 +111,20 @@ fn bind(library: &Library, unversioned: &[&Library]) {
         let symbol = (relocation.info >> 32) as usize;
         let Some(target) = tables.resolve(library, unversioned, symbol) else { continue };
         if target != bound {
-            // SAFETY: the slot is writable while it is unbound, and this is what the loader would write there.
+            // SAFETY: the loader writes unbound slots, so the slot is writable, and it would write the same value.
             unsafe { slot.write_volatile(target) };
         }
     }
 }
 
-/// Whether the code at an address is where an unbound slot leads: it pushes the number of the slot's relocation, and
-/// goes on to the loader. A slot that is bound to a function of its own library leads to something else.
+/// Returns whether the code at an address is the stub that the unbound slot of relocation `index` points to.
+///
+/// A stub pushes the index of its relocation and jumps to the loader. A slot that is bound to a function of its own
+/// library points to other code.
 fn is_linkage_stub(address: usize, index: usize) -> bool {
     const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
     const PUSH: u8 = 0x68;
-    // SAFETY: a stub or a function is longer than this, and what follows either is code too.
+    // SAFETY: the address lies in an executable segment, and the code at it and after it is longer than this.
     let code: [u8; 9] = unsafe { load(address) };
     let push = code.strip_prefix(&ENDBR64).unwrap_or(&code);
     push[0] == PUSH && push[1..5] == (index as u32).to_le_bytes()
@@ -151,21 +156,24 @@ struct NeededVersion {
 ///
 /// # Safety
 ///
-/// There is such a value at the address.
+/// The address is mapped and aligned, and holds a value of this type.
 unsafe fn load<T: Copy>(address: usize) -> T {
-    // SAFETY: the caller answers for the address.
+    // SAFETY: the caller guarantees that the address holds such a value.
     unsafe { (address as *const T).read() }
 }
 
-/// The tables of a library that is bound lazily.
+/// The tables of a lazily bound library.
 struct Tables {
+    /// The address of the relocations of slots, and their size in bytes.
     relocations: (usize, usize),
     symbols: usize,
     strings: usize,
+    /// The addresses of the version numbers of symbols, and of the list of needed versions.
     versions: Option<(usize, usize)>,
 }
 
 impl Tables {
+    /// Returns the tables, or `None` if the library is bound eagerly or has no slots.
     fn of(library: &Library) -> Option<Self> {
         let entry = |tag| entry(library, tag);
         let eager = entry(DT_BIND_NOW).is_some()
@@ -174,7 +182,7 @@ impl Tables {
         if eager {
             return None;
         }
-        // The loader has added the base to the addresses where it could write the section.
+        // The loader adds the base to these addresses if the section is writable.
         let address = |tag| {
             let value = entry(tag)? as usize;
             Some(if value < library.base { value + library.base } else { value })
@@ -187,13 +195,14 @@ impl Tables {
         })
     }
 
+    /// Returns the address that the loader would bind a reference to a symbol to.
     fn resolve(&self, library: &Library, unversioned: &[&Library], index: usize) -> Option<usize> {
-        // SAFETY: the index is from a relocation that the loader would follow.
+        // SAFETY: the index comes from a relocation of this library, so the symbol table has an entry for it.
         let symbol: Symbol = unsafe { load(self.symbols + index * size_of::<Symbol>()) };
         let name = self.string(symbol.name as usize);
         let first = library.resolve(name, None).map(|found| found.as_ptr() as usize);
-        // `dlvsym` passes over definitions without a version, which the loader takes if they come first: malloc is such
-        // a one.
+        // The loader binds to a definition without a version if it comes first, but dlvsym skips it. This crate's
+        // malloc is such a definition.
         if let Some(first) = first.filter(|first| unversioned.iter().any(|library| library.contains(*first))) {
             return Some(first);
         }
@@ -201,19 +210,20 @@ impl Tables {
         versioned.map(|found| found.as_ptr() as usize).or(first)
     }
 
-    /// The name of the version that a symbol is needed in.
+    /// Returns the name of the version that a reference to a symbol needs.
     fn version(&self, index: usize) -> Option<&CStr> {
         let (numbers, needed) = self.versions?;
-        // SAFETY: the table has a number for each symbol.
+        // SAFETY: the table has a 16-bit number for each symbol.
         let number = unsafe { load::<u16>(numbers + index * 2) } & 0x7fff;
-        // A list of files, each with a list of versions; both are linked by distances in bytes, 0 at the end.
+        // A list of files, each with a list of versions. An entry gives the distance to the next in bytes, 0 at the
+        // end.
         let mut file = needed;
         loop {
-            // SAFETY: the loader has followed this list itself.
+            // SAFETY: DT_VERNEED is the address of a list of such entries, which is mapped while the library is loaded.
             let entry: NeededFile = unsafe { load(file) };
             let mut version = file + entry.first as usize;
             loop {
-                // SAFETY: as above.
+                // SAFETY: each file's entry leads to a list of such entries in the same table.
                 let entry: NeededVersion = unsafe { load(version) };
                 if entry.number & 0x7fff == number {
                     return Some(self.string(entry.name as usize));
@@ -231,7 +241,7 @@ impl Tables {
     }
 
     fn string(&self, offset: usize) -> &CStr {
-        // SAFETY: the loader's string table is NUL-terminated and stays while the library is loaded.
+        // SAFETY: the string table ends with a NUL, and is mapped while the library is loaded.
         unsafe { CStr::from_ptr((self.strings + offset) as *const libc::c_char) }
     }
 }

@@ -1,6 +1,6 @@
-//! Addresses at which the C and C++ libraries are about to end the program.
+//! Addresses at which the C and C++ libraries end the program.
 //!
-//! Their code writes a static before it aborts. In a domain that write faults, and these addresses tell why.
+//! Their code writes a static before it aborts. In a domain that write faults, and the address of the fault tells why.
 
 use std::ffi::CStr;
 use std::ops::Range;
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::sys::{self, Library};
 use crate::trusted::trusted;
 
-/// A range of addresses; empty if what it is named after is not loaded.
+/// A range of addresses. It is empty if the function, variable or object is not loaded.
 #[derive(Debug)]
 pub(crate) struct Landmark {
     start: AtomicUsize,
@@ -39,12 +39,13 @@ impl Landmark {
 trusted! {
     /// glibc's abort(3), which takes a lock (2.36, `stdlib/abort.c`).
     pub(crate) static ABORT: Landmark = Landmark::new();
-    /// The variable in which glibc leaves the message of a failed check for a debugger (2.36,
+    /// The variable in which glibc stores the message of a failed check for debuggers (2.36,
     /// `sysdeps/posix/libc_fatal.c`).
     pub(crate) static ABORT_MESSAGE: Landmark = Landmark::new();
-    /// The function of libstdc++ that reports an uncaught exception. It first sets a flag, to report only once.
+    /// The function of libstdc++ that reports an uncaught exception. It first sets a flag, so that it reports only
+    /// once.
     pub(crate) static TERMINATE: Landmark = Landmark::new();
-    /// The functions through which a check of glibc's fails. They map memory for the message first.
+    /// The functions that glibc's failed checks call. They first map memory for the message.
     pub(crate) static FAILED_CHECKS: [Landmark; 3] = [const { Landmark::new() }; 3];
     /// The code of the C library.
     pub(crate) static LIBRARY_CODE: Landmark = Landmark::new();
@@ -52,7 +53,7 @@ trusted! {
     pub(crate) static PROGRAM_DATA: Landmark = Landmark::new();
 }
 
-/// Finds them among the libraries that are loaded now.
+/// Finds all landmarks in the loaded libraries.
 pub(crate) fn find(libraries: &[Library]) {
     const PRIVATE: Option<&CStr> = Some(c"GLIBC_PRIVATE");
     ABORT.set(sys::next_symbol(c"abort", None));

@@ -21,7 +21,7 @@ pub(crate) struct LibraryData {
     /// Keeps the library loaded.
     _library: Library,
     parts: Vec<Arc<Part>>,
-    /// A page could not be untagged: no domain can own the data any more.
+    /// The domain's key could not be removed from a page. No domain can own the data again.
     is_lost: Cell<bool>,
 }
 
@@ -31,12 +31,13 @@ trusted! {
 }
 
 impl LibraryData {
-    /// Takes the data of a loaded library as it is now. `name` is the library's file name, with or without the version
-    /// at its end.
+    /// Takes the data of a loaded library with its present contents. `name` is the library's file name, with or without
+    /// the version at its end.
     ///
     /// # Errors
     ///
-    /// [`Error::NoLibrary`], or [`Error::LibraryInUse`] if a domain owns it or the program depends on it.
+    /// [`Error::NoLibrary`] if no such library is loaded. [`Error::LibraryInUse`] if a domain owns the data or the
+    /// program needs the library.
     pub(crate) fn take(name: &str) -> Result<Self, Error> {
         let library = sys::libraries().into_iter().find(|library| is_called(library, name));
         let library = library.ok_or_else(|| Error::NoLibrary { name: name.into() })?;
@@ -45,15 +46,15 @@ impl LibraryData {
         }
         let ranges = library.writable_pages();
         let _quiet = BlockedSignals::new();
-        // The copy has every slot bound: nothing outside the domain can write the data from now on.
+        // The copy below must have every slot bound, because nothing outside the domain can write the data later.
         let _binding = bind::bind_all();
         let mut owned = owned::lock();
         if ranges.iter().any(|range| owned.iter().any(|other| other.addresses.start == range.start)) {
             return Err(Error::LibraryInUse { name: name.into() });
         }
         let contents = |range: &Range<usize>| {
-            // SAFETY: the pages are mapped while `library` lives. Other threads do not use the library at this moment,
-            // as `Builder::library` demands.
+            // SAFETY: the pages are mapped while `library` exists, and `Builder::library` demands that no other thread
+            // uses the library meanwhile.
             unsafe { std::slice::from_raw_parts(range.start as *const u8, range.len()) }.to_vec()
         };
         let part = |range| Arc::new(Part { contents: contents(&range), addresses: range });
@@ -71,15 +72,16 @@ impl LibraryData {
         self.parts.iter().map(|part| part.addresses.clone())
     }
 
-    /// Writes back what the data was when it was taken.
+    /// Restores the contents that the data had when it was taken.
     pub(crate) fn restore(&self) {
         self.parts.iter().for_each(|part| part.restore());
     }
 
-    /// Returns the data to the program as it was when it was taken; `false` if a page could not be untagged.
+    /// Returns the data to the program with the contents that it had when it was taken. Returns `false` if the domain's
+    /// key could not be removed from a page.
     pub(crate) fn give_back(&self) -> bool {
         for part in &self.parts {
-            // SAFETY: the pages are the library's data.
+            // SAFETY: the pages are writable data of the library, and were readable and writable before.
             if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok() {
                 part.restore();
             } else {

@@ -1,5 +1,11 @@
-//! What the crate does with loaded objects: it binds their functions, keeps the data that domains own, and finds the
-//! places at which the C and C++ libraries abort.
+//! Loaded objects.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`bind`] | binding the functions that libraries call |
+//! | [`landmarks`] | addresses at which the C and C++ libraries abort |
+//! | [`library_data`] | giving a domain the data of a library |
+//! | [`owned`] | the list of data that domains own |
 
 pub(crate) mod bind;
 pub(crate) mod landmarks;

@@ -11,7 +11,7 @@ use crate::rights;
 use crate::sys::{self, BlockedSignals, Library};
 use crate::trusted::trusted;
 
-/// Pages of a library's data, and what they held when a domain got them.
+/// Pages of a library's data, and their contents when a domain got them.
 #[derive(Debug)]
 pub(crate) struct Part {
     pub(super) addresses: Range<usize>,
@@ -19,10 +19,10 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// Writes back what the pages held.
+    /// Restores the contents of the pages.
     pub(super) fn restore(&self) {
         let (from, to) = (self.contents.as_ptr(), self.addresses.start as *mut u8);
-        // SAFETY: the pages are the library's, and as many; nothing runs in the domain that owns them.
+        // SAFETY: the pages are as large as the contents, and no code runs in the domain that owns them.
         unsafe { std::ptr::copy_nonoverlapping(from, to, self.contents.len()) };
     }
 }
@@ -32,7 +32,7 @@ pub(crate) type OwnedData = Vec<Arc<Part>>;
 
 trusted! { static OWNED: Mutex<OwnedData> = Mutex::new(Vec::new()); }
 
-/// Locks the list. Signals are blocked by the caller, because their handlers may fork.
+/// Locks the list. The caller blocks signals, because their handlers may fork.
 pub(crate) fn lock() -> MutexGuard<'static, OwnedData> {
     OWNED.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -49,14 +49,15 @@ pub(super) extern "C" fn return_all() {
     }
     let _quiet = BlockedSignals::new();
     for part in lock().iter() {
-        // SAFETY: the pages are a library's data. A call that still runs in the domain that owns them faults.
+        // A call that still runs in the domain that owns the pages faults.
+        // SAFETY: the pages are writable data of a library, and were readable and writable before.
         if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok() {
             part.restore();
         }
     }
 }
 
-/// Libraries that the program uses all the time.
+/// Libraries that the whole program needs.
 const INDISPENSABLE: [&str; 5] = ["libc.so", "libpthread.so", "ld-linux-x86-64.so", "libgcc_s.so", "linux-vdso.so"];
 
 /// Returns whether a domain can own a library's data.
@@ -64,7 +65,7 @@ pub(crate) fn can_be_owned(library: &Library) -> bool {
     !library.name.is_empty() && !INDISPENSABLE.iter().any(|name| is_called(library, name))
 }
 
-/// Returns whether a library's file has this name, with or without a version at its end.
+/// Returns whether a library's file has this name, with or without the version at its end.
 pub(super) fn is_called(library: &Library, name: &str) -> bool {
     if library.name.is_empty() {
         return false;

@@ -1,7 +1,7 @@
-//! What code in a domain finds about its domain, in thread-locals of which each domain has its own copy.
+//! Thread-locals that tell code in a domain about its domain. Each domain has its own copy.
 //!
-//! They are set when the domain is made ready, so that entering it writes nothing. Code in the domain can overwrite
-//! them: they serve that code, and what is decided outside never rests on them.
+//! They are set when the domain is made ready, so entering it writes nothing. Code in the domain can overwrite them.
+//! They serve that code only: no decision outside the domain depends on them.
 
 use std::cell::Cell;
 use std::ffi::c_void;
@@ -10,10 +10,10 @@ use std::ptr::{self, NonNull};
 
 use pkru::heap::DomainHeap;
 
-/// The values. Outside any domain all of them are zero.
+/// The values. All are zero outside domains.
 pub(crate) struct Locals {
     heap: Cell<*mut DomainHeap>,
-    /// The stack's lowest address, and the one past it.
+    /// The start and the end of the stack.
     stack: Cell<(usize, usize)>,
     /// The call that is running, if it has callbacks.
     call: Cell<*const c_void>,
@@ -45,7 +45,7 @@ impl Locals {
     }
 }
 
-/// Returns the heap of the domain that the calling code runs in, or null outside any domain.
+/// Returns the heap of the domain that the calling code runs in, or null outside domains.
 #[inline]
 pub(crate) fn heap() -> *mut DomainHeap {
     LOCALS.with(|locals| locals.heap.get())
@@ -53,7 +53,8 @@ pub(crate) fn heap() -> *mut DomainHeap {
 
 /// Returns whether the thread-locals say that the calling code runs in a domain.
 ///
-/// A domain can forge this. [`rights::is_in_domain`](crate::rights::is_in_domain) is the one to trust.
+/// A domain can forge this. Code that must trust the answer calls
+/// [`rights::is_in_domain`](crate::rights::is_in_domain).
 pub(crate) fn says_in_domain() -> bool {
     !heap().is_null()
 }

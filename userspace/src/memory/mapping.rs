@@ -10,27 +10,28 @@ use pkru::ProtectionKey;
 
 use crate::{Error, sys};
 
-/// Parts of memory with a page without access before each and after the last. They have no access either until
-/// they are [tagged](crate::keys::Tagged) or [made accessible](Self::make_accessible).
+/// Parts of memory with guard pages before each and after the last.
+///
+/// The parts have no access until they are [tagged](crate::keys::Tagged) or [made accessible](Self::make_accessible).
 #[derive(Debug)]
 pub(crate) struct Mapping<const PARTS: usize> {
     start: NonNull<u8>,
     size: usize,
     // Invariant: these lie in the mapping, and are whole pages.
     parts: [Range<usize>; PARTS],
-    /// A part could neither be discarded nor mapped anew.
+    /// A part was neither discarded nor mapped again.
     lost: bool,
 }
 
-// SAFETY: a mapping is memory that only its owner uses.
+// SAFETY: only the owner of a mapping uses its memory, and it is bound to no thread.
 unsafe impl<const PARTS: usize> Send for Mapping<PARTS> {}
 
 impl<const PARTS: usize> Mapping<PARTS> {
-    /// The size in bytes of the guard before the first part, which is where a stack is: beyond the reach of most local
-    /// variables.
+    /// The size in bytes of the guard before the first part. That part is a stack, and few local variables are larger
+    /// than this guard.
     const FIRST_GUARD: usize = 1 << 20;
 
-    /// Maps parts of these sizes in bytes, rounded up to pages. They read as zeros.
+    /// Maps parts of these sizes in bytes, rounded up to pages. Once accessible, they read as zeros.
     pub(crate) fn new(sizes: [usize; PARTS]) -> Result<Self, Error> {
         let page = sys::page_size();
         let mut end = Self::FIRST_GUARD;
@@ -40,21 +41,21 @@ impl<const PARTS: usize> Mapping<PARTS> {
             end = start + size + page;
             start..start + size
         });
-        let start = sys::map_reserved(end).map_err(Error::system("reserve addresses for a domain"))?;
+        let start = sys::map_reserved(end).map_err(Error::system("reserve address space"))?;
         let base = start.as_ptr() as usize;
         let parts = parts.map(|part| base + part.start..base + part.end);
         let region = Self { start, size: end, parts, lost: false };
-        // A discard shall cost what was touched, not the clearing of 2 MiB for each first byte.
-        // SAFETY: the pages were just reserved for this.
+        // With huge pages, the first write after a discard would clear 2 MiB.
+        // SAFETY: the pages were just reserved.
         unsafe { sys::use_small_pages(start, end) };
         Ok(region)
     }
 
-    /// Makes all parts accessible with a key.
+    /// Makes all parts readable and writable, and tags them with a key.
     pub(crate) fn make_accessible(&self, key: ProtectionKey) -> Result<(), Error> {
         for part in &self.parts {
-            // SAFETY: the pages are this mapping's.
-            unsafe { sys::protect(part.clone(), key) }.map_err(Error::system("map and tag a domain's memory"))?;
+            // SAFETY: the pages are this mapping's, and nothing relies on their protection.
+            unsafe { sys::protect(part.clone(), key) }.map_err(Error::system("tag memory with a protection key"))?;
         }
         Ok(())
     }
@@ -71,19 +72,19 @@ impl<const PARTS: usize> Mapping<PARTS> {
         (start..start + self.size).contains(&address) && !self.parts.iter().any(|part| part.contains(&address))
     }
 
-    /// Drops everything that the memory holds: it reads as zeros afterwards. Returns whether pages were mapped anew for
-    /// that, and so have no access and no key.
+    /// Discards the contents of all parts. They read as zeros afterwards.
     ///
-    /// The cost is in proportion to the pages that were touched.
+    /// Returns whether pages were mapped again. Those have no access and no key. The cost is proportional to the number
+    /// of touched pages.
     #[must_use]
     pub(crate) fn discard(&mut self) -> bool {
         let mut anew = false;
-        // Part by part: one call over the guard pages between them costs more (some 2,600 instructions on Linux 6.12).
+        // Part by part, because one call that spans the guard pages costs about 2,600 instructions more (Linux 6.12).
         for part in &self.parts {
             let pages = sys::DontNeed { start: pointer(part.start), size: part.len() };
-            // SAFETY: the pages are this mapping's; its owner has exclusive access and relies on nothing in them.
+            // SAFETY: the pages are this mapping's, and its owner, which has exclusive access, discards their contents.
             if unsafe { sys::discard(pages) }.is_err() {
-                // The kernel refuses locked pages (mlockall).
+                // MADV_DONTNEED fails for locked pages, as after mlockall(2).
                 // SAFETY: as above.
                 self.lost |= unsafe { sys::map_again(pages) }.is_err();
                 anew = true;
@@ -92,15 +93,18 @@ impl<const PARTS: usize> Mapping<PARTS> {
         anew
     }
 
-    /// Notes that pages could not be made usable again.
+    /// Marks the memory as unusable.
     pub(crate) const fn set_lost(&mut self) {
         self.lost = true;
     }
 
-    /// Checks that no discard has failed, after which the memory can be used no more.
+    /// Checks that the memory is usable. A failed discard makes it unusable.
     pub(crate) const fn check(&self) -> Result<(), Error> {
         if self.lost {
-            return Err(Error::System { operation: "map a domain's memory anew after a discard", errno: libc::ENOMEM });
+            return Err(Error::System {
+                operation: "map a domain's memory again after a discard",
+                errno: libc::ENOMEM,
+            });
         }
         Ok(())
     }
@@ -108,15 +112,15 @@ impl<const PARTS: usize> Mapping<PARTS> {
     /// Unmaps the memory.
     pub(crate) fn unmap(self) -> io::Result<()> {
         let region = std::mem::ManuallyDrop::new(self);
-        // SAFETY: the mapping is this mapping's, and its owner is done with it.
+        // SAFETY: the pages are this mapping's, and its owner no longer uses them.
         unsafe { sys::unmap(region.start, region.size) }
     }
 }
 
 impl<const PARTS: usize> Drop for Mapping<PARTS> {
     fn drop(&mut self) {
-        // It fails only where the kernel is out of memory for its own records; then the addresses stay taken.
-        // SAFETY: the mapping is this mapping's, and its owner is done with it.
+        // munmap fails only if the kernel has no memory for its own records. The addresses then stay reserved.
+        // SAFETY: the pages are this mapping's, and its owner no longer uses them.
         let _ = unsafe { sys::unmap(self.start, self.size) };
     }
 }

@@ -1,4 +1,4 @@
-//! The memory of a domain: mappings between guard pages, and thread-locals in them.
+//! The memory of a domain: mappings with guard pages, and thread-locals.
 
 pub(crate) mod locals;
 pub(crate) mod mapping;

@@ -1,9 +1,11 @@
 //! A domain's thread-local variables.
 //!
-//! A domain runs with an FS base of its own: thread-locals of C and Rust, `errno` among them, are found through it, so
-//! those of the caller are out of reach. The block is laid out as the loader lays out a new thread's: the initial
-//! contents of each library's variables below the thread pointer, the C library's thread descriptor above it, and a
-//! vector of block addresses.
+//! A domain runs with its own FS base. Code finds thread-locals, `errno` among them, relative to the FS base, so a
+//! domain uses its own and not its caller's.
+//!
+//! The layout is that of a new thread. Below the thread pointer are the variables of each library, with their initial
+//! contents. Above it are the C library's thread descriptor and the dynamic thread vector, which holds the address of
+//! each block.
 //!
 //! ```text
 //!   ┌─ lowest address                         thread pointer = FS base
@@ -30,39 +32,39 @@ use pkru::instructions::rdfsbase;
 use super::locals::Locals;
 use crate::{Error, sys};
 
-/// The bytes of a domain that are set aside for this.
+/// The size in bytes of a domain's memory for thread-locals.
 pub(crate) const SIZE: usize = 256 * 1024;
 
-/// Offsets in the thread descriptor's head, which the ABI fixes: the descriptor's own address, the vector's, and again
-/// its own.
+/// Offsets in the head of the thread descriptor, fixed by the ABI: the descriptor's own address, the vector's address,
+/// and the descriptor's own address again.
 const TCB_SELF: usize = 0;
 const TCB_VECTOR: usize = 8;
 const TCB_THREAD: usize = 16;
 
-/// The size of the thread descriptor where glibc does not say it.
+/// The size of the thread descriptor in bytes if glibc does not export it.
 const DESCRIPTOR: usize = 0x900;
 
-/// What was laid out once, to be laid out again after a discard, or for another thread.
+/// A copy of a domain's thread-locals, to lay them out again after a discard or for another thread.
 #[derive(Debug)]
 pub(crate) struct Template {
-    /// The libraries that it was laid out for, see [`sys::loaded_count`].
+    /// The [count of loaded objects](sys::loaded_count) that it was made for.
     loaded: u64,
-    /// Where it is laid out.
+    /// The address that it is laid out at.
     start: usize,
     bytes: Vec<u8>,
-    /// The thread pointer in it, where the thread's descriptor is.
+    /// The thread pointer, which is the address of the thread descriptor.
     pointer: usize,
     /// The size of the descriptor in bytes.
     descriptor: usize,
 }
 
 impl Template {
-    /// Returns the [count of loaded objects](sys::loaded_count) that it was laid out for.
+    /// Returns the [count of loaded objects](sys::loaded_count) that it was made for.
     pub(crate) const fn loaded_count(&self) -> u64 {
         self.loaded
     }
 
-    /// Lays it out, for the calling thread.
+    /// Lays out the thread-locals for the calling thread.
     ///
     /// # Safety
     ///
@@ -71,25 +73,25 @@ impl Template {
         let start = self.bytes.as_ptr() as usize;
         let (before, after) = (self.pointer - self.start, self.pointer - self.start + self.descriptor);
         let heads = [TCB_SELF, TCB_VECTOR, TCB_THREAD].map(|head| {
-            // SAFETY: the descriptor's head is among the bytes.
+            // SAFETY: `bytes` contains the whole descriptor.
             (head, unsafe { load(start + before + head) })
         });
-        // SAFETY: the bytes were copied from there.
+        // SAFETY: `bytes` was copied from this memory, which the caller guarantees is writable.
         unsafe { copy(start, self.start, before) };
-        // SAFETY: the calling thread's descriptor has that size. What the copy says of the thread (its id, the stack
-        // protector's canary, the pointer guard) stays true in the domain.
+        // The thread's ID, its stack canary and its pointer guard hold in the domain too.
+        // SAFETY: the calling thread's descriptor has this size, and so has the one in the domain.
         unsafe { copy(sys::thread_pointer(), self.pointer, self.descriptor) };
-        // SAFETY: as for the first.
+        // SAFETY: as for the first copy.
         unsafe { copy(start + after, self.start + after, self.bytes.len() - after) };
         for (head, value) in heads {
-            // SAFETY: the head lies in the domain's memory.
+            // SAFETY: the head lies in this memory.
             unsafe { store(self.pointer + head, value) };
         }
     }
 }
 
-/// Lays out a domain's thread-locals, from the template if there is one that still fits, and returns the FS base to run
-/// with.
+/// Lays out a domain's thread-locals and returns its FS base. Uses the template if it is up to date, and replaces it
+/// otherwise.
 ///
 /// # Errors
 ///
@@ -97,7 +99,7 @@ impl Template {
 ///
 /// # Safety
 ///
-/// As for [`build`]; and the template is of the same memory.
+/// As for [`build`], and the template was made for the same memory.
 pub(crate) unsafe fn lay_out(
     template: &mut Option<Template>,
     memory: &Range<usize>,
@@ -106,25 +108,25 @@ pub(crate) unsafe fn lay_out(
 ) -> Result<u64, Error> {
     let loaded = sys::loaded_count();
     if let Some(template) = template.as_ref().filter(|template| template.loaded == loaded) {
-        // SAFETY: the caller answers for the memory.
+        // SAFETY: the caller guarantees that the memory is mapped, writable and otherwise unused.
         unsafe { template.lay_out() };
         return Ok(template.pointer as u64);
     }
     if let Some(old) = template.take() {
-        // It may have been laid out there for another thread.
-        // SAFETY: the caller answers for the memory.
+        // The memory may still hold what was laid out for another thread.
+        // SAFETY: the caller guarantees that the memory is mapped, writable and otherwise unused.
         unsafe { ptr::write_bytes(old.start as *mut u8, 0, old.bytes.len()) };
     }
-    // SAFETY: the caller answers for the memory.
+    // SAFETY: the caller guarantees that the memory is mapped, writable and otherwise unused.
     let (pointer, length) = unsafe { build(memory, heap, stack) }?;
-    // SAFETY: the memory is mapped, and `build` has written that much of it.
+    // SAFETY: the memory is mapped, and `build` returns a length within it.
     let bytes = unsafe { std::slice::from_raw_parts(memory.start as *const u8, length) }.to_vec();
     *template = Some(Template { loaded, start: memory.start, bytes, pointer, descriptor: descriptor_size() });
     Ok(pointer as u64)
 }
 
-/// Writes the thread-locals of a new thread into zeroed memory of a domain; returns the thread pointer to run with, and
-/// the number of bytes used.
+/// Lays out the thread-locals of a new thread in zeroed memory of a domain. Returns the thread pointer and the number
+/// of bytes used.
 ///
 /// # Errors
 ///
@@ -132,22 +134,22 @@ pub(crate) unsafe fn lay_out(
 ///
 /// # Safety
 ///
-/// `memory` is mapped, zeroed and writable, and nothing else uses it. `heap` and `stack` are the domain's.
+/// `memory` is mapped, zeroed and writable, and nothing else uses it.
 unsafe fn build(
     memory: &Range<usize>,
     heap: NonNull<DomainHeap>,
     stack: &Range<usize>,
 ) -> Result<(usize, usize), Error> {
     let caller = sys::thread_pointer();
-    // Kept until the end: their initial contents are read.
+    // Kept until the end, because the initialisation images are read.
     let libraries = sys::libraries();
     let modules: Vec<_> = libraries.iter().filter_map(|library| library.tls.as_ref()).collect();
-    // A block that this thread has not used yet is not in its vector, and then neither is the loader's last generation.
+    // If this thread has not used a block yet, its vector lacks the block and has an old generation number.
     for module in modules.iter().filter(|module| module.block.is_none()) {
         sys::touch_module(module.id);
     }
 
-    // A module in the static block lies at the same distance below every thread pointer.
+    // A module in the static TLS block lies at the same distance below every thread pointer.
     let distance = |module: &sys::TlsModule| {
         let distance = caller.checked_sub(module.block?)?;
         (distance <= SIZE).then_some(distance)
@@ -175,52 +177,52 @@ unsafe fn build(
         return Err(Error::ThreadLocals { needed: end - memory.start, limit: memory.len() });
     }
 
-    // SAFETY: the calling thread's descriptor has that size, and the copy lies in the domain's memory.
+    // SAFETY: the calling thread's descriptor has this size, and the copy lies in the domain's memory.
     unsafe { copy(caller, pointer, descriptor_size()) };
     for (module, block) in &blocks {
-        // SAFETY: the image is in the library's data, and the block in the domain's memory, as large as the variables.
+        // SAFETY: the image is loaded, and the block lies in the domain's memory and is at least as large.
         unsafe { copy(module.image.0, *block, module.image.1) };
     }
 
-    // The vector: its length, then the generation of the loader's list, then two words for each module: the block, and
-    // null because there is nothing to free.
-    // SAFETY: the thread descriptor's head has the address of the caller's vector.
+    // The vector holds its length, the loader's generation number, and two words for each module: the block's address,
+    // and null because there is nothing to free.
+    // SAFETY: the head of the caller's thread descriptor is mapped.
     let callers_vector: usize = unsafe { load(caller + TCB_VECTOR) };
-    // SAFETY: its first entry is the generation.
+    // SAFETY: the vector starts with the generation number.
     let generation: usize = unsafe { load(callers_vector) };
     let words = [(vector, last), (vector + 16, generation)]
         .into_iter()
         .chain(blocks.iter().map(|(module, block)| (vector + 16 + 16 * module.id, *block)))
         .chain([(pointer + TCB_SELF, pointer), (pointer + TCB_VECTOR, vector + 16), (pointer + TCB_THREAD, pointer)]);
     for (address, value) in words {
-        // SAFETY: the vector and the descriptor's head lie in the domain's memory.
+        // SAFETY: the vector and the head of the descriptor lie in the domain's memory.
         unsafe { store(address, value) };
     }
 
     let counterpart = |address: usize| address.wrapping_sub(caller).wrapping_add(pointer);
-    // SAFETY: the executable's variables are in the static block, and so is this one's copy.
+    // SAFETY: the executable's variables are in the static TLS block, so this one's copy is in the domain's memory.
     unsafe { store(counterpart(Locals::address()), Locals::new(heap, stack)) };
     for table in character_tables() {
-        // A new thread starts with these three unset, and the C library sets them before anything of the thread runs.
-        // SAFETY: the C library's variables are in the static block, and so are their copies.
+        // The C library sets these three before a new thread runs any other code.
+        // SAFETY: the C library's variables are in the static TLS block, so their copies are in the domain's memory.
         unsafe { copy(table, counterpart(table), size_of::<usize>()) };
     }
     Ok((pointer, end - memory.start))
 }
 
-/// Returns where the calling thread has its pointers to the tables behind `isalpha`, `toupper` and `tolower`.
+/// Returns the addresses of the calling thread's pointers to the tables of `isalpha`, `toupper` and `tolower`.
 fn character_tables() -> impl Iterator<Item = usize> {
-    // The addresses are asked of the functions that C's own macros use.
+    // The macros in `ctype.h` call these functions.
     [c"__ctype_b_loc", c"__ctype_toupper_loc", c"__ctype_tolower_loc"].into_iter().filter_map(sys::lookup).map(
         |function| {
-            // SAFETY: these functions take nothing and return the address of a thread-local pointer.
+            // SAFETY: these functions take no argument, and return the address of a thread-local pointer.
             let function = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn() -> usize>(function.as_ptr()) };
             function()
         },
     )
 }
 
-/// Returns the size of glibc's thread descriptor, which it tells debuggers.
+/// Returns the size of glibc's thread descriptor in bytes. glibc exports it for debuggers.
 fn descriptor_size() -> usize {
     sys::lookup(c"_thread_db_sizeof_pthread").map_or(DESCRIPTOR, |size| {
         // SAFETY: glibc defines the symbol as a `uint32_t`.
@@ -232,9 +234,9 @@ fn descriptor_size() -> usize {
 ///
 /// # Safety
 ///
-/// It is mapped.
+/// The word is mapped.
 unsafe fn load(address: usize) -> usize {
-    // SAFETY: the caller answers for the address.
+    // SAFETY: the caller guarantees that the word is mapped.
     unsafe { (address as *const usize).read() }
 }
 
@@ -242,9 +244,9 @@ unsafe fn load(address: usize) -> usize {
 ///
 /// # Safety
 ///
-/// There is room at the address, which is nobody else's.
+/// The address is writable and aligned, has room for the value, and nothing else uses it.
 unsafe fn store<T>(address: usize, value: T) {
-    // SAFETY: the caller answers for the address.
+    // SAFETY: the caller guarantees that the address is writable.
     unsafe { (address as *mut T).write(value) };
 }
 
@@ -252,14 +254,14 @@ unsafe fn store<T>(address: usize, value: T) {
 ///
 /// # Safety
 ///
-/// Both ranges are mapped and apart, and the target is writable and nobody else's.
+/// Both ranges are mapped and do not overlap. The target is writable, and nothing else uses it.
 unsafe fn copy(from: usize, to: usize, size: usize) {
-    // SAFETY: the caller answers for the ranges.
+    // SAFETY: the caller guarantees that the ranges are valid.
     unsafe { ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, size) };
 }
 
-/// Checks that FS base and thread pointer are the same, as the ABI has it and as the gate relies on.
+/// Returns whether the FS base is the thread pointer. The ABI says so, and the gate relies on it.
 pub(crate) fn is_as_expected() -> bool {
-    // SAFETY: the capability check has found FSGSBASE.
+    // SAFETY: the caller has checked with `capability::detect` that FSGSBASE is enabled.
     unsafe { rdfsbase() as usize == sys::thread_pointer() }
 }

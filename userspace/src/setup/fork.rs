@@ -1,4 +1,4 @@
-//! What happens around the program's forks, so that domains work in the child.
+//! Fork handlers, so that domains work in the child.
 
 #![expect(unsafe_code, reason = "it keeps guards from before a fork to after it")]
 
@@ -11,16 +11,17 @@ use crate::trusted::trusted;
 use crate::violation::symbol_tables::{self, SymbolTables};
 use crate::{keys, rights, sys, thread};
 
-/// The locks that are held across a fork. In the child another thread's change to what they protect would never end.
+/// The locks that are held across a fork. If another thread held one, the child would never get it, and what it
+/// protects could be half changed.
 struct Held {
     _owned: MutexGuard<'static, owned::OwnedData>,
     _symbols: MutexGuard<'static, SymbolTables>,
     _loader: MutexGuard<'static, ()>,
-    // Dropped last: signals are blocked until then.
+    // Dropped last, because it keeps signals blocked.
     keys: keys::Locked,
 }
 
-/// Not a thread-local: a fork in the destructor of one would find it gone.
+/// Not a thread-local, because a program can fork in a destructor of thread-locals.
 struct Place(UnsafeCell<Option<Held>>);
 
 // SAFETY: only the thread that holds the key table's lock uses it.
@@ -28,9 +29,9 @@ unsafe impl Sync for Place {}
 
 trusted! { static HELD: Place = Place(UnsafeCell::new(None)); }
 
-/// Before a fork.
+/// Runs before a fork.
 ///
-/// Functions of the C library that fork internally call this in a domain too. Nothing is prepared for that child.
+/// Functions of the C library that fork internally call it in a domain too. It then does nothing.
 pub(super) extern "C" fn before() {
     if rights::is_in_domain() {
         return;
@@ -43,7 +44,7 @@ pub(super) extern "C" fn before() {
     unsafe { *HELD.0.0.get() = Some(held) };
 }
 
-/// After a fork, in the parent.
+/// Runs after a fork, in the parent.
 pub(super) extern "C" fn after_in_parent() {
     if rights::is_in_domain() {
         return;
@@ -53,7 +54,7 @@ pub(super) extern "C" fn after_in_parent() {
     after(held);
 }
 
-/// After a fork, in the child.
+/// Runs after a fork, in the child.
 pub(super) extern "C" fn after_in_child() {
     if rights::is_in_domain() {
         return;
@@ -62,7 +63,7 @@ pub(super) extern "C" fn after_in_child() {
     if let Some(thread) = thread {
         thread.after_fork();
     }
-    // SAFETY: as in the parent, of which this is a copy.
+    // SAFETY: the child's only thread is a copy of the one that has held the key table's lock since `before`.
     let mut held = unsafe { (*HELD.0.0.get()).take() };
     if let Some(held) = &mut held {
         held.keys.after_fork(thread.map(thread::Thread::caller));

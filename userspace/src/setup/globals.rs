@@ -1,10 +1,11 @@
 //! Giving the statics of the program a key of their own.
 //!
-//! The writable data of the executable and of the loaded libraries gets the key. The program keeps all rights to it,
-//! domains can read it as before, and those built with [`Globals::Writable`](crate::Globals::Writable) can write it.
-//! Rights are each thread's own, and a thread without rights to the key could use no static any more. So each thread is
-//! first sent a signal whose handler adds the rights; threads that it starts inherit them. A thread that is missed gets
-//! them when it faults.
+//! The key tags the writable data of the executable and of the loaded libraries. The program keeps all rights to it.
+//! Domains can read it as before, and those built with [`Globals::Writable`](crate::Globals::Writable) can write it.
+//!
+//! Each thread has rights of its own, and a thread without rights to the key could use no static. So each thread is
+//! first sent the grant signal, whose handler adds the rights. New threads inherit them. A thread that the signal
+//! misses gets them when it faults.
 
 #![expect(unsafe_code, reason = "it tags the pages of statics")]
 
@@ -27,31 +28,32 @@ trusted! {
 /// Gives the statics a key of their own, if they have none yet.
 pub(crate) fn open_statics(thread: &Thread) -> Result<(), Error> {
     if !IS_OPEN.load(Ordering::Acquire) && keys::are_pinned_by(thread.caller()) {
-        // Another thread may be opening them, and wait for this thread's key.
+        // Another thread may be opening the statics and wait for this thread's key.
         let operation =
-            "make the program's statics writable to a domain, for the first time, within a call of another domain";
+            "make the program's statics writable to a domain for the first time while a call into another domain runs";
         return Err(Error::System { operation, errno: libc::EDEADLK });
     }
     let _guard = OPENING.lock();
     if IS_OPEN.load(Ordering::Acquire) {
         return Ok(());
     }
-    // After a failure the key is kept for another try: threads have rights to it already.
+    // After a failure the key is kept for the next attempt, because threads have rights to it already.
     let key = match statics::key() {
         Some(key) => key,
         None => keys::take_for_good(Some(thread.caller()))?,
     };
     statics::set_key(key);
     rights::allow(key);
-    // These allocate buffers at first use, which must not lie on a domain's heap.
+    // These allocate buffers at first use. The buffers must not lie on a domain's heap.
     drop((std::io::stdout().lock(), std::io::stderr().lock()));
     grant_to_all_threads()?;
     // A domain gets its rights to the statics when it next gets a key.
     keys::while_no_domain_has_a_key(thread.caller(), || {
         for pages in static_pages() {
-            // SAFETY: the pages are writable data of loaded objects, and stay so; every thread has rights to the key.
+            // SAFETY: the pages are writable data of loaded objects and stay writable, and every thread has rights to
+            // the key.
             unsafe { sys::protect(pages, key) }
-                .map_err(Error::system("give the program's statics a key of their own"))?;
+                .map_err(Error::system("tag the program's statics with a protection key"))?;
         }
         Ok(())
     })?;
@@ -62,7 +64,7 @@ pub(crate) fn open_statics(thread: &Thread) -> Result<(), Error> {
 /// Sends every thread of the process the grant signal.
 fn grant_to_all_threads() -> Result<(), Error> {
     const LIMIT: Duration = Duration::from_secs(5);
-    let operation = "give all threads rights to the statics' key: one of them blocks SIGFPE";
+    let operation = "give every thread rights to the statics' key, because a thread blocks SIGFPE";
     let mut signalled = vec![sys::thread_id()];
     loop {
         let threads = sys::threads().map_err(Error::system("list the threads of the process"))?;
@@ -74,7 +76,7 @@ fn grant_to_all_threads() -> Result<(), Error> {
             signalled.push(thread);
             let acknowledged = statics::acknowledged();
             if !sys::send_value(thread, GRANT_SIGNAL, statics::grant_value()) {
-                // It has ended.
+                // The thread has ended.
                 continue;
             }
             let start = Instant::now();
@@ -88,7 +90,7 @@ fn grant_to_all_threads() -> Result<(), Error> {
     }
 }
 
-/// Returns the pages of all statics but this crate's own and those that a domain owns.
+/// Returns the pages of all statics except this crate's trusted statics and those that a domain owns.
 fn static_pages() -> Vec<Range<usize>> {
     let mut pages: Vec<_> = sys::libraries().iter().flat_map(sys::Library::writable_pages).collect();
     for kept in trusted::pages().into_iter().chain(owned::pages()) {

@@ -1,4 +1,4 @@
-//! What a process needs once before its first domain.
+//! Making the process ready for domains, once, before the first one.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,15 +14,15 @@ use crate::{Error, keys, rights, signal, sys, thread};
 trusted! {
     static IS_READY: OnceLock<()> = OnceLock::new();
     static MAKING_READY: ForkLock = ForkLock::new();
-    /// Whether the fork handlers are registered already, by an attempt that failed later.
+    /// Whether the fork handlers are registered. An attempt that fails later leaves them registered.
     static HAS_FORK_HANDLERS: AtomicBool = AtomicBool::new(false);
 }
 
-/// Makes the process ready for domains, the first time that this succeeds.
+/// Makes the process ready for domains. Does nothing if it is ready already.
 ///
 /// # Errors
 ///
-/// What the machine, the kernel or the program lacks.
+/// The errors of [`capability::detect`], [`Error::MallocNotRouted`], [`Error::KeysExhausted`], or [`Error::System`].
 pub(crate) fn make_ready() -> Result<(), Error> {
     if IS_READY.get().is_some() {
         return Ok(());
@@ -46,7 +46,7 @@ fn set_up() -> Result<(), Error> {
     }
     interpose::find_all();
     sys::prepare_unwinding();
-    // Before the first lock is taken that these handlers hold.
+    // Before anything takes a lock that these handlers hold across a fork.
     if !HAS_FORK_HANDLERS.load(Ordering::Relaxed) {
         sys::around_forks(fork::before, fork::after_in_parent, fork::after_in_child)
             .map_err(Error::system("register fork handlers"))?;
@@ -60,7 +60,8 @@ fn set_up() -> Result<(), Error> {
         signal_stack_key.into_iter().for_each(keys::give_back);
         error
     };
-    // A failure here repeats each time. The signals taken over so far stay taken over.
+    // The next attempt repeats what fails here. Signals that were taken over stay taken over. The thread makes glibc
+    // install its handler of SIGSETXID, so that this crate takes that handler over too.
     sys::start_a_thread().map_err(Error::system("start a thread")).map_err(undo)?;
     signal::install(pkru_offset).map_err(undo)?;
     install_panic_hook();
@@ -68,10 +69,10 @@ fn set_up() -> Result<(), Error> {
     Ok(())
 }
 
-/// Installs a panic hook that ends the call of a domain with the panic's message, and outside domains calls the hook
-/// that was there before.
+/// Installs a panic hook. In a domain it ends the call with the panic's message, and outside domains it calls the
+/// previous hook.
 fn install_panic_hook() {
-    // A thread that panics, as in a destructor, cannot replace the hook. Panics in domains have no message then.
+    // A panicking thread, for example in a destructor, cannot replace the hook. Panics in domains then have no message.
     if std::thread::panicking() {
         return;
     }

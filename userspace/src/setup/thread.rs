@@ -1,5 +1,7 @@
-//! What a thread needs before it enters a domain: no restartable sequences, an alternate signal stack, the signals of
-//! faults unblocked.
+//! Making a thread ready to enter domains.
+//!
+//! The thread unblocks the signals of faults, unregisters its restartable sequences, and gets an alternate signal
+//! stack.
 
 #![expect(unsafe_code, reason = "it frees a thread's record when the thread ends")]
 
@@ -15,7 +17,7 @@ use crate::{Error, rights, sys};
 ///
 /// # Errors
 ///
-/// What the process or the thread lacks; [`Error::InDomain`] in a domain.
+/// The errors of [`process::make_ready`]. [`Error::InDomain`] in a domain.
 #[cold]
 pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
     if rights::is_in_domain() {
@@ -23,14 +25,14 @@ pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
     }
     process::make_ready()?;
     if let Some(key) = signal_stack_key() {
-        // The kernel checks rights when it writes a frame there.
+        // The kernel checks rights when it writes a frame to a stack with this key.
         rights::allow(key);
     }
     if let Some(thread) = current() {
         return Ok(thread);
     }
-    sys::unblock(&sys::FAULTS).map_err(Error::system("unblock the signals that faults raise"))?;
-    // A handler that calls a domain would make a second record.
+    sys::unblock(&sys::FAULTS).map_err(Error::system("unblock the signals of faults"))?;
+    // A signal handler that calls a domain would make a second record.
     let _quiet = sys::BlockedSignals::new();
     if let Some(thread) = current() {
         return Ok(thread);
@@ -48,11 +50,12 @@ pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
     Ok(thread)
 }
 
-/// Frees the record when the calling thread ends, after the destructors of its thread-locals, which may call domains.
+/// Frees the record when the calling thread ends. That is after the destructors of its thread-locals, which may call
+/// domains.
 fn free_at_thread_end(thread: *const Thread) -> Result<(), Error> {
     trusted! { static KEY: OnceLock<Option<libc::pthread_key_t>> = OnceLock::new(); }
     unsafe extern "C" fn free(thread: *mut c_void) {
-        // SAFETY: `make_ready` made the record, and this thread uses it no more.
+        // SAFETY: `make_ready` created the record with `Box`, and this thread no longer uses it.
         drop(unsafe { Box::from_raw(thread.cast::<Thread>()) });
     }
     let set = KEY.get_or_init(|| sys::thread_key(free)).is_some_and(|key| sys::set_for_thread(key, thread.cast()));

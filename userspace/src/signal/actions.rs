@@ -1,7 +1,7 @@
-//! What the program wants to happen on each signal.
+//! The program's signal actions.
 //!
-//! The kernel calls this crate for every signal that has a handler, on this crate's signal stack. This table keeps what
-//! the program asked for; the functions that replace sigaction(2) and its like write it.
+//! For every signal that has a handler, the kernel calls this crate's handler on this crate's signal stack. This table
+//! holds the program's actions. The functions that replace sigaction(2) and its variants write it.
 
 #![expect(unsafe_code, reason = "it installs signal handlers")]
 
@@ -14,9 +14,9 @@ use crate::trusted::trusted;
 
 const SIGNALS: usize = 65;
 
-/// One signal's action: read in handlers while another thread may be writing it.
+/// The action of one signal. Handlers read it while another thread may write it.
 struct Cell {
-    /// Odd while it is written.
+    /// Odd while a thread writes the cell.
     version: AtomicUsize,
     handler: AtomicUsize,
     flags: AtomicU64,
@@ -47,11 +47,11 @@ trusted! {
     };
 }
 
-/// Runs a function with the table locked and every signal blocked: a handler on this thread would wait for the lock for
-/// ever.
+/// Runs a function with the table locked and every signal blocked. A handler on this thread would wait forever for the
+/// lock.
 fn alone<R>(function: impl FnOnce() -> R) -> R {
     if is_forking() {
-        // In a fork handler of the program's this thread holds the lock.
+        // In a fork handler this thread holds the lock already.
         return function();
     }
     let _blocked = BlockedSignals::new();
@@ -61,14 +61,14 @@ fn alone<R>(function: impl FnOnce() -> R) -> R {
     result
 }
 
-/// Locks the table. Every signal is blocked by the caller.
+/// Locks the table. The caller blocks every signal.
 pub(crate) fn lock() {
     while TABLE.writing.swap(true, Ordering::Acquire) {
         std::hint::spin_loop();
     }
 }
 
-/// Unlocks it.
+/// Unlocks the table.
 pub(crate) fn unlock() {
     TABLE.writing.store(false, Ordering::Release);
 }
@@ -83,7 +83,7 @@ fn write(signal: c_int, action: Action) {
     cell.version.fetch_add(1, Ordering::Release);
 }
 
-/// Returns what the program wants to happen on a signal; async-signal-safe.
+/// Returns the program's action for a signal; async-signal-safe.
 pub(super) fn get(signal: c_int) -> Action {
     let cell = &TABLE.cells[signal as usize];
     loop {
@@ -101,31 +101,33 @@ pub(super) fn get(signal: c_int) -> Action {
     }
 }
 
-/// Returns whether a signal is one whose action this crate keeps: a real one, that can have a handler, and not the one
-/// by which the C library cancels threads, whose handler unwinds the stack on which it is called.
+/// Returns whether this crate takes over the handler of a signal.
+///
+/// It does for every signal that can have a handler, except SIGCANCEL. The C library's handler of SIGCANCEL unwinds the
+/// stack that it is called on.
 pub(crate) const fn is_kept(signal: c_int) -> bool {
     /// `SIGCANCEL` (glibc 2.36, `sysdeps/unix/sysv/linux/internal-signals.h`)
     const CANCEL: c_int = 32;
     signal > 0 && (signal as usize) < SIGNALS && !matches!(signal, libc::SIGKILL | libc::SIGSTOP | CANCEL)
 }
 
-/// Returns whether the table is in force: [`take_over`] was called.
+/// Returns whether the table is in use, because [`take_over`] was called.
 pub(crate) fn is_in_force() -> bool {
     TABLE.is_in_force.load(Ordering::Acquire)
 }
 
-/// Takes over the program's handlers. From now on the kernel calls `entry` in their place.
+/// Takes over the program's handlers. The kernel then calls `entry` instead.
 ///
 /// # Safety
 ///
-/// `entry` is a handler that can be called at any instruction.
+/// `entry` may be called at any instruction.
 pub(super) unsafe fn take_over(entry: usize) -> io::Result<()> {
     TABLE.entry.store(entry, Ordering::Relaxed);
     let result = alone(|| {
         for signal in (1..SIGNALS as c_int).filter(|signal| is_kept(*signal)) {
             let action = sys::action(signal)?;
             if action.handler == entry {
-                // An earlier attempt took it over, and failed later or stayed behind in the parent of a fork.
+                // An earlier attempt took it over. It failed later, or the process was forked before it ended.
                 continue;
             }
             write(signal, action);
@@ -137,7 +139,7 @@ pub(super) unsafe fn take_over(entry: usize) -> io::Result<()> {
     result
 }
 
-/// Sets what the program wants to happen on a signal, and returns what it wanted before.
+/// Sets the program's action for a signal if `new` is given. Returns the old one.
 pub(crate) fn replace(signal: c_int, new: Option<Action>) -> io::Result<Action> {
     if !is_kept(signal) {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -151,7 +153,7 @@ pub(crate) fn replace(signal: c_int, new: Option<Action>) -> io::Result<Action> 
     })
 }
 
-/// Back to the default after one delivery; async-signal-safe, with every signal blocked.
+/// Resets the program's action for a signal to the default; async-signal-safe. The caller blocks every signal.
 pub(super) fn reset(signal: c_int) {
     lock();
     write(signal, Action::DEFAULT);
@@ -160,17 +162,19 @@ pub(super) fn reset(signal: c_int) {
     unlock();
 }
 
-/// Sets the kernel's action: this crate's handler if the program has one, or if a fault raises the signal.
+/// Sets the kernel's action for a signal. It is this crate's handler if the program has a handler or a fault raises the
+/// signal.
 fn put_in_force(signal: c_int, action: &Action) -> io::Result<()> {
     const KEPT: c_int = libc::SA_RESTART | libc::SA_NOCLDSTOP | libc::SA_NOCLDWAIT;
     let kernels = if action.is_function() || FAULTS.contains(&signal) {
-        // Where the program has no handler of its own, it does not expect to have its system calls interrupted.
+        // If the program has no handler, its system calls must not fail with EINTR.
         let restart = if action.is_function() { 0 } else { libc::SA_RESTART as u64 };
         let flags = action.flags & KEPT as u64 | restart | (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64;
         Action::new(TABLE.entry.load(Ordering::Relaxed), flags, u64::MAX)
     } else {
         *action
     };
-    // SAFETY: the entry can be called at any instruction; what the program wants is its own business.
+    // SAFETY: the entry may be called at any instruction, and the program's action is the default or to ignore the
+    // signal.
     unsafe { sys::set_action(signal, kernels) }
 }

@@ -50,7 +50,7 @@ pub(super) enum Decision {
     },
     /// Resume what was interrupted.
     Resume,
-    /// Exit: a copy of the process must not go on as the program.
+    /// Exit: a copy of the process must not continue as the program.
     Exit { status: i32 },
     /// Leave the fault to the kernel: it happens again and ends the process.
     Default,

@@ -1,8 +1,8 @@
 //! Running the program's own handlers.
 //!
-//! A signal is taken on this crate's stack, with every signal blocked. The program's handler then runs as it would
-//! without this crate: with its thread-locals and rights, and the mask and stack that it asked for. If a domain was
-//! interrupted, the stack is the caller's, below the call.
+//! The kernel delivers a signal on this crate's stack, with every signal blocked. The program's handler then runs as it
+//! would without this crate: with the program's thread-locals and rights, and with the signal mask and stack that the
+//! program has set. If the signal interrupted a domain, the handler runs on the caller's stack, below the call.
 
 #![expect(unsafe_code, reason = "it calls the program's handlers")]
 
@@ -17,31 +17,31 @@ use crate::rights;
 use crate::sys::{self, Action, FAULTS};
 use crate::thread::{self, Thread};
 
-/// Where the mask stands in a frame.
+/// The offset of the signal mask in a frame.
 const MASK: usize = offset_of!(libc::ucontext_t, uc_sigmask);
 
-/// What a signal has interrupted, as the program's handler sees it.
+/// The program's state when a signal arrived.
 pub(super) struct Origin {
-    /// The program's stack pointer. Below it and the red zone the stack is free.
+    /// The program's stack pointer. The stack is free below the red zone, which begins there.
     pub(super) stack: usize,
     pub(super) rights: KeyRights,
-    /// The key that the interrupted call of a domain pins.
+    /// The key that the interrupted call pins, if the signal interrupted a domain.
     pub(super) key: Option<ProtectionKey>,
 }
 
-/// Does what the program wants on a signal.
+/// Performs the program's action for a signal.
 ///
 /// # Safety
 ///
-/// The arguments are those that the kernel passed; rights and FS base are the program's, or more.
+/// The kernel passed the arguments. The FS base is the program's, and the rights include the program's.
 pub(super) unsafe fn forward(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, from: &Origin) {
     let action = actions::get(signal);
     if !action.is_function() {
-        // SAFETY: the kernel passes a valid description of the signal.
+        // SAFETY: the kernel passes a valid `siginfo_t`.
         default(signal, &action, unsafe { (*info).si_code } <= 0);
         return;
     }
-    // Calls that the handler makes have deadlines of their own.
+    // Calls that the handler makes have their own deadlines.
     let deadline = thread::current().and_then(|thread| thread.timer().get()).and_then(sys::pause_timer);
     if action.flags & libc::SA_RESETHAND as u64 != 0 {
         actions::reset(signal);
@@ -52,21 +52,21 @@ pub(super) unsafe fn forward(signal: c_int, info: *mut libc::siginfo_t, context:
     if let Some(thread) = thread {
         thread.begin_handler(from.stack, here, from.key);
     }
-    // SAFETY: the kernel passes a valid frame, and its set is 64 bits.
+    // SAFETY: the kernel passes a valid frame, in which the mask has 64 bits.
     let interrupted_mask = unsafe { context.wrapping_byte_add(MASK).cast::<u64>().read() };
     let own = if action.flags & libc::SA_NODEFER as u64 == 0 { bit(signal) } else { 0 };
-    // A handler can call domains too.
+    // The handler may call domains, where these signals must not be blocked.
     let faults = FAULTS.iter().fold(0, |all, signal| all | bit(*signal));
     sys::set_mask((interrupted_mask | action.mask | own) & !faults);
     let rights = from.rights.with(ProtectionKey::DEFAULT, AccessRights::READ_WRITE);
-    // SAFETY: these are the rights with which the program ran, which let it use its own stack and this one.
+    // SAFETY: these are the program's rights, with which it can use its own stack and this one.
     unsafe { rights::write(rights) };
-    // SAFETY: the handler gets what the kernel passed, on a stack of the program's.
+    // SAFETY: the program set this handler for this signal, and the arguments are the kernel's.
     unsafe { call(action.handler, signal, info, context, stack) };
     sys::set_mask(u64::MAX);
     match (thread, thread::current()) {
         (Some(thread), _) => thread.end_handler(),
-        // The handler has made its thread ready to enter domains. The frame holds the state from before.
+        // The handler has made this thread ready for domains. The frame still holds the old state.
         (None, Some(thread)) => {
             // SAFETY: the kernel passes a valid frame.
             let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
@@ -78,7 +78,7 @@ pub(super) unsafe fn forward(signal: c_int, info: *mut libc::siginfo_t, context:
         (None, None) => {}
     }
     if let (Some(left), Some(timer)) = (deadline, thread::current().and_then(|thread| thread.timer().get())) {
-        // It cannot fail for a timer that exists.
+        // This cannot fail for a timer that exists.
         let _ = sys::set_timer(timer, Some(left));
     }
 }
@@ -87,11 +87,11 @@ const fn bit(signal: c_int) -> u64 {
     1 << (signal - 1)
 }
 
-/// Does what the kernel would do where there is no handler.
+/// Performs the default action for a signal, or ignores it. `sent` says whether a process sent it.
 fn default(signal: c_int, action: &Action, sent: bool) {
     let is_ignored = action.handler == libc::SIG_IGN;
     if !FAULTS.contains(&signal) {
-        // The program has taken its handler away since the signal was taken, and the kernel knows.
+        // The program has removed its handler since the signal arrived, and has set the kernel's action too.
         if !is_ignored {
             sys::resend(signal);
         }
@@ -100,20 +100,20 @@ fn default(signal: c_int, action: &Action, sent: bool) {
     if sent && is_ignored {
         return;
     }
-    // On return the instruction faults again, or the signal is sent again, and the kernel acts on it. After a breakpoint
-    // the next instruction would run.
-    // SAFETY: the default action calls nothing.
+    // After the handler returns, the instruction faults again and the kernel performs the default action. A signal that
+    // was sent, or a breakpoint, does not repeat, so it is sent again.
+    // SAFETY: the default action calls no function.
     let _ = unsafe { sys::set_action(signal, Action::DEFAULT) };
     if sent || signal == libc::SIGTRAP {
         sys::resend(signal);
     }
 }
 
-/// Returns the stack pointer to call a handler with; 0 for the stack that this runs on.
+/// Returns the stack pointer to call a handler with, or 0 for the current stack.
 fn stack_for(action: &Action, thread: Option<&Thread>, from: &Origin, frame: usize) -> usize {
     /// The bytes below the stack pointer that code may use without moving it.
     const RED_ZONE: usize = 128;
-    /// More than a frame takes.
+    /// More bytes than a frame takes.
     const FRAME: usize = 32 * 1024;
     let below = from.stack.wrapping_sub(RED_ZONE) & !15;
     let wants_alternate = action.flags & libc::SA_ONSTACK as u64 != 0;
@@ -122,13 +122,14 @@ fn stack_for(action: &Action, thread: Option<&Thread>, from: &Origin, frame: usi
             Some(stack) if !stack.contains(&from.stack) => stack.end & !15,
             _ => below,
         },
-        // The kernel has chosen between the program's own stacks, but as if the handler wanted the alternate one.
+        // The kernel has put the frame on the program's alternate stack if there is one, whatever the program asked
+        // for.
         None if wants_alternate || from.stack.wrapping_sub(frame) < FRAME => 0,
         None => below,
     }
 }
 
-/// Calls a handler on a stack, or on this one if that is 0.
+/// Calls a handler on a stack, or on the current one if `stack` is 0.
 #[unsafe(naked)]
 unsafe extern "C" fn call(
     handler: usize,

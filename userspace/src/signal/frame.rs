@@ -1,4 +1,4 @@
-//! The frame that the kernel makes of what a signal has interrupted.
+//! Signal frames: the state of the interrupted code, as the kernel saves it.
 //!
 //! # References
 //!
@@ -33,17 +33,17 @@ pub(super) fn set_pkru_offset(offset: usize) {
 ///
 /// # Safety
 ///
-/// The arguments are those that the kernel passed to the handler.
+/// The kernel passed the arguments to the handler.
 pub(super) unsafe fn read(signal: c_int, info: *const libc::siginfo_t, context: &libc::ucontext_t) -> Interrupted {
     let register = |index: c_int| context.uc_mcontext.gregs[index as usize] as u64;
-    // SAFETY: the kernel passes a valid description. It clears the parts of it that the signal does not use.
+    // SAFETY: the kernel passes a valid `siginfo_t`, and clears the fields that the signal does not use.
     let description = unsafe { &*info };
     let code = description.si_code;
-    // SAFETY: the field is readable. Only signals that a process has sent have a sender there.
+    // SAFETY: the field is initialised. It holds a sender if a process sent the signal.
     let sender = || unsafe { description.si_pid() } as u32;
-    // SAFETY: the field is readable. Only signals sent with a value have one there.
+    // SAFETY: the field is initialised. It holds a value if the signal was sent with one.
     let value = unsafe { description.si_value() }.sival_ptr.addr();
-    // SAFETY: the field is readable. Only faults have an address there.
+    // SAFETY: the field is initialised. It holds an address if a fault raised the signal.
     let address = unsafe { description.si_addr() } as u64;
     Interrupted {
         signal,
@@ -51,45 +51,44 @@ pub(super) unsafe fn read(signal: c_int, info: *const libc::siginfo_t, context: 
         is_own: matches!(code, libc::SI_USER | libc::SI_QUEUE | libc::SI_TKILL) && sender() == sys::process_id(),
         value,
         address,
-        // SAFETY: the caller answers for the pointer.
+        // SAFETY: the kernel passed the pointer.
         key: unsafe { denying_key(signal, info) },
         error_code: register(libc::REG_ERR) as u32,
         instruction: register(libc::REG_RIP),
         stack: register(libc::REG_RSP),
         arguments: [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX].map(register),
-        // SAFETY: the frame is the kernel's.
+        // SAFETY: the frame is the kernel's, and outlives the result.
         rights: unsafe { SavedPkru::of(context) }.map_or(KeyRights::LINUX_INITIAL, |state| state.read()),
     }
 }
 
-/// Returns the key that denied an access, if that is what the signal is about.
+/// Returns the key that denied an access, if a key did.
 ///
 /// # Safety
 ///
-/// The pointer is the one that the kernel passed.
+/// The kernel passed the pointer.
 unsafe fn denying_key(signal: c_int, info: *const libc::siginfo_t) -> Option<ProtectionKey> {
     /// The offset of `si_pkey` in `siginfo_t`.
     const SI_PKEY: usize = 0x20;
-    /// The code of signals that have it.
+    /// The `si_code` of signals that have this field.
     const SEGV_PKUERR: c_int = 4;
-    // SAFETY: the caller answers for the pointer.
+    // SAFETY: the kernel passes a valid `siginfo_t`.
     if signal != libc::SIGSEGV || unsafe { &*info }.si_code != SEGV_PKUERR {
         return None;
     }
-    // SAFETY: with this code the field is there.
+    // SAFETY: with this code the kernel sets the field.
     let key = unsafe { info.wrapping_byte_add(SI_PKEY).cast::<u32>().read() };
     ProtectionKey::new(key as u8)
 }
 
-/// Writes the state in which a caller resumes into a frame. Returns `false`, with nothing written, if the frame has no
-/// PKRU.
+/// Writes the state in which a caller resumes to a frame. Returns `false` and writes nothing if the frame has no PKRU.
 pub(super) fn write(context: &mut libc::ucontext_t, rewind: Rewind) -> bool {
-    /// The word holds CS, GS, FS and SS, from the lowest bits up. A far jump in the domain can have changed the first
-    /// and the last.
+    /// The bits of CS and SS in a word that holds CS, GS, FS and SS, from the lowest bits up. A far jump in the domain
+    /// can change CS and SS.
     const CS_AND_SS: u64 = 0xffff_0000_0000_ffff;
     /// `__USER_CS` and `__USER_DS` (Linux 6.12, `arch/x86/include/asm/segment.h`).
     const USER_CS_AND_SS: u64 = 0x002b_0000_0000_0033;
-    // SAFETY: the frame is the kernel's.
+    // SAFETY: the frame is the kernel's, and outlives the result.
     let Some(mut state) = (unsafe { SavedPkru::of(context) }) else { return false };
     state.write(rewind.rights);
     let registers = &mut context.uc_mcontext.gregs;
@@ -104,7 +103,7 @@ pub(super) fn write(context: &mut libc::ucontext_t, rewind: Rewind) -> bool {
 
 /// Gives the interrupted code all rights to a key.
 pub(super) fn grant(context: &libc::ucontext_t, key: ProtectionKey) {
-    // SAFETY: the frame is the kernel's.
+    // SAFETY: the frame is the kernel's, and outlives the result.
     if let Some(mut state) = unsafe { SavedPkru::of(context) } {
         state.write(state.read().with(key, AccessRights::READ_WRITE));
     }
@@ -117,7 +116,7 @@ struct SavedPkru {
 }
 
 impl SavedPkru {
-    /// Finds it in a frame; `None` if the frame has none.
+    /// Finds PKRU in a frame. Returns `None` if the frame has none.
     ///
     /// # Safety
     ///
@@ -141,17 +140,18 @@ impl SavedPkru {
         if area.is_null() {
             return None;
         }
-        // SAFETY: the FXSAVE area is longer than these bytes' offset and size.
+        // SAFETY: the FXSAVE area has 512 bytes, and these lie within.
         let software = unsafe { area.wrapping_add(SOFTWARE_BYTES).cast::<SoftwareBytes>().read() };
         let (offset, size) = (PKRU_OFFSET.load(Ordering::Relaxed), software.state_size as usize);
         if software.magic1 != MAGIC1 || software.features & XsaveArea::PKRU == 0 || offset + 4 > size {
             return None;
         }
-        // SAFETY: with the first magic number the area has this size, and the second one follows it.
+        // SAFETY: with the first magic number the area has this size, and the second magic number follows it.
         if unsafe { area.wrapping_add(size).cast::<u32>().read_unaligned() } != MAGIC2 {
             return None;
         }
-        // SAFETY: the area has this size, and nothing else refers to it while the handler runs.
+        // SAFETY: both magic numbers confirm the size of the area, and nothing else refers to it while the handler
+        // runs.
         let bytes = unsafe { std::slice::from_raw_parts_mut(area, size) };
         Some(Self { area: XsaveArea::new(bytes)?, offset })
     }
@@ -161,7 +161,7 @@ impl SavedPkru {
     }
 
     fn write(&mut self, rights: KeyRights) {
-        // `of` has checked that the area reaches so far.
+        // `of` has checked that the area contains this offset.
         let _ = self.area.set_pkru(self.offset, rights);
     }
 }

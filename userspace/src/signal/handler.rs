@@ -1,8 +1,8 @@
-//! The signal handler: it reads the frame, asks [`decide`](super::decide) what to do, and does it.
+//! The signal handler. It reads the frame, calls [`decide`](super::decide), and applies the decision.
 //!
-//! A handler starts with the kernel's initial rights, which allow key 0 alone, and with the FS base of the interrupted
-//! code. So the entry is a few instructions that touch no memory and allow all keys; the rest is Rust that uses no
-//! thread-local before the FS base is the caller's.
+//! A handler starts with the kernel's initial rights, which allow key 0 only, and with the FS base of the interrupted
+//! code. The entry is a few instructions that touch no memory and allow all keys. The rest is Rust, which uses no
+//! thread-local until the FS base is the caller's.
 
 #![expect(unsafe_code, reason = "it is the signal handler")]
 
@@ -22,7 +22,7 @@ use crate::keys::{self, statics};
 use crate::sys::{self, FAULTS};
 use crate::thread::{self, Thread};
 
-/// Allows all keys, with registers alone, and continues in Rust. The arguments are in RDI, RSI and RDX.
+/// Allows all keys and continues in Rust. Uses registers only. The arguments are in RDI, RSI and RDX.
 #[unsafe(naked)]
 pub(super) unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
     naked_asm!(
@@ -31,10 +31,10 @@ pub(super) unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t,
         "xor ecx, ecx",
         "xor edx, edx",
         "wrpkru",
-        // A domain may have jumped to the write.
+        // A domain may have jumped to WRPKRU with other values.
         "test eax, eax",
         "jne 2f",
-        // Linux leaves AC as it was. A misaligned access here would end the process.
+        // Linux leaves the flag AC as it was. With it, a misaligned access here would end the process.
         "pushfq",
         "and dword ptr [rsp], ~0x40000",
         "popfq",
@@ -48,15 +48,15 @@ pub(super) unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t,
 unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
     // SAFETY: the kernel passes a valid frame, and nothing else uses it while the handler runs.
     let context = unsafe { &mut *frame.cast::<libc::ucontext_t>() };
-    // SAFETY: the kernel passed the arguments.
+    // SAFETY: the kernel passes the arguments.
     let at = unsafe { frame::read(signal, info, context) };
-    // SAFETY: the frame is that of this signal.
+    // SAFETY: the kernel passes the frame of this signal.
     let call = unsafe { Call::interrupted_by(&at, frame) };
     let facts = Facts { call: call.as_ref().map(|call| call.facts), statics_key: statics::key() };
     match decide(&at, &facts) {
         Decision::Rewind { reason } => {
             if let Some(call) = &call {
-                // SAFETY: the signal struck in this call.
+                // SAFETY: the signal interrupted this call.
                 unsafe { rewind(context, call, at, reason) };
             }
             return;
@@ -66,7 +66,7 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
                 call.skip_panic_write(context, &at);
             }
         }
-        // SAFETY: the arguments are the kernel's; FS base and rights are the program's.
+        // SAFETY: the kernel passes the arguments, the FS base is the program's, and the rights allow all keys.
         Decision::Forward => unsafe { forward(signal, info, frame, &at, call.as_ref()) },
         Decision::Grant { key, to, acknowledge } => {
             match (to, &call) {
@@ -81,43 +81,43 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
         Decision::Resume => {}
         Decision::Exit { status } => sys::exit_with(status),
         Decision::Default => {
-            // SAFETY: the default action calls nothing.
+            // SAFETY: the default action calls no function.
             let _ = unsafe { sys::set_action(signal, sys::Action::DEFAULT) };
         }
     }
     if let Some(call) = &call {
-        // SAFETY: it was in force when the signal struck.
+        // SAFETY: this was the FS base when the signal arrived.
         unsafe { wrfsbase(call.fs_base) };
     }
 }
 
-/// The call of a domain that a signal has interrupted. While this exists the FS base is the caller's.
+/// The call that a signal has interrupted. While it exists, the FS base is the caller's.
 struct Call {
     running: NonNull<Context>,
-    /// The FS base that was in force.
+    /// The FS base when the signal arrived.
     fs_base: u64,
     facts: CallFacts,
     skip: Option<panics::Skip>,
 }
 
 impl Call {
-    /// Finds the call, and sets the caller's FS base.
+    /// Finds the interrupted call and sets the caller's FS base.
     ///
     /// # Safety
     ///
-    /// The frame is that of the signal.
+    /// The kernel passed the frame of this signal.
     unsafe fn interrupted_by(at: &Interrupted, frame: *mut c_void) -> Option<Self> {
         let running = keys::running_on(frame.addr())?;
-        // SAFETY: the process has domains, so it can read the FS base.
+        // SAFETY: the process has domains, so FSGSBASE is enabled.
         let fs_base = unsafe { rdfsbase() };
         // SAFETY: the call is running, so its context is alive.
         let caller = unsafe { running.as_ref() }.caller_fs_base();
-        // SAFETY: the caller had this FS base, and has its thread-locals there.
+        // SAFETY: this is the FS base that the calling thread had outside the domain.
         unsafe { wrfsbase(caller) };
-        // SAFETY: every context that this crate enters is the head of a `Running`, which lives while its call runs.
+        // SAFETY: every context that this crate enters is the first field of a `Running`, which outlives its call.
         let call = unsafe { running.cast::<Running>().as_ref() };
         let is_fault = FAULTS.contains(&at.signal);
-        // SAFETY: the signal struck in this call.
+        // SAFETY: the signal interrupted this call.
         let skip = unsafe { panics::recognize(at, call.learning.get()) };
         let facts = CallFacts {
             is_leaving: fs_base == caller,
@@ -145,28 +145,28 @@ impl Call {
     }
 }
 
-/// Makes the caller of a domain resume when the handler returns.
+/// Changes the frame so that the caller of a domain resumes when the handler returns.
 ///
 /// # Safety
 ///
-/// The frame is that of a signal that struck in this call.
+/// The frame is that of a signal that interrupted this call.
 unsafe fn rewind(context: &mut libc::ucontext_t, call: &Call, at: Interrupted, reason: Option<AbortReason>) {
     let in_panic = call.running().in_panic.replace(false);
     call.running().trap.set(Some(Trap { at, reason, in_panic }));
-    // SAFETY: the signal struck in this call, and sigreturn resumes as the result says. Its FS base is in force, which
-    // the C library's return from a handler does not use.
+    // SAFETY: the signal interrupted this call, and sigreturn resumes with the returned state, whose FS base is in
+    // force already.
     let rewind = unsafe { Gate::Pkru.rewind(call.running) };
     if !frame::write(context, rewind) {
-        // The kernel's frames have changed since the capability check: there is no way back to the caller.
+        // The frame has no PKRU, unlike at the capability check, so the caller cannot resume.
         sys::exit_with(libc::EXIT_FAILURE);
     }
 }
 
-/// Does what the program wants on a signal.
+/// Performs the program's action for a signal.
 ///
 /// # Safety
 ///
-/// The arguments are the kernel's; FS base and rights are the program's, or more.
+/// The kernel passed the arguments. The FS base is the program's, and the rights include the program's.
 unsafe fn forward(
     signal: c_int,
     info: *mut libc::siginfo_t,
@@ -176,18 +176,18 @@ unsafe fn forward(
 ) {
     let Some(call) = call else {
         let from = Origin { stack: at.stack as usize, rights: at.rights, key: None };
-        // SAFETY: the caller answers for the arguments.
+        // SAFETY: the caller guarantees this for the arguments, the FS base and the rights.
         unsafe { forward::forward(signal, info, frame, &from) };
         return;
     };
     let context = call.context();
     let from =
         Origin { stack: context.caller_stack() as usize, rights: context.caller_rights(), key: Some(context.key()) };
-    // A fault in the program's handler is not the domain's.
-    // SAFETY: the signal struck in this call.
+    // A fault in the program's handler must not count as the domain's.
+    // SAFETY: the signal interrupted this call.
     unsafe { Gate::Pkru.hide(call.running) };
-    // SAFETY: the caller answers for the arguments.
+    // SAFETY: the caller guarantees this for the arguments, the FS base and the rights.
     unsafe { forward::forward(signal, info, frame, &from) };
-    // SAFETY: the call resumes when this returns.
+    // SAFETY: the call was hidden above, and resumes when the handler returns.
     unsafe { Gate::Pkru.show(call.running) };
 }

@@ -1,21 +1,21 @@
-//! Signals: faults in domains end their call, and all other signals go to the program's own handlers.
+//! Signals. A fault in a domain ends the call. All other signals go to the program's handlers.
 //!
 //! | module | subject |
 //! |---|---|
 //! | [`handler`] | the handler that the kernel calls |
-//! | [`trap`] | what it reads and what it notes: plain data |
-//! | [`decide`] | what to do about a signal: a pure function |
+//! | [`trap`] | an interrupted state and a trap, as plain data |
+//! | [`decide`] | what to do about a signal, as a pure function |
 //! | [`frame`] | reading and writing the kernel's signal frames |
 //! | [`forward`] | running the program's handlers |
-//! | [`actions`] | what the program wants on each signal |
-//! | [`panics`] | std's writes about a panic, which the handler skips |
+//! | [`actions`] | the program's signal actions |
+//! | [`panics`] | the writes with which std records a panic, which the handler skips |
 //!
-//! For a fault in a domain the handler writes the caller's state into the signal frame. sigreturn then restores
+//! On a fault in a domain, the handler writes the caller's state to the signal frame. sigreturn(2) then restores
 //! registers, rights and signal mask in one step.
 //!
-//! The stack that the frame lies on tells whether a domain was interrupted: each thread has one that the kernel uses for
-//! nothing else, and the slot of a key says on which thread it was pinned. No register that the domain could have set is
-//! asked.
+//! The address of the frame tells whether the signal interrupted a domain. Each thread has a signal stack of its own,
+//! and the slot of a key records the thread that has pinned the key. No register that a domain can set is used for
+//! this.
 //!
 //! Everything here is async-signal-safe.
 //!
@@ -35,14 +35,14 @@ pub(crate) mod trap;
 
 use crate::Error;
 
-/// Installs the handler, in the place of the program's own. Called once.
+/// Installs the handler in place of the program's handlers.
 ///
 /// # Errors
 ///
-/// [`Error::System`] if the kernel refuses it.
+/// [`Error::System`] if a system call fails.
 pub(crate) fn install(pkru_offset: usize) -> Result<(), Error> {
     frame::set_pkru_offset(pkru_offset);
-    // SAFETY: the entry makes no assumption about what it interrupts.
+    // SAFETY: the entry assumes nothing about the code that it interrupts.
     unsafe { actions::take_over(handler::entry as *const () as usize) }
         .map_err(Error::system("install the signal handlers"))
 }

@@ -1,12 +1,12 @@
 //! Rust panics in a domain.
 //!
-//! Before std calls the panic hook it counts the panic, and takes a lock that keeps the hook from being replaced: two
-//! writes to statics, which fault in a domain. The call is lost in any case, and nothing else looks at those statics on
-//! its behalf. So the fault handler sets the registers as if the instruction had written, leaves memory alone, and
-//! resumes behind it. The hook then runs in the domain and reports the message ([`inside::panic`](crate::inside::panic)).
+//! Before std calls the panic hook, it counts the panic and takes a lock on the hook. These are two writes to statics,
+//! and in a domain they fault. The panic ends the call in any case, so nothing needs the values. The fault handler sets
+//! the registers as if the instruction had written, leaves memory unchanged, and resumes after the instruction. The
+//! hook then runs in the domain and reports the message ([`inside::panic`](crate::inside::panic)).
 //!
-//! The instructions are learned from a panic in a trial call. A domain with `Globals::Writable` makes the writes; there
-//! the hook undoes them.
+//! This module learns the instructions from a panic in a trial call. In a domain with `Globals::Writable` the writes do
+//! not fault, and the hook undoes them.
 
 #![expect(unsafe_code, reason = "it reads an instruction and its operand in a domain")]
 
@@ -19,16 +19,16 @@ use super::trap::Interrupted;
 use crate::inside::panic::{PANIC_WRITES, PanicWrite};
 use crate::keys::statics;
 
-/// Forgets the instructions, because the trial did not end as expected.
+/// Forgets the instructions, because the trial call did not end as expected.
 pub(crate) fn forget() {
     PANIC_WRITES.iter().for_each(|write| write.instruction.store(0, Ordering::Relaxed));
 }
 
-/// What a write of std's about a panic does to the registers.
+/// A write that the handler skips.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Skip {
     found: Instruction,
-    /// What the static holds.
+    /// The value of the static.
     value: u64,
 }
 
@@ -36,27 +36,28 @@ fn find(instruction: u64) -> Option<&'static PanicWrite> {
     PANIC_WRITES.iter().find(|write| write.instruction.load(Ordering::Relaxed) == instruction)
 }
 
-/// Recognises a fault as one of those writes; with `learning`, every fault of an atomic instruction on a static is one.
+/// Returns the write that faulted, if std records a panic with it. With `learning`, every atomic write to a static
+/// counts.
 ///
 /// # Safety
 ///
-/// The values are those of a signal that struck in a domain's call.
+/// The values are those of a signal that interrupted a domain.
 pub(super) unsafe fn recognize(at: &Interrupted, learning: bool) -> Option<Skip> {
     let is_write = ErrorCode::from_bits_retain(at.error_code).access() == Access::Write;
     if !at.key.is_some_and(statics::is_programs) || !is_write {
         return None;
     }
     match find(at.instruction) {
-        // The same instruction on another address is a mistake like any other.
+        // The same instruction at another address is a violation.
         Some(write) if write.target.load(Ordering::Relaxed) == at.address => {}
         None if learning && find(0).is_some() => {}
         _ => return None,
     }
-    // SAFETY: the instruction has just been fetched; what follows it in its page or the next is code too.
+    // SAFETY: the instruction was just executed, and the code of std continues after it.
     let code = unsafe { (at.instruction as *const [u8; 15]).read_unaligned() };
     let found = Instruction::decode(&code)?;
     let value = if found.is_wide {
-        // SAFETY: the instruction reads there, and has faulted only for its write.
+        // SAFETY: the instruction may read this address, because its fault was about the write.
         unsafe { (at.address as *const u64).read_unaligned() }
     } else {
         // SAFETY: as above.
@@ -65,7 +66,7 @@ pub(super) unsafe fn recognize(at: &Interrupted, learning: bool) -> Option<Skip>
     Some(Skip { found, value })
 }
 
-/// Sets the registers as if the instruction had written, and notes what it does for [`PANIC_WRITES`].
+/// Sets the registers as if the instruction had written, and records the instruction in [`PANIC_WRITES`].
 pub(super) fn skip(context: &mut libc::ucontext_t, at: &Interrupted, Skip { found, value }: Skip) {
     let registers = &mut context.uc_mcontext.gregs;
     let mask = if found.is_wide { u64::MAX } else { u64::from(u32::MAX) };
@@ -106,13 +107,13 @@ struct Instruction {
     /// The index of its register operand in a frame.
     register: usize,
     is_wide: bool,
-    /// In bytes.
+    /// The length of the instruction in bytes.
     length: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Operation {
-    /// ADD, INC: only flags would tell what was there.
+    /// ADD and INC. They return nothing but flags.
     Add,
     /// XADD
     ExchangeAdd,
@@ -121,7 +122,7 @@ enum Operation {
 }
 
 impl Instruction {
-    /// Decodes an instruction with a LOCK prefix; `None` if it is none of these.
+    /// Decodes an instruction with a LOCK prefix. Returns `None` for other instructions.
     ///
     /// # References
     ///
@@ -164,7 +165,7 @@ impl Instruction {
     }
 }
 
-/// Where a frame has the registers, in the order of the CPU's numbers.
+/// The indices of the registers in a frame, in the order of the CPU's register numbers.
 const REGISTERS: [usize; 16] = [
     libc::REG_RAX as usize,
     libc::REG_RCX as usize,

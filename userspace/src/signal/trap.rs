@@ -1,4 +1,4 @@
-//! What a signal has interrupted and what the handler notes of it: plain data.
+//! Plain data of the handler: the state that a signal interrupted, and the trap that ended a call.
 
 use std::cell::Cell;
 use std::ffi::c_int;
@@ -10,31 +10,31 @@ use pkru::{KeyRights, ProtectionKey};
 use crate::inside::abort::AbortReason;
 use crate::trusted::trusted;
 
-/// The signal by which a call ends at its deadline: one of those that are never blocked in a domain.
+/// The signal that ends a call at its deadline. It is never blocked in a domain.
 pub(crate) const DEADLINE: c_int = libc::SIGFPE;
 
 trusted! { static DEADLINE_MARK: u8 = 0; }
 
-/// The value that a deadline's timer sends: an address, which nothing else sends.
+/// The value that a deadline's timer sends. It is an address of this crate, so nothing else sends it.
 pub(crate) fn deadline_value() -> usize {
     (&raw const DEADLINE_MARK).addr()
 }
 
-/// A signal, and the state of the code that it has interrupted.
+/// A signal, and the state of the code that it interrupted.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Interrupted {
     pub(crate) signal: c_int,
-    /// `si_code`: the kernel's reason, or who sent it.
+    /// `si_code`: the kernel's reason, or how the signal was sent.
     pub(crate) code: c_int,
-    /// This process sent it: kill(2) and its like.
+    /// This process sent the signal, as by kill(2).
     pub(crate) is_own: bool,
-    /// The value that it was sent with, if it was sent with one.
+    /// The value that the signal was sent with, if any.
     pub(crate) value: usize,
-    /// The address of the fault, if the signal has one.
+    /// The address of the fault, if a fault raised the signal.
     pub(crate) address: u64,
     /// The key of the page, if a key denied the access.
     pub(crate) key: Option<ProtectionKey>,
-    /// The error code, if it is a page fault.
+    /// The error code, if a page fault raised the signal.
     pub(crate) error_code: u32,
     pub(crate) instruction: u64,
     /// The stack pointer.
@@ -59,7 +59,7 @@ pub(crate) struct Trap {
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Running {
-    /// First, so that the gate's pointer to it leads to the whole.
+    /// The first field, so that a pointer to the context is a pointer to all of this.
     pub(crate) context: Context,
     /// The domain's own stack.
     pub(crate) stack: Range<usize>,
@@ -67,6 +67,6 @@ pub(crate) struct Running {
     pub(crate) trap: Cell<Option<Trap>>,
     /// Set by the handler while code in the domain panics.
     pub(crate) in_panic: Cell<bool>,
-    /// The call is a trial that panics, from which the handler learns std's writes.
+    /// The call is a trial call that panics. From it the handler learns std's writes.
     pub(crate) learning: Cell<bool>,
 }

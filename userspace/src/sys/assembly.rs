@@ -1,4 +1,4 @@
-//! What only assembly can do.
+//! Functions in assembly.
 
 #![expect(unsafe_code, reason = "it is assembly")]
 
@@ -6,36 +6,38 @@ use std::arch::{asm, naked_asm};
 use std::ffi::{c_int, c_void};
 use std::ptr::NonNull;
 
-/// Where a signal handler returns to.
+/// The code that a signal handler returns to.
 #[unsafe(naked)]
 pub(super) unsafe extern "C" fn restorer() {
-    // rt_sigreturn. Unwinders know it by these very bytes.
+    // rt_sigreturn. Unwinders recognise signal frames by these exact bytes (GCC, `libgcc/config/i386/linux-unwind.h`).
     naked_asm!("mov rax, 15", "syscall")
 }
 
-/// A signal handler that ends a child with 1, the yes of an experiment, with nothing but registers.
+/// A signal handler that exits with status 1, the "yes" of an experiment. It uses registers only.
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn answer_yes(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
     // exit_group.
     naked_asm!("mov eax, 231", "mov edi, 1", "syscall", "ud2")
 }
 
-/// The bytes of [`answer_yes`], rounded up.
+/// The size of [`answer_yes`] in bytes, rounded up.
 pub(super) const ANSWER_YES_SIZE: usize = 16;
 
-/// Writes to an address with these rights, and does not return. This is how a child tries whether a signal can be taken in a
-/// domain.
+/// Sets PKRU to `rights` and writes to `address`. Does not return.
+///
+/// A child faults this way to test whether the kernel can deliver a signal with a domain's rights.
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn write_with(rights: u32, address: NonNull<u64>) {
     naked_asm!("mov eax, edi", "xor ecx, ecx", "xor edx, edx", "wrpkru", "mov [rsi], rsi", "ud2")
 }
 
-/// Returns the kernel's number of the calling thread; async-signal-safe. Each rewind calls it, so it does not go through the
-/// C library.
+/// Returns the thread ID of the calling thread: gettid(2); async-signal-safe.
+///
+/// Each rewind calls it, so it does not go through the C library.
 #[inline]
 pub(crate) fn thread_id() -> c_int {
     let number: i64;
-    // SAFETY: the call touches no memory, and the kernel changes these two registers beside the result.
+    // SAFETY: gettid touches no memory, and SYSCALL changes RAX, RCX and R11 only.
     unsafe {
         asm!(
             "syscall",
@@ -48,7 +50,7 @@ pub(crate) fn thread_id() -> c_int {
     number as c_int
 }
 
-/// Returns the thread pointer, which thread-locals are addressed by.
+/// Returns the thread pointer, the base of thread-local addresses.
 pub(crate) fn thread_pointer() -> usize {
     let pointer;
     // SAFETY: the ABI puts the thread pointer at FS:0.
@@ -60,10 +62,10 @@ pub(crate) fn thread_pointer() -> usize {
 ///
 /// # Safety
 ///
-/// Both ranges are mapped and apart, and this thread has rights to them.
+/// Both ranges are mapped and do not overlap, `to` is writable, and this thread has rights to both.
 pub(crate) unsafe fn copy_shared(from: *const u8, to: *mut u8, length: usize) {
-    // In assembly, because the bytes may change during the copy: in Rust that would be a data race.
-    // SAFETY: the caller answers for the ranges.
+    // The bytes may change during the copy. In Rust that would be a data race.
+    // SAFETY: the caller guarantees that the ranges are accessible.
     unsafe {
         asm!(
             "rep movsb",
@@ -79,7 +81,7 @@ pub(crate) unsafe fn copy_shared(from: *const u8, to: *mut u8, length: usize) {
 /// `sysdeps/unix/sysv/linux/x86_64/pointer_guard.h`).
 pub(crate) fn pointer_guard() -> u64 {
     let guard;
-    // SAFETY: the C library keeps the guard at this place of the thread's descriptor.
+    // SAFETY: glibc keeps the guard at offset 0x30 of the thread descriptor, which FS points to.
     unsafe { asm!("mov {}, fs:0x30", out(reg) guard, options(nostack, readonly, preserves_flags)) };
     guard
 }

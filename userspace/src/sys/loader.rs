@@ -1,4 +1,4 @@
-//! The dynamic loader: what is loaded, and where symbols are.
+//! The dynamic loader: loaded objects and the addresses of symbols.
 
 #![expect(unsafe_code, reason = "it calls the dynamic loader")]
 
@@ -14,22 +14,22 @@ use super::memory::page_size;
 use super::signals::BlockedSignals;
 use crate::trusted::trusted;
 
-/// A loaded object: the executable, a library, or the kernel's vDSO. A library stays loaded while this value lives.
+/// A loaded object: the executable, a library, or the kernel's vDSO. A library stays loaded while this value exists.
 #[derive(Debug)]
 pub(crate) struct Library {
-    /// The path by which the loader knows it; empty for the executable.
+    /// The loader's path of the object; empty for the executable.
     pub(crate) name: CString,
-    /// What is added to the addresses in the file.
+    /// The load address: the difference between addresses in memory and in the file.
     pub(crate) base: usize,
     /// The loaded segments.
     pub(crate) segments: Vec<Segment>,
-    /// The part of a writable segment that the loader has made read-only after it relocated it, if there is one.
+    /// The RELRO range, if there is one: the loader makes it read-only after relocation.
     read_only_after: Option<Range<usize>>,
-    /// The dynamic section, if it has one.
+    /// The dynamic section, if there is one.
     pub(crate) dynamic: Option<Range<usize>>,
-    /// Its thread-local variables, if it has any.
+    /// The thread-local variables, if there are any.
     pub(crate) tls: Option<TlsModule>,
-    /// Keeps a library loaded; the executable and the vDSO always are.
+    /// Keeps a library loaded. The executable and the vDSO are never unloaded.
     pin: Option<Pin>,
 }
 
@@ -37,21 +37,21 @@ pub(crate) struct Library {
 #[derive(Debug)]
 struct Pin(NonNull<c_void>);
 
-// SAFETY: the loader's handles are for any thread.
+// SAFETY: any thread may use and close a handle of dlopen(3).
 unsafe impl Send for Pin {}
 // SAFETY: as above.
 unsafe impl Sync for Pin {}
 
 impl Pin {
     fn new(name: &CStr) -> Option<Self> {
-        // SAFETY: with RTLD_NOLOAD this loads nothing and runs no constructors.
+        // SAFETY: with RTLD_NOLOAD, dlopen loads nothing and runs no constructor.
         NonNull::new(unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOLOAD | libc::RTLD_LAZY) }).map(Self)
     }
 }
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        // SAFETY: the handle was opened by `new`, and is closed once.
+        // SAFETY: `new` opened the handle, and only this closes it.
         unsafe { libc::dlclose(self.0.as_ptr()) };
     }
 }
@@ -67,19 +67,20 @@ pub(crate) struct Segment {
 /// The thread-local variables of an object.
 #[derive(Debug, Clone)]
 pub(crate) struct TlsModule {
-    /// The loader's number of the module, from 1.
+    /// The loader's module ID, from 1.
     pub(crate) id: usize,
-    /// The calling thread's block, if it has been allocated.
+    /// The address of the calling thread's block, if it is allocated.
     pub(crate) block: Option<usize>,
-    /// The address of the initial contents, and their size in bytes.
+    /// The address of the initialisation image, and its size in bytes.
     pub(crate) image: (usize, usize),
-    /// The size of a block, and its alignment, in bytes.
+    /// The size of a block in bytes.
     pub(crate) size: usize,
+    /// The alignment of a block in bytes.
     pub(crate) align: usize,
 }
 
 impl Library {
-    /// Returns whether an address lies in one of its segments.
+    /// Returns whether an address lies in a segment.
     pub(crate) fn contains(&self, address: usize) -> bool {
         self.segments.iter().any(|segment| segment.addresses.contains(&address))
     }
@@ -96,18 +97,18 @@ impl Library {
         segments.find(|segment| segment.contains(&address)).cloned()
     }
 
-    /// Returns whether an address lies in code of it.
+    /// Returns whether an address lies in an executable segment.
     pub(crate) fn has_code_at(&self, address: usize) -> bool {
         self.segments.iter().any(|segment| segment.executable && segment.addresses.contains(&address))
     }
 
-    /// Returns the pages of its writable data.
+    /// Returns the pages of the writable data.
     pub(crate) fn writable_pages(&self) -> Vec<Range<usize>> {
         let page = page_size();
         let writable = self.segments.iter().filter(|segment| segment.writable).map(|segment| &segment.addresses);
         let pages = writable.map(|addresses| {
             let mut start = addresses.start & !(page - 1);
-            // The loader leaves a page alone that is read-only only in part.
+            // A page that RELRO covers only in part stays writable.
             if let Some(relro) = self.read_only_after.as_ref().filter(|relro| addresses.contains(&relro.start)) {
                 start = relro.end & !(page - 1);
             }
@@ -116,7 +117,7 @@ impl Library {
         pages.filter(|pages| !pages.is_empty()).collect()
     }
 
-    /// Returns the path of its file.
+    /// Returns the path of the file.
     pub(crate) fn path(&self) -> PathBuf {
         use std::os::unix::ffi::OsStrExt;
         match self.name.as_bytes() {
@@ -128,19 +129,19 @@ impl Library {
 
 trusted! { static ITERATING: Mutex<()> = Mutex::new(()); }
 
-/// Lets no other thread of this crate's iterate over the loaded objects. That takes a lock of the loader's which stays
-/// taken in the child of a fork (glibc 2.36, `elf/dl-iteratephdr.c`). Signals are to be blocked, for their handlers may
-/// fork.
+/// Keeps this crate's other threads from iterating over the loaded objects.
+///
+/// An iteration holds a lock of the loader. In a child that is forked meanwhile that lock stays locked (glibc 2.36,
+/// `elf/dl-iteratephdr.c`). The caller blocks signals, because their handlers may fork.
 pub(crate) fn lock_loader() -> MutexGuard<'static, ()> {
     ITERATING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Calls a function for each loaded object, with `data`.
 fn iterate(function: unsafe extern "C" fn(*mut libc::dl_phdr_info, usize, *mut c_void) -> c_int, data: *mut c_void) {
-    // In a fork handler of the program's this thread holds the lock.
+    // In a fork handler this thread holds the lock already.
     let _alone = (!is_forking()).then(lock_loader);
-    // SAFETY: the function gets back what is passed here; the callers pass what it expects, which lives across the
-    // call.
+    // SAFETY: each caller passes the `data` that its function expects, and it outlives the call.
     unsafe { libc::dl_iterate_phdr(Some(function), data) };
 }
 
@@ -150,8 +151,8 @@ pub(crate) fn libraries() -> Vec<Library> {
     let quiet = BlockedSignals::new();
     iterate(collect, (&raw mut libraries).cast());
     drop(quiet);
-    // Outside the iteration, during which the loader holds a lock: another thread may be closing some of them by now,
-    // which then are not to be had any more.
+    // Pinning waits until the loader has released its lock. A library that another thread has closed meanwhile cannot
+    // be pinned and is left out.
     libraries.retain_mut(|library| {
         library.pin = Pin::new(&library.name);
         library.pin.is_some() || library.name.is_empty()
@@ -159,7 +160,8 @@ pub(crate) fn libraries() -> Vec<Library> {
     libraries
 }
 
-/// Brings the calling thread's vector of thread-local blocks up to date, up to a module; returns the module's block.
+/// Updates the calling thread's dynamic thread vector up to a module of a loaded library. Returns the address of the
+/// module's block, which it allocates at first use.
 pub(crate) fn touch_module(id: usize) -> Option<usize> {
     #[repr(C)]
     struct Index {
@@ -167,22 +169,23 @@ pub(crate) fn touch_module(id: usize) -> Option<usize> {
         offset: usize,
     }
     let function = lookup(c"__tls_get_addr")?;
-    // SAFETY: the ABI gives the function this type.
+    // SAFETY: the ABI defines this type for `__tls_get_addr`.
     let function =
         unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const Index) -> usize>(function.as_ptr()) };
     let index = Index { module: id, offset: 0 };
-    // SAFETY: the caller's library is loaded, so that the module exists.
+    // SAFETY: the caller passes the module of a loaded library.
     Some(unsafe { function(&raw const index) })
 }
 
-/// Returns how many objects have been loaded and unloaded so far: a new number means that the objects are others.
-/// Signals are to be blocked, as for [`lock_loader`].
+/// Returns how many times objects were loaded and unloaded. The number changes whenever the set of loaded objects does.
+///
+/// The caller blocks signals, as for [`lock_loader`].
 pub(crate) fn loaded_count() -> u64 {
     unsafe extern "C" fn first(info: *mut libc::dl_phdr_info, _: usize, data: *mut c_void) -> c_int {
         // SAFETY: the loader passes a valid struct.
         let info = unsafe { &*info };
         let count = info.dlpi_adds + info.dlpi_subs;
-        // SAFETY: `data` is the variable below.
+        // SAFETY: `data` points to `count` below.
         unsafe { data.cast::<u64>().write(count) };
         1
     }
@@ -194,9 +197,9 @@ pub(crate) fn loaded_count() -> u64 {
 unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, data: *mut c_void) -> c_int {
     // SAFETY: the loader passes a valid struct.
     let info = unsafe { &*info };
-    // SAFETY: `libraries` passes its vector, and nothing else uses it during the iteration.
+    // SAFETY: `data` points to the vector in `libraries`, and only this function uses it during the iteration.
     let libraries = unsafe { &mut *data.cast::<Vec<Library>>() };
-    // SAFETY: the struct has that many headers there.
+    // SAFETY: `dlpi_phdr` points to `dlpi_phnum` program headers.
     let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
     let base = info.dlpi_addr as usize;
     let addresses = |header: &libc::Elf64_Phdr| {
@@ -234,14 +237,14 @@ unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, data: *mut
     0
 }
 
-/// Finds a symbol by name in the order in which the loader searches.
+/// Finds a symbol by name in the loader's default search order.
 pub(crate) fn lookup(name: &CStr) -> Option<NonNull<c_void>> {
     // SAFETY: the name is NUL-terminated.
     NonNull::new(unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) })
 }
 
 impl Library {
-    /// Finds the symbol that a reference of this library to `name`, with this version if it has one, is bound to.
+    /// Resolves a reference of this library to the symbol `name`, with a version if the reference has one.
     pub(crate) fn resolve(&self, name: &CStr, version: Option<&CStr>) -> Option<NonNull<c_void>> {
         let in_scope = |scope: *mut c_void| {
             NonNull::new(match version {
@@ -251,15 +254,14 @@ impl Library {
                 None => unsafe { libc::dlsym(scope, name.as_ptr()) },
             })
         };
-        // It may have been loaded into a scope of its own, which is searched after the global one.
+        // A library that was opened with RTLD_LOCAL has a scope of its own, which is searched after the global one.
         in_scope(libc::RTLD_DEFAULT).or_else(|| in_scope(self.pin.as_ref()?.0.as_ptr()))
     }
 }
 
-/// Returns the addresses of a function or variable that a library exports, with this version if one is named, past a
-/// definition in this object.
+/// Returns the addresses of the next definition of a symbol after this object's own, with a version if one is given.
 pub(crate) fn next_symbol(name: &CStr, version: Option<&CStr>) -> Option<Range<usize>> {
-    /// Asks `dladdr1` for the symbol's entry in the table.
+    /// Makes `dladdr1` return the symbol's entry in the symbol table.
     const RTLD_DL_SYMENT: c_int = 1;
     unsafe extern "C" {
         fn dladdr1(address: *const c_void, info: *mut libc::Dl_info, extra: *mut *mut c_void, flags: c_int) -> c_int;
@@ -271,17 +273,17 @@ pub(crate) fn next_symbol(name: &CStr, version: Option<&CStr>) -> Option<Range<u
         None => unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) },
     };
     let start = NonNull::new(found)?.as_ptr() as usize;
-    // SAFETY: Dl_info is a C struct of pointers, for which zero is a value.
+    // SAFETY: `Dl_info` is a C struct of pointers, which may be null.
     let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
     let mut entry: *mut libc::Elf64_Sym = std::ptr::null_mut();
-    // SAFETY: the loader writes the struct, and the address of the entry.
+    // SAFETY: `dladdr1` writes only to `info` and `entry`.
     let found = unsafe { dladdr1(start as *const c_void, &raw mut info, (&raw mut entry).cast(), RTLD_DL_SYMENT) };
-    // SAFETY: the pointer is null or leads to the symbol table of a loaded object.
+    // SAFETY: the pointer is null, or points into the symbol table of a loaded object.
     let size = unsafe { entry.as_ref() }.filter(|_| found != 0)?.st_size;
     Some(start..start + size as usize)
 }
 
-/// Returns where the function begins that an address belongs to, as its unwinding information says.
+/// Returns the start of the function that contains an address, according to the unwind tables.
 pub(crate) fn function_at(address: u64) -> Option<u64> {
     /// libgcc's `struct dwarf_eh_bases`.
     #[repr(C)]
@@ -294,12 +296,12 @@ pub(crate) fn function_at(address: u64) -> Option<u64> {
         fn _Unwind_Find_FDE(address: *const c_void, bases: *mut Bases) -> *const c_void;
     }
     let mut bases = Bases { text: 0, data: 0, function: 0 };
-    // SAFETY: the address is only compared; the struct is libgcc's.
+    // SAFETY: libgcc compares the address and does not follow it, and writes only to `bases`.
     let found = unsafe { _Unwind_Find_FDE(address as *const c_void, &raw mut bases) };
     (!found.is_null()).then_some(bases.function as u64)
 }
 
-/// Has libgcc do what it does once before it first unwinds a stack, which code in a domain could not.
+/// Runs the one-time initialisation of libgcc's unwinder. It writes statics, which code in a domain cannot.
 pub(crate) fn prepare_unwinding() {
     unsafe extern "C" fn stop(_: *mut c_void, _: *mut c_void) -> c_int {
         /// `_URC_END_OF_STACK`
@@ -312,7 +314,7 @@ pub(crate) fn prepare_unwinding() {
             argument: *mut c_void,
         ) -> c_int;
     }
-    // SAFETY: the function is called with the first frame, and ends the walk.
+    // SAFETY: `stop` touches no memory, and ends the walk at the first frame.
     unsafe { _Unwind_Backtrace(stop, std::ptr::null_mut()) };
 }
 

@@ -13,9 +13,9 @@ pub(crate) fn page_size() -> usize {
     4096
 }
 
-/// Returns the bytes of memory and swap that the machine has.
+/// Returns the size of the machine's memory and swap in bytes, or `usize::MAX` if it is unknown.
 pub(crate) fn physical_memory() -> usize {
-    // SAFETY: sysinfo is a C struct of integers, for which zero is a value.
+    // SAFETY: `sysinfo` is a C struct of integers, for which all zeros are valid.
     let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
     // SAFETY: `info` is writable.
     if unsafe { libc::sysinfo(&raw mut info) } != 0 {
@@ -24,10 +24,10 @@ pub(crate) fn physical_memory() -> usize {
     (info.totalram + info.totalswap) as usize * info.mem_unit as usize
 }
 
-/// Reserves `size` bytes of addresses, without access and without memory.
+/// Reserves `size` bytes of address space. The pages have no access and no memory.
 pub(crate) fn map_reserved(size: usize) -> io::Result<NonNull<u8>> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    // SAFETY: the kernel chooses a free address, so no existing mapping changes.
     let address = unsafe { libc::mmap(ptr::null_mut(), size, libc::PROT_NONE, flags, -1, 0) };
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
@@ -35,34 +35,34 @@ pub(crate) fn map_reserved(size: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(address.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
-/// Maps fresh pages, without access, in the place of others; locked pages too, whose contents cannot be dropped
-/// otherwise.
+/// Replaces pages with fresh ones without access and without a key. Unlike [`discard`], this works on locked pages.
 ///
 /// # Safety
 ///
-/// The pages are private anonymous memory of the caller, and nothing relies on their contents.
+/// The pages are the caller's private anonymous memory, and nothing relies on their contents.
 pub(crate) unsafe fn map_again(pages: DontNeed) -> io::Result<()> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    // SAFETY: the caller answers for the pages.
+    // SAFETY: the caller owns the pages.
     let address = unsafe { libc::mmap(pages.start.as_ptr().cast(), pages.size, libc::PROT_NONE, flags, -1, 0) };
     if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Asks the kernel to back a range with small pages only. A kernel without huge pages refuses, and does so anyway.
+/// Asks the kernel to back a range with small pages only. A kernel without huge pages fails with EINVAL, which is
+/// ignored.
 ///
 /// # Safety
 ///
 /// The pages are the caller's.
 pub(crate) unsafe fn use_small_pages(start: NonNull<u8>, size: usize) {
-    // SAFETY: the advice changes no contents.
+    // SAFETY: MADV_NOHUGEPAGE changes no contents.
     unsafe { libc::madvise(start.as_ptr().cast(), size, libc::MADV_NOHUGEPAGE) };
 }
 
-/// Makes pages readable and writable, and tags them.
+/// Makes pages readable and writable, and tags them with a key.
 ///
 /// # Safety
 ///
-/// The pages are the caller's, and nothing relies on their having been without access.
+/// The pages are the caller's, and nothing relies on their previous protection.
 ///
 /// # References
 ///
@@ -70,25 +70,29 @@ pub(crate) unsafe fn use_small_pages(start: NonNull<u8>, size: usize) {
 pub(crate) unsafe fn protect(pages: Range<usize>, key: ProtectionKey) -> io::Result<()> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let key = libc::c_int::from(key.number());
-    // SAFETY: the caller answers for the pages.
+    // SAFETY: the caller owns the pages.
     let result = unsafe { libc::syscall(libc::SYS_pkey_mprotect, pages.start, pages.len(), protection, key) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A range of whole pages whose contents may be dropped.
+/// A range of whole pages whose contents may be discarded.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DontNeed {
     pub(crate) start: NonNull<u8>,
     pub(crate) size: usize,
 }
 
-/// Gives the memory of pages back; they read as zeros from then on, and keep their key.
+/// Frees the memory of pages. Afterwards they read as zeros and have the same key.
+///
+/// # Errors
+///
+/// EINVAL if the pages are locked, as by mlockall(2).
 ///
 /// # Safety
 ///
-/// The pages are private anonymous memory of the caller, and nothing relies on their contents.
+/// The pages are the caller's private anonymous memory, and nothing relies on their contents.
 pub(crate) unsafe fn discard(pages: DontNeed) -> io::Result<()> {
-    // SAFETY: the caller answers for the pages.
+    // SAFETY: the caller owns the pages.
     match unsafe { libc::madvise(pages.start.as_ptr().cast(), pages.size, libc::MADV_DONTNEED) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -99,23 +103,23 @@ pub(crate) unsafe fn discard(pages: DontNeed) -> io::Result<()> {
 ///
 /// # Safety
 ///
-/// The pages are the caller's, and nothing uses them any more.
+/// The pages are the caller's, and nothing uses them afterwards.
 pub(crate) unsafe fn unmap(start: NonNull<u8>, size: usize) -> io::Result<()> {
-    // SAFETY: the caller answers for the pages.
+    // SAFETY: the caller owns the pages.
     match unsafe { libc::munmap(start.as_ptr().cast(), size) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Takes a protection key from the kernel. No thread has rights to it.
+/// Allocates a protection key. The calling thread has no rights to it.
 ///
 /// # References
 ///
 /// pkey_alloc(2).
 pub(crate) fn pkey_alloc() -> io::Result<ProtectionKey> {
     const PKEY_DISABLE_ACCESS: libc::c_int = 1;
-    // SAFETY: allocating a key changes no memory.
+    // SAFETY: pkey_alloc touches no memory.
     let number = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, PKEY_DISABLE_ACCESS) };
     u8::try_from(number).ok().and_then(ProtectionKey::new).ok_or_else(io::Error::last_os_error)
 }

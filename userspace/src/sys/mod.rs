@@ -1,6 +1,6 @@
 //! Every system call and every call of the dynamic loader, with the types of the rest of the crate.
 //!
-//! It holds no policy: what is called when is decided above.
+//! It holds no policy: the modules above decide what to call and when.
 
 mod assembly;
 mod fork;

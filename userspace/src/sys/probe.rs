@@ -1,6 +1,6 @@
-//! Experiments in a forked child, and what the kernel reports of itself.
+//! Experiments in a forked child, and the kernel's release.
 //!
-//! A child is a copy of the process: what an experiment breaks, takes or registers goes away with it.
+//! The child is a copy of the process. What an experiment breaks, allocates or registers is gone when the child ends.
 
 #![expect(unsafe_code, reason = "it makes system calls in a forked child")]
 
@@ -22,32 +22,33 @@ use super::threads::{exit_with, process_id};
 /// How an experiment ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// With this number, below [`FIRST_ERROR`]. In an experiment that answers yes or no, 1 is yes.
+    /// It returned this number, below [`FIRST_ERROR`]. In a yes-or-no experiment, 1 is yes.
     Done(u8),
-    /// The kernel refused a step, with this error number.
+    /// A system call failed with this error number.
     Refused(c_int),
     /// A signal killed the child.
     Killed(c_int),
 }
 
-/// The exit status of a child whose error number is 0. Linux's numbers go up to 133.
+/// The exit status for error number 0; for number N it is N more. Linux's error numbers end at 133.
 const FIRST_ERROR: u8 = 16;
 
-/// Runs a function in a forked child without ties to this process's handlers.
+/// Runs a function in a forked child and returns the outcome.
 ///
-/// The child sends no SIGCHLD and runs no atfork handlers.
+/// The child runs no fork handlers, and sends no SIGCHLD when it ends.
 ///
 /// # Safety
 ///
-/// The function makes only async-signal-safe calls, and does not return to code that relies on this process's state.
+/// The function makes only async-signal-safe calls: other threads may have held locks when the child was forked.
 pub(crate) unsafe fn fork_probe(function: impl FnOnce() -> io::Result<u8>) -> io::Result<Outcome> {
-    // SAFETY: a clone without flags is a fork; the child runs `function` and exits.
+    // SAFETY: clone without flags is fork, and the child only runs `function` and exits.
     let child = unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) };
     if child < 0 {
         return Err(io::Error::last_os_error());
     }
     if child == 0 {
-        // SAFETY: prctl with these arguments touches no memory: no core file of an experiment that is killed.
+        // No core file if a signal kills the child.
+        // SAFETY: PR_SET_DUMPABLE touches no memory.
         unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
         let errno = |error: io::Error| error.raw_os_error().unwrap_or(libc::EIO);
         exit_with(function().map_or_else(|error| c_int::from(FIRST_ERROR) + errno(error), c_int::from))
@@ -70,26 +71,26 @@ pub(crate) unsafe fn fork_probe(function: impl FnOnce() -> io::Result<u8>) -> io
     }
 }
 
-/// Answers how many keys the kernel still has for this process.
+/// Counts the keys that this process can still allocate.
 pub(crate) fn keys_left() -> io::Result<Outcome> {
-    // SAFETY: the experiment makes system calls only.
+    // SAFETY: the experiment only makes system calls.
     unsafe { fork_probe(take_all_keys) }
 }
 
-/// Answers how many keys the kernel had for this process when it began.
+/// Counts the keys that a process can allocate.
 pub(crate) fn keys_in_all() -> io::Result<Outcome> {
     let experiment = || {
         free_all_keys();
         take_all_keys()
     };
-    // SAFETY: the experiment makes system calls only.
+    // SAFETY: the experiment only makes system calls.
     unsafe { fork_probe(experiment) }
 }
 
-/// Frees every key of the process but key 0, whatever it tags; for a child.
+/// Frees every key but key 0, whatever it tags. For a child.
 pub(crate) fn free_all_keys() {
     for key in ProtectionKey::all().filter(|key| *key != ProtectionKey::DEFAULT) {
-        // SAFETY: the call changes no memory; a key that the process does not have is refused.
+        // SAFETY: pkey_free touches no memory, and fails with EINVAL if the key is not allocated.
         unsafe { libc::syscall(libc::SYS_pkey_free, c_int::from(key.number())) };
     }
 }
@@ -99,120 +100,122 @@ fn take_all_keys() -> io::Result<u8> {
     loop {
         match pkey_alloc() {
             Ok(_) => count += 1,
-            // Also the answer of a CPU without keys.
+            // On a CPU without keys, too.
             Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => return Ok(count),
             Err(error) => return Err(error),
         }
     }
 }
 
-/// Answers whether a program can read and write the FS base with instructions.
+/// Tests whether the instructions RDFSBASE and WRFSBASE work.
 pub(crate) fn fsgsbase() -> io::Result<Outcome> {
     let experiment = || {
-        // The handler of the program, or of this crate, is for faults of the program's own.
-        // SAFETY: the default action calls nothing.
+        // Neither the program's handler nor this crate's may run if the instruction is invalid.
+        // SAFETY: the default action calls no function.
         unsafe { set_action(libc::SIGILL, Action::DEFAULT) }?;
-        // SAFETY: where the kernel has not switched it on, the child is killed, which is the answer.
+        // SAFETY: if the kernel has not enabled the instruction, it raises SIGILL, which ends the child.
         let base = unsafe { rdfsbase() };
-        // SAFETY: it is the base that is there, and the child is killed if it cannot.
+        // SAFETY: the value is the current FS base.
         unsafe { wrfsbase(base) };
-        // SAFETY: the instruction has just worked.
+        // SAFETY: the instruction is enabled, because it worked above.
         let after = unsafe { rdfsbase() };
         Ok(u8::from(base == after && base as usize == thread_pointer()))
     };
-    // SAFETY: the experiment makes system calls, and executes instructions that leave the thread as it was.
+    // SAFETY: the experiment only makes system calls, and leaves the FS base as it was.
     unsafe { fork_probe(experiment) }
 }
 
-/// Answers whether PKRU stands at this offset of a signal frame's XSAVE area, and is loaded from there on return.
+/// Tests whether PKRU lies at this offset in the XSAVE area of a signal frame, and whether sigreturn(2) loads it from
+/// there.
 ///
-/// The CPU must have PKU switched on.
+/// The caller has found PKU enabled.
 pub(crate) fn pkru_in_signal_frame(offset: usize) -> io::Result<Outcome> {
     let experiment = || {
         let flags = libc::SA_SIGINFO as u64;
         let action = Action::new(change_pkru as *const () as usize, flags, 0);
-        // SAFETY: the handler is called once, by the signal that is sent below.
+        // SAFETY: only the signal sent below calls the handler, with the value that it expects.
         unsafe { set_action(libc::SIGUSR1, action) }?;
         unblock(&[libc::SIGUSR1])?;
-        // SAFETY: the caller has found PKU.
+        // SAFETY: the caller has found PKU enabled.
         let before = unsafe { rdpkru() };
-        // The two values for the frame differ in key 15 from what is there now, and the first is not 0, which XSAVE
-        // may leave out. A static may have key 15; none is written until the old rights are back.
+        // Both test values differ from the rights in force in key 15 only. The first must not be 0, which XSAVE may
+        // omit. Statics may have key 15, so none is written until the old rights are restored.
         let mut order = ChangePkru { offset, seen: 0, new: before ^ 1 << 30 };
-        // SAFETY: only writes to pages with key 15 are denied or allowed by this, and what follows writes to the stack.
+        // SAFETY: this changes access to key 15 only, and the code up to the next WRPKRU writes only to the stack.
         unsafe { wrpkru(before ^ 1 << 31) };
         let value = libc::sigval { sival_ptr: (&raw mut order).cast() };
-        // SAFETY: the handler gets a pointer that lives until it has returned, which is before this call returns.
+        // SAFETY: the signal is unblocked, so the handler runs before this call returns, while `order` is alive.
         let sent = unsafe { libc::sigqueue(process_id() as libc::pid_t, libc::SIGUSR1, value) };
-        // SAFETY: as above.
+        // SAFETY: the caller has found PKU enabled.
         let after = unsafe { rdpkru() };
-        // SAFETY: these are the rights with which the child began.
+        // SAFETY: these are the rights that the child started with.
         unsafe { wrpkru(before) };
-        // SAFETY: the handler has written the field, which the compiler cannot know.
+        // Volatile, because the compiler does not see the handler's write.
+        // SAFETY: the field is initialised and aligned.
         let seen = unsafe { (&raw const order.seen).read_volatile() };
         if sent != 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(u8::from(seen == before ^ 1 << 31 && after == order.new))
     };
-    // SAFETY: the experiment makes system calls, and changes registers of the child.
+    // SAFETY: the experiment only makes system calls, and restores PKRU.
     unsafe { fork_probe(experiment) }
 }
 
-/// What [`change_pkru`] is to do. It is on the stack, because a handler begins with rights to key 0 only, and a static
-/// may have another.
+/// The input and output of [`change_pkru`]. It lies on the stack: a handler starts with rights to key 0 only, and a
+/// static may have another key.
 struct ChangePkru {
     offset: usize,
-    /// The rights that were found in the frame.
+    /// The rights found in the frame.
     seen: u32,
-    /// The rights to leave there.
+    /// The rights to write to the frame.
     new: u32,
 }
 
-/// A signal handler that reads and changes PKRU in its frame, as the signal's value says.
+/// A signal handler that reads and changes PKRU in its frame. The signal's value is the address of a [`ChangePkru`].
 unsafe extern "C" fn change_pkru(_: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel passes the signal's information.
+    // SAFETY: the kernel passes a valid `siginfo_t`.
     let info = unsafe { &*info };
     // SAFETY: the signal was sent with a value.
     let value = unsafe { info.si_value() };
-    // SAFETY: the value is a pointer to an order, whose sender waits.
+    // SAFETY: the value points to a `ChangePkru`, whose owner waits for the handler to return.
     let order = unsafe { &mut *value.sival_ptr.cast::<ChangePkru>() };
-    // SAFETY: the kernel passes the frame's context.
+    // SAFETY: the kernel passes a valid `ucontext_t`.
     let context = unsafe { &*context.cast::<libc::ucontext_t>() };
     let place = context.uc_mcontext.fpregs.cast::<u8>().wrapping_add(order.offset).cast::<u32>();
-    // SAFETY: CPUID says that the XSAVE area, which is in the frame, reaches so far.
+    // SAFETY: the frame contains the XSAVE area, and CPUID says that the area contains this offset.
     order.seen = unsafe { place.read_unaligned() };
     // SAFETY: as above.
     unsafe { place.write_unaligned(order.new) };
 }
 
-/// No restartable-sequences area was registered.
+/// No area is registered.
 pub(crate) const RSEQ_NONE: u8 = 0;
 
-/// One was, and can be unregistered.
+/// An area is registered, and can be unregistered.
 pub(crate) const RSEQ_GIVEN_UP: u8 = 1;
 
-/// One was, and stays.
+/// An area is registered, and cannot be unregistered.
 const RSEQ_STAYS: u8 = 2;
 
-/// Answers with one of these what is registered for the calling thread.
+/// Tests which restartable-sequences area the calling thread has: [`RSEQ_NONE`], [`RSEQ_GIVEN_UP`] or [`RSEQ_STAYS`].
 pub(crate) fn rseq() -> io::Result<Outcome> {
-    // Before the fork: another thread may hold the loader's lock at that moment, and in the child for ever.
+    // Before the fork: if another thread holds the loader's lock then, it stays locked in the child.
     let area = rseq_area();
     let experiment = || match register_rseq() {
         Ok(()) => Ok(RSEQ_NONE),
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Err(error),
-        // The kernel has one area for a thread, so there is one already.
+        // The kernel keeps one area for each thread, so one is registered already.
         Err(_) => {
             area.map_or(Ok(()), unregister_rseq)?;
             Ok(if register_rseq().is_ok() { RSEQ_GIVEN_UP } else { RSEQ_STAYS })
         }
     };
-    // SAFETY: the experiment makes system calls only.
+    // SAFETY: the experiment only makes system calls.
     unsafe { fork_probe(experiment) }
 }
 
-/// Answers whether the kernel hands a thread's system calls to the thread on request.
+/// Tests Syscall User Dispatch: whether a thread can have its system calls raise SIGSYS.
 ///
 /// # References
 ///
@@ -222,12 +225,12 @@ pub(crate) fn syscall_user_dispatch() -> io::Result<Outcome> {
     const ON: usize = 1;
     const ALLOW: u8 = 0;
     const BLOCK: u8 = 1;
-    // Not on the stack, which is used for other things after the experiment has returned.
+    // Not on the stack: the kernel reads it after the experiment has returned, too.
     static SELECTOR: AtomicU8 = AtomicU8::new(ALLOW);
     let experiment = || {
-        // The system call of the handler is let through by its address.
+        // The kernel allows system calls from the code of the handler.
         let handler = answer_yes as *const () as usize;
-        // SAFETY: the selector never goes away, and says until further notice that all calls are let through.
+        // SAFETY: the selector is a static, and it allows all calls until BLOCK is stored below.
         let result = unsafe {
             libc::prctl(
                 PR_SET_SYSCALL_USER_DISPATCH,
@@ -240,21 +243,22 @@ pub(crate) fn syscall_user_dispatch() -> io::Result<Outcome> {
         if result != 0 {
             return Err(io::Error::last_os_error());
         }
-        // Only now: a seccomp filter might have sent the signal for the call above.
-        // SAFETY: the handler uses nothing but registers.
+        // Only now, because a seccomp filter may raise SIGSYS for the call above.
+        // SAFETY: the handler uses registers only.
         unsafe { set_action(libc::SIGSYS, Action::new(handler, libc::SA_SIGINFO as u64, 0)) }?;
         unblock(&[libc::SIGSYS])?;
         SELECTOR.store(BLOCK, Ordering::SeqCst);
-        // SAFETY: the call touches no memory. It is not to be made: the handler is called in its place.
+        // SIGSYS arrives instead, and the handler exits.
+        // SAFETY: getppid touches no memory.
         unsafe { libc::syscall(libc::SYS_getppid) };
         SELECTOR.store(ALLOW, Ordering::SeqCst);
         Ok(0)
     };
-    // SAFETY: the experiment makes system calls only.
+    // SAFETY: the experiment only makes system calls.
     unsafe { fork_probe(experiment) }
 }
 
-/// Answers whether a mapping can be sealed, so that it cannot be unmapped.
+/// Tests whether a mapping can be sealed against munmap(2).
 ///
 /// # References
 ///
@@ -263,7 +267,7 @@ pub(crate) fn mseal() -> io::Result<Outcome> {
     const SYS_MSEAL: libc::c_long = 462;
     let experiment = || {
         let page = map_reserved(page_size())?;
-        // SAFETY: the page was just mapped, and nothing wants to unmap it but the test below.
+        // SAFETY: the page was just mapped, and mseal changes no contents.
         if unsafe { libc::syscall(SYS_MSEAL, page.as_ptr(), page_size(), 0) } != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -271,38 +275,38 @@ pub(crate) fn mseal() -> io::Result<Outcome> {
         let unmapped = unsafe { unmap(page, page_size()) };
         Ok(u8::from(unmapped.is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))))
     };
-    // SAFETY: the experiment makes system calls only.
+    // SAFETY: the experiment only makes system calls.
     unsafe { fork_probe(experiment) }
 }
 
-/// Answers whether there is memory that the kernel's own accesses on behalf of a process do not reach.
+/// Tests whether process_vm_readv(2) fails on memory from memfd_secret(2).
 ///
 /// # References
 ///
 /// memfd_secret(2).
 pub(crate) fn memfd_secret() -> io::Result<Outcome> {
     let experiment = || {
-        // SAFETY: the call touches no memory.
+        // SAFETY: memfd_secret touches no memory.
         let file = unsafe { libc::syscall(libc::SYS_memfd_secret, 0) } as c_int;
         if file < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: as above.
+        // SAFETY: the file is empty and not mapped yet.
         if unsafe { libc::ftruncate(file, page_size() as libc::off_t) } != 0 {
             return Err(io::Error::last_os_error());
         }
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        // SAFETY: the kernel chooses a free address, so no existing mapping changes.
         let page = unsafe { libc::mmap(ptr::null_mut(), page_size(), protection, libc::MAP_SHARED, file, 0) };
         if page == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the page was just mapped.
+        // SAFETY: the page was just mapped writable.
         unsafe { page.cast::<u64>().write_volatile(1) };
         let mut copy = 0u64;
         let to = libc::iovec { iov_base: (&raw mut copy).cast(), iov_len: size_of_val(&copy) };
         let from = libc::iovec { iov_base: page, iov_len: size_of_val(&copy) };
-        // SAFETY: a word is read from the page, or refused, into a variable of that size.
+        // SAFETY: both vectors describe one word, and only `copy` is written.
         let read =
             unsafe { libc::process_vm_readv(process_id() as libc::pid_t, &raw const to, 1, &raw const from, 1, 0) };
         match io::Error::last_os_error() {
@@ -311,19 +315,19 @@ pub(crate) fn memfd_secret() -> io::Result<Outcome> {
             error => Err(error),
         }
     };
-    // SAFETY: the experiment makes system calls, and writes to memory of its own.
+    // SAFETY: the experiment only makes system calls, and writes only to a page that it maps.
     unsafe { fork_probe(experiment) }
 }
 
 /// Returns the kernel's release, as `uname -r` prints it.
 pub(crate) fn kernel_release() -> io::Result<String> {
-    // SAFETY: utsname is a C struct of characters, for which zero is a value.
+    // SAFETY: `utsname` is a C struct of characters, for which all zeros are valid.
     let mut names: libc::utsname = unsafe { mem::zeroed() };
     // SAFETY: the struct is writable.
     if unsafe { libc::uname(&raw mut names) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel ends each name with a zero.
+    // SAFETY: the kernel terminates each name with a NUL.
     let release = unsafe { CStr::from_ptr(names.release.as_ptr()) };
     Ok(release.to_string_lossy().into_owned())
 }

@@ -1,4 +1,4 @@
-//! Restartable sequences: the area that the kernel writes when it returns to a thread.
+//! Restartable sequences: the area that the kernel writes when it returns to a thread in user mode.
 
 #![expect(unsafe_code, reason = "it makes system calls")]
 
@@ -24,8 +24,8 @@ pub(crate) fn rseq_area() -> Option<usize> {
 
 /// Unregisters a restartable-sequences area of the calling thread; async-signal-safe.
 ///
-/// The kernel writes that area whenever it returns to the thread, with the rights in force; in a domain, which cannot
-/// write it, that write would kill the process.
+/// The kernel writes the area when it returns to the thread, with the rights in force. A domain has no rights to write
+/// it, and the failed write kills the process.
 ///
 /// # References
 ///
@@ -33,14 +33,13 @@ pub(crate) fn rseq_area() -> Option<usize> {
 pub(crate) fn unregister_rseq(area: usize) -> io::Result<()> {
     const UNREGISTER: c_int = 1;
     const SIGNATURE: u32 = 0x5305_3053;
-    /// The size that every glibc so far has registered, if the kernel does not ask for more.
+    /// The size that glibc registers, unless the kernel asks for more.
     const LENGTH: u32 = 32;
     const AT_RSEQ_FEATURE_SIZE: libc::c_ulong = 27;
     let wanted = (auxiliary(AT_RSEQ_FEATURE_SIZE) as u32).next_multiple_of(LENGTH);
     let mut refused = io::Error::from_raw_os_error(libc::EINVAL);
     for length in [LENGTH, wanted] {
-        // SAFETY: the arguments are those with which glibc registered the area; without it nothing is written there any
-        // more.
+        // SAFETY: after this call the kernel no longer writes the area, and the call changes no other memory.
         if unsafe { libc::syscall(libc::SYS_rseq, area, length, UNREGISTER, SIGNATURE) } == 0 {
             return Ok(());
         }
@@ -49,8 +48,8 @@ pub(crate) fn unregister_rseq(area: usize) -> io::Result<()> {
     match refused.raw_os_error() {
         // The kernel has no such call.
         Some(libc::ENOSYS) => Ok(()),
-        // Nothing is registered, because the thread has undone it itself; or something is, in a way that is not known
-        // here. An area of another address is refused with EINVAL in the first case too, if its length is wrong.
+        // Either the thread has unregistered its area already, or it has registered one with other arguments. EINVAL
+        // stands for both. Registering an area succeeds in the first case only.
         _ => match register_rseq() {
             Ok(()) => unregister_own_rseq(),
             Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
@@ -62,29 +61,30 @@ pub(crate) fn unregister_rseq(area: usize) -> io::Result<()> {
 #[repr(align(32))]
 struct RseqArea([AtomicU64; 4]);
 
-/// The CPU's number, in the upper half of the first word, is yet to be written.
+/// The area that [`register_rseq`] registers.
 static RSEQ_AREA: RseqArea = RseqArea([const { AtomicU64::new(0) }; 4]);
 
-/// Registers an area of this module's for the calling thread; to see whether there is one, and for a child.
+/// Registers this module's area for the calling thread. It fails if the thread has one, which is what callers test.
 ///
 /// # References
 ///
 /// Linux 6.12, `include/uapi/linux/rseq.h`.
 pub(crate) fn register_rseq() -> io::Result<()> {
+    // `cpu_id`, the upper half, is RSEQ_CPU_ID_UNINITIALIZED.
     RSEQ_AREA.0[0].store(0xffff_ffff << 32, Ordering::Relaxed);
     rseq_call(0)
 }
 
-/// Undoes it.
+/// Unregisters this module's area.
 pub(crate) fn unregister_own_rseq() -> io::Result<()> {
     const UNREGISTER: c_int = 1;
     rseq_call(UNREGISTER)
 }
 
 fn rseq_call(flags: c_int) -> io::Result<()> {
-    // The signature says which handlers of aborted sequences are genuine, and here are none.
+    // The signature precedes each abort handler. This area has no handlers, so any signature serves.
     let (length, signature) = (size_of::<RseqArea>(), 0);
-    // SAFETY: the area is as large as the kernel's first version of it, aligned, read by nobody, and stays.
+    // SAFETY: the area is an aligned static of the size of the kernel's first version, and nothing else uses it.
     match unsafe { libc::syscall(libc::SYS_rseq, RSEQ_AREA.0.as_ptr(), length, flags, signature) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

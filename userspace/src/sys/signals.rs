@@ -11,7 +11,7 @@ use std::ptr;
 use super::assembly::restorer;
 use super::threads::process_id;
 
-/// What happens on a signal, as the kernel has it.
+/// The action of a signal, as the kernel defines it.
 ///
 /// # References
 ///
@@ -24,7 +24,7 @@ pub(crate) struct Action {
     pub(crate) flags: u64,
     /// Set by [`set_action`].
     restorer: usize,
-    /// The signals to block meanwhile, one bit each from signal 1.
+    /// The signals to block while the handler runs. Bit 0 is signal 1.
     pub(crate) mask: u64,
 }
 
@@ -35,7 +35,7 @@ impl Action {
         Self { handler, flags, restorer: 0, mask }
     }
 
-    /// Whether it is a function that is called.
+    /// Returns whether the action is to call a function.
     pub(crate) const fn is_function(&self) -> bool {
         !matches!(self.handler, libc::SIG_DFL | libc::SIG_IGN)
     }
@@ -51,35 +51,36 @@ const SET: usize = 8;
 /// Returns the action of a signal; async-signal-safe.
 pub(crate) fn action(signal: c_int) -> io::Result<Action> {
     let mut action = Action::DEFAULT;
-    // SAFETY: the struct is the kernel's, and writable.
+    // SAFETY: `action` has the kernel's layout and is writable.
     let result = unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, ptr::null::<Action>(), &raw mut action, SET) };
     if result == 0 { Ok(action) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Sets the action of a signal, without regard to what the C library knows of it; async-signal-safe.
+/// Sets the action of a signal, bypassing the C library; async-signal-safe.
 ///
 /// # Safety
 ///
-/// The handler is one that may be called at any instruction.
+/// The handler may be called at any instruction.
 pub(crate) unsafe fn set_action(signal: c_int, action: Action) -> io::Result<()> {
-    /// (Linux 6.12, `arch/x86/include/uapi/asm/signal.h`.)
+    /// Linux 6.12, `arch/x86/include/uapi/asm/signal.h`.
     const SA_RESTORER: u64 = 0x0400_0000;
     let action = Action { flags: action.flags | SA_RESTORER, restorer: restorer as *const () as usize, ..action };
-    // SAFETY: the struct is the kernel's; the caller answers for the handler.
+    // SAFETY: `action` has the kernel's layout, and the caller guarantees that the handler may be called.
     let result =
         unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &raw const action, ptr::null_mut::<Action>(), SET) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Sets which signals are blocked in the calling thread, and returns those that were; async-signal-safe.
+/// Sets the signal mask of the calling thread and returns the old one; async-signal-safe.
 pub(crate) fn set_mask(mask: u64) -> u64 {
     let mut old = 0u64;
-    // SAFETY: both sets are the kernel's size, and live across the call, which cannot fail with these arguments.
+    // It cannot fail with these arguments.
+    // SAFETY: both sets have the kernel's size and outlive the call.
     unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, &raw mut old, SET) };
     old
 }
 
-/// Every signal is blocked in the calling thread until this is dropped.
+/// Blocks every signal in the calling thread until it is dropped.
 pub(crate) struct BlockedSignals {
     before: u64,
 }
@@ -96,24 +97,24 @@ impl Drop for BlockedSignals {
     }
 }
 
-/// sigprocmask(2) with the kernel's sets; returns an error number.
+/// Changes the signal mask like sigprocmask(2), with the kernel's signal sets. Returns an error number, 0 on success.
 pub(crate) fn change_mask(how: c_int, mask: Option<u64>, old: *mut u64) -> c_int {
     let new = mask.as_ref().map_or(ptr::null(), ptr::from_ref);
-    // SAFETY: errno is a thread-local of the calling code.
+    // SAFETY: the function has no requirements.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: as above; nothing else refers to it.
+    // SAFETY: errno is a thread-local of the calling code, and nothing else refers to it meanwhile.
     let errno = unsafe { &mut *errno };
-    // pthread_sigmask leaves it alone.
+    // pthread_sigmask does not change errno.
     let before = *errno;
-    // SAFETY: the kernel writes 8 bytes to `old`, if it is not null, or refuses.
+    // SAFETY: the kernel checks `old`, and writes 8 bytes to it if it is not null.
     let result = unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, new, old, SET) };
     let error = mem::replace(errno, before);
     if result == 0 { 0 } else { error }
 }
 
-/// Lets signals reach the calling thread. One that a fault raises kills the process where it is blocked.
+/// Unblocks signals in the calling thread. A fault whose signal is blocked kills the process.
 pub(crate) fn unblock(signals: &[c_int]) -> io::Result<()> {
-    // SAFETY: a signal set is a C struct of integers, for which zero is a value.
+    // SAFETY: `sigset_t` is a C struct of integers, for which all zeros are valid.
     let mut set: libc::sigset_t = unsafe { mem::zeroed() };
     // SAFETY: the set is writable.
     unsafe { libc::sigemptyset(&raw mut set) };
@@ -121,24 +122,25 @@ pub(crate) fn unblock(signals: &[c_int]) -> io::Result<()> {
         // SAFETY: as above.
         unsafe { libc::sigaddset(&raw mut set, *signal) };
     }
-    // SAFETY: the set lives across the call.
+    // SAFETY: the set outlives the call.
     match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut()) } {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 
-/// Sends the calling thread a signal; async-signal-safe.
+/// Sends a signal to the calling thread; async-signal-safe.
 pub(crate) fn resend(signal: c_int) {
-    // SAFETY: the call touches no memory.
+    // SAFETY: gettid touches no memory.
     let thread = unsafe { libc::syscall(libc::SYS_gettid) };
-    // SAFETY: as above.
+    // SAFETY: tgkill touches no memory.
     unsafe { libc::syscall(libc::SYS_tgkill, process_id(), thread, signal) };
 }
 
-/// Sends a thread of this process a signal with a value; `false` if there is no such thread.
+/// Sends a signal with a value to a thread of this process. Returns `false` if it fails, as for a thread that has
+/// ended.
 pub(crate) fn send_value(thread: c_int, signal: c_int, value: usize) -> bool {
-    /// `siginfo_t` as the kernel takes it for this (Linux 6.12, `include/uapi/asm-generic/siginfo.h`).
+    /// `siginfo_t` of a queued signal (Linux 6.12, `include/uapi/asm-generic/siginfo.h`).
     #[repr(C)]
     struct Queued {
         signal: c_int,
@@ -161,11 +163,11 @@ pub(crate) fn send_value(thread: c_int, signal: c_int, value: usize) -> bool {
         value,
         rest: [0; 12],
     };
-    // SAFETY: the struct lives across the call.
+    // SAFETY: the struct has the kernel's layout and outlives the call.
     unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, process_id(), thread, signal, &raw const info) == 0 }
 }
 
-/// A thread's alternate signal stack, as the kernel has it.
+/// A thread's alternate signal stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct AlternateStack {
     pub(crate) start: usize,
@@ -177,7 +179,7 @@ pub(crate) struct AlternateStack {
 impl AlternateStack {
     pub(crate) const NONE: Self = Self { start: 0, size: 0, flags: libc::SS_DISABLE };
 
-    /// The addresses, if there is one.
+    /// Returns the addresses of the stack, if there is one.
     pub(crate) fn addresses(&self) -> Option<Range<usize>> {
         (self.flags & libc::SS_DISABLE == 0).then(|| self.start..self.start + self.size)
     }
@@ -187,23 +189,23 @@ impl AlternateStack {
     }
 }
 
-/// Take the stack from its top even if the stack pointer lies in it already, where a domain may have put it.
-/// (Linux 6.12, `include/uapi/linux/signal.h`.)
+/// Makes the kernel start at the top of the stack even if the stack pointer lies in it. A domain can set the stack
+/// pointer to an address there. (Linux 6.12, `include/uapi/linux/signal.h`.)
 pub(crate) const SS_AUTODISARM: c_int = 1 << 31;
 
 /// Sets the calling thread's alternate signal stack; async-signal-safe.
 ///
 /// # Safety
 ///
-/// The memory stays mapped, for nothing else, until another stack is set.
+/// The memory stays mapped, and nothing else uses it, until another stack is set.
 pub(crate) unsafe fn set_alternate_stack(stack: Range<usize>) -> io::Result<()> {
     restore_alternate_stack(AlternateStack { start: stack.start, size: stack.len(), flags: SS_AUTODISARM })
 }
 
-/// Sets the calling thread's alternate signal stack to what the program has asked for; async-signal-safe.
+/// Sets the calling thread's alternate signal stack to the program's; async-signal-safe.
 pub(crate) fn restore_alternate_stack(stack: AlternateStack) -> io::Result<()> {
     let new = stack.for_kernel();
-    // SAFETY: `new` lives across the call. Whoever asked for the stack answers for the memory.
+    // SAFETY: `new` outlives the call, and whoever provided the stack keeps its memory mapped.
     match unsafe { libc::syscall(libc::SYS_sigaltstack, &raw const new, ptr::null_mut::<libc::stack_t>()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -213,7 +215,7 @@ pub(crate) fn restore_alternate_stack(stack: AlternateStack) -> io::Result<()> {
 /// Returns the calling thread's alternate signal stack; async-signal-safe.
 pub(crate) fn alternate_stack() -> AlternateStack {
     let mut stack = AlternateStack::NONE.for_kernel();
-    // SAFETY: `stack` is writable, and nothing is changed.
+    // SAFETY: `stack` is writable, and with a null pointer the call changes nothing.
     unsafe { libc::syscall(libc::SYS_sigaltstack, ptr::null::<libc::stack_t>(), &raw mut stack) };
     AlternateStack { start: stack.ss_sp as usize, size: stack.ss_size, flags: stack.ss_flags }
 }
