@@ -127,7 +127,9 @@ fn fault_as_a_domain(frame: SignalFrame, rseq: Option<usize>) -> io::Result<u8> 
     // SAFETY: the handler uses registers only.
     unsafe { sys::set_action(libc::SIGSEGV, sys::Action::new(sys::answer_yes as *const () as usize, flags, 0)) }?;
     let rights = default_rights(of_stack).with(ProtectionKey::DEFAULT, AccessRights::READ_ONLY);
-    // SAFETY: the write to a constant faults, and the handler or the kernel ends the child.
-    unsafe { sys::write_with(rights.bits(), NonNull::from(&0u64)) };
+    // A variable, which only its key makes read-only.
+    let mut target = 0u64;
+    // SAFETY: the write faults, and the handler or the kernel ends the child.
+    unsafe { sys::write_with(rights.bits(), NonNull::from(&mut target)) };
     Ok(0)
 }

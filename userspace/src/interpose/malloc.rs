@@ -175,7 +175,7 @@ pub(crate) unsafe extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut
     unsafe { memalign(align, size) }
 }
 
-/// posix_memalign(3).
+/// posix_memalign(3). It leaves `errno` alone.
 ///
 /// # Safety
 ///
@@ -188,7 +188,7 @@ pub(crate) unsafe extern "C" fn posix_memalign(out: *mut *mut c_void, align: usi
     let block = match heap() {
         Some(heap) => inside::posix_memalign(heap, align, size),
         // SAFETY: this is the C library's own function, with the same contract.
-        None => unsafe { __libc_memalign(align, size) },
+        None => sys::keep_errno(|| unsafe { __libc_memalign(align, size) }),
     };
     if block.is_null() {
         return libc::ENOMEM;

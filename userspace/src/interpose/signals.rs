@@ -147,21 +147,25 @@ pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut
     }
     let thread = thread::current();
     let before = thread.map_or_else(sys::alternate_stack, |thread| thread.programs_stack().get());
+    let here = (&raw const before).addr();
+    let is_on_it = before.addresses().is_some_and(|stack| stack.contains(&here));
     // SAFETY: the caller passes null or a valid pointer.
     let result = match unsafe { new.as_ref() } {
         None => Ok(()),
         Some(new) => {
             let new = AlternateStack { start: new.ss_sp as usize, size: new.ss_size, flags: new.ss_flags };
             match thread {
+                // A stack in use is not replaced, unless it is disarmed meanwhile.
+                Some(_) if is_on_it && before.flags & sys::SS_AUTODISARM == 0 => {
+                    Err(std::io::Error::from_raw_os_error(libc::EPERM))
+                }
                 Some(thread) => thread.set_programs_stack(new),
                 None => sys::restore_alternate_stack(new),
             }
         }
     };
     if result.is_ok() && !old.is_null() {
-        let here = (&raw const before).addr();
-        let on_it = before.addresses().is_some_and(|stack| stack.contains(&here));
-        let flags = if on_it { before.flags | libc::SS_ONSTACK } else { before.flags };
+        let flags = if is_on_it { before.flags | libc::SS_ONSTACK } else { before.flags };
         let value = libc::stack_t { ss_sp: before.start as *mut _, ss_flags: flags, ss_size: before.size };
         // SAFETY: the caller passes null or a valid pointer.
         unsafe { old.write(value) };

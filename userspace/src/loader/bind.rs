@@ -105,7 +105,7 @@ fn bind(library: &Library, unversioned: &[&Library]) {
         let slot = (library.base + relocation.offset as usize) as *mut usize;
         // SAFETY: the relocation gives the address of a slot, which is a word of the library's data.
         let bound = unsafe { slot.read_volatile() };
-        if !library.has_code_at(bound) || !is_linkage_stub(bound, index) {
+        if !library.has_code_at(bound) || !library.has_code_at(bound + STUB - 1) || !is_linkage_stub(bound, index) {
             continue;
         }
         let symbol = (relocation.info >> 32) as usize;
@@ -117,6 +117,9 @@ fn bind(library: &Library, unversioned: &[&Library]) {
     }
 }
 
+/// The bytes of a stub that are looked at.
+const STUB: usize = 9;
+
 /// Returns whether the code at an address is the stub that the unbound slot of relocation `index` points to.
 ///
 /// A stub pushes the index of its relocation and jumps to the loader. A slot that is bound to a function of its own
@@ -124,8 +127,8 @@ fn bind(library: &Library, unversioned: &[&Library]) {
 fn is_linkage_stub(address: usize, index: usize) -> bool {
     const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
     const PUSH: u8 = 0x68;
-    // SAFETY: the address lies in an executable segment, and the code at it and after it is longer than this.
-    let code: [u8; 9] = unsafe { load(address) };
+    // SAFETY: the caller has checked that this many bytes are in an executable segment.
+    let code: [u8; STUB] = unsafe { load(address) };
     let push = code.strip_prefix(&ENDBR64).unwrap_or(&code);
     push[0] == PUSH && push[1..5] == (index as u32).to_le_bytes()
 }

@@ -146,7 +146,8 @@ unsafe fn build(
     let modules: Vec<_> = libraries.iter().filter_map(|library| library.tls.as_ref()).collect();
     // If this thread has not used a block yet, its vector lacks the block and has an old generation number.
     for module in modules.iter().filter(|module| module.block.is_none()) {
-        sys::touch_module(module.id);
+        // SAFETY: `libraries` keeps the module's library loaded.
+        unsafe { sys::touch_module(module.id) };
     }
 
     // A module in the static TLS block lies at the same distance below every thread pointer.
@@ -237,7 +238,7 @@ fn descriptor_size() -> usize {
 /// The word is mapped.
 unsafe fn load(address: usize) -> usize {
     // SAFETY: the caller guarantees that the word is mapped.
-    unsafe { (address as *const usize).read() }
+    unsafe { (address as *const usize).read_unaligned() }
 }
 
 /// Writes a value.

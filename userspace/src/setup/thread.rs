@@ -41,23 +41,44 @@ pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
         sys::unregister_rseq(area).map_err(Error::system("unregister the thread's restartable sequences"))?;
     }
     let thread = Box::new(Thread::new()?);
-    thread.install_stack().map_err(Error::system("set the thread's alternate signal stack"))?;
-    let record = Box::into_raw(thread);
-    free_at_thread_end(record)?;
-    // SAFETY: the record lives until the thread ends.
-    let thread = unsafe { &*record };
+    // Before the kernel gets the stack, so that a failure leaves nothing behind.
+    free_at_thread_end(&thread)?;
+    if let Err(error) = thread.install_stack() {
+        forget_at_thread_end();
+        return Err(Error::system("set the thread's alternate signal stack")(error));
+    }
+    let thread: &'static Thread = Box::leak(thread);
     thread.set_current();
     Ok(thread)
 }
 
+trusted! {
+    /// The thread-specific value that holds the record, for its destructor.
+    static RECORD: OnceLock<libc::pthread_key_t> = OnceLock::new();
+}
+
 /// Frees the record when the calling thread ends. That is after the destructors of its thread-locals, which may call
 /// domains.
-fn free_at_thread_end(thread: *const Thread) -> Result<(), Error> {
-    trusted! { static KEY: OnceLock<Option<libc::pthread_key_t>> = OnceLock::new(); }
+fn free_at_thread_end(thread: &Thread) -> Result<(), Error> {
     unsafe extern "C" fn free(thread: *mut c_void) {
         // SAFETY: `make_ready` created the record with `Box`, and this thread no longer uses it.
         drop(unsafe { Box::from_raw(thread.cast::<Thread>()) });
     }
-    let set = KEY.get_or_init(|| sys::thread_key(free)).is_some_and(|key| sys::set_for_thread(key, thread.cast()));
-    if set { Ok(()) } else { Err(Error::System { operation: "register a thread destructor", errno: libc::EAGAIN }) }
+    let error = Error::System { operation: "register a thread destructor", errno: libc::EAGAIN };
+    if RECORD.get().is_none() {
+        let Some(key) = sys::thread_key(free) else { return Err(error) };
+        // Another thread may have been faster. The key that is not used costs one of a thousand.
+        let _ = RECORD.set(key);
+    }
+    let record = std::ptr::from_ref(thread).cast();
+    let is_set = RECORD.get().is_some_and(|key| sys::set_for_thread(*key, record));
+    if is_set { Ok(()) } else { Err(error) }
+}
+
+/// Undoes [`free_at_thread_end`].
+fn forget_at_thread_end() {
+    if let Some(key) = RECORD.get() {
+        // It does not fail for a value that has been set before.
+        let _ = sys::set_for_thread(*key, std::ptr::null());
+    }
 }

@@ -123,20 +123,19 @@ pub(crate) fn is_in_force() -> bool {
 /// `entry` may be called at any instruction.
 pub(super) unsafe fn take_over(entry: usize) -> io::Result<()> {
     TABLE.entry.store(entry, Ordering::Relaxed);
-    let result = alone(|| {
-        for signal in (1..SIGNALS as c_int).filter(|signal| is_kept(*signal)) {
+    alone(|| {
+        let kept = || (1..SIGNALS as c_int).filter(|signal| is_kept(*signal));
+        // All are noted before the first changes: if one fails later, the table still tells what the program wants.
+        for signal in kept() {
             let action = sys::action(signal)?;
-            if action.handler == entry {
-                // An earlier attempt took it over. It failed later, or the process was forked before it ended.
-                continue;
+            // An earlier attempt may have taken it over, and failed later or been left to the parent of a fork.
+            if action.handler != entry {
+                write(signal, action);
             }
-            write(signal, action);
-            put_in_force(signal, &action)?;
         }
-        Ok(())
-    });
-    TABLE.is_in_force.store(true, Ordering::Release);
-    result
+        TABLE.is_in_force.store(true, Ordering::Release);
+        kept().try_for_each(|signal| put_in_force(signal, &get(signal)))
+    })
 }
 
 /// Sets the program's action for a signal if `new` is given. Returns the old one.

@@ -162,7 +162,11 @@ pub(crate) fn libraries() -> Vec<Library> {
 
 /// Updates the calling thread's dynamic thread vector up to a module of a loaded library. Returns the address of the
 /// module's block, which it allocates at first use.
-pub(crate) fn touch_module(id: usize) -> Option<usize> {
+///
+/// # Safety
+///
+/// The module is that of a library which stays loaded meanwhile.
+pub(crate) unsafe fn touch_module(id: usize) -> Option<usize> {
     #[repr(C)]
     struct Index {
         module: usize,

@@ -92,3 +92,15 @@ pub(crate) fn set_errno(errno: c_int) {
     // SAFETY: errno is a thread-local of the calling code. In a domain it is the domain's own.
     unsafe { place.write(errno) };
 }
+
+/// Calls a function, and restores the calling code's `errno` afterwards.
+pub(crate) fn keep_errno<R>(function: impl FnOnce() -> R) -> R {
+    // SAFETY: the function has no requirements.
+    let place = unsafe { libc::__errno_location() };
+    // SAFETY: errno is a thread-local of the calling code.
+    let before = unsafe { place.read() };
+    let result = function();
+    // SAFETY: as above.
+    unsafe { place.write(before) };
+    result
+}
