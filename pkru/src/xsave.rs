@@ -46,6 +46,7 @@ impl<'a> XsaveArea<'a> {
 
     /// Creates an area over its bytes; `None` if they are fewer than 576, the size of legacy region and header.
     #[must_use]
+    #[inline]
     pub const fn new(bytes: &'a mut [u8]) -> Option<Self> {
         if bytes.len() < Self::HEADER_END { None } else { Some(Self(bytes)) }
     }
@@ -55,6 +56,7 @@ impl<'a> XsaveArea<'a> {
     /// Returns [`KeyRights::ALL`], the initial state, if XSTATE_BV marks PKRU as absent. Returns `None` if the offset
     /// is in the legacy region or header, or beyond the area.
     #[must_use]
+    #[inline]
     pub fn pkru(&self, offset: usize) -> Option<KeyRights> {
         let value = self.0.get(Self::slot(offset)?)?;
         if self.present() & Self::PKRU == 0 {
@@ -68,6 +70,7 @@ impl<'a> XsaveArea<'a> {
     ///
     /// Returns `false` and writes nothing if the offset is in the legacy region or header, or beyond the area.
     #[must_use]
+    #[inline]
     pub fn set_pkru(&mut self, offset: usize, rights: KeyRights) -> bool {
         let Some(value) = Self::slot(offset).and_then(|slot| self.0.get_mut(slot)) else { return false };
         value.copy_from_slice(&rights.bits().to_le_bytes());
@@ -76,11 +79,13 @@ impl<'a> XsaveArea<'a> {
         true
     }
 
+    #[inline]
     fn slot(offset: usize) -> Option<core::ops::Range<usize>> {
         (offset >= Self::HEADER_END).then_some(offset..offset.checked_add(4)?)
     }
 
     /// Returns XSTATE_BV.
+    #[inline]
     fn present(&self) -> u64 {
         let mut bytes = [0; 8];
         bytes.copy_from_slice(&self.0[Self::HEADER..Self::HEADER + 8]);

@@ -17,6 +17,8 @@ mod inside;
 mod tally;
 
 #[cfg(test)]
+mod docs;
+#[cfg(test)]
 mod scripts;
 
 use std::process::ExitCode;

@@ -117,8 +117,8 @@ fn a_program_exits_while_a_domain_has_a_library() {
 fn libraries_that_cannot_be_given() {
     drop(domain("first"));
     for (name, expected) in [
-        ("libc.so.6", "cannot be given away"),
-        ("ld-linux-x86-64.so.2", "cannot be given away"),
+        ("libc.so.6", "cannot be given to a domain"),
+        ("ld-linux-x86-64.so.2", "cannot be given to a domain"),
         ("libnothing.so", "no library with the file name `libnothing.so`"),
         ("libsqlite", "no library with the file name `libsqlite`"),
     ] {

@@ -19,6 +19,11 @@ pub(crate) fn set_ready() {
     IS_READY.store(true, Ordering::Release);
 }
 
+/// Returns whether the process is ready for domains.
+pub(crate) fn is_ready() -> bool {
+    IS_READY.load(Ordering::Acquire)
+}
+
 /// Returns PKRU.
 ///
 /// Everything in this module but [`is_in_domain`] is called only after the capability check of the process.
@@ -58,7 +63,7 @@ pub(crate) fn are_domains() -> bool {
 ///
 /// It asks PKRU, which a mistake does not change, and not a variable of the domain's. It may be called at any time.
 pub(crate) fn is_in_domain() -> bool {
-    IS_READY.load(Ordering::Acquire) && are_domains()
+    is_ready() && are_domains()
 }
 
 /// Gives the calling thread all rights to a key. Does nothing in a domain.

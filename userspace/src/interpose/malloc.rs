@@ -140,11 +140,7 @@ fn refuse_of_domain(block: NonNull<u8>) {
 
 #[cold]
 fn refuse() -> ! {
-    const MESSAGE: &[u8] = b"pkru-userspace: a domain's block was freed, resized or measured outside the domain\n";
-    // SAFETY: the message is readable.
-    unsafe { libc::write(libc::STDERR_FILENO, MESSAGE.as_ptr().cast(), MESSAGE.len()) };
-    // SAFETY: abort has no requirements.
-    unsafe { libc::abort() }
+    sys::abort_with(b"pkru-userspace: a domain's block was freed, resized or measured outside the domain\n")
 }
 
 /// memalign(3).

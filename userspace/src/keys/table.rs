@@ -225,7 +225,7 @@ impl<T: Tagger> Table<T> {
         function: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
         self.lock().withheld_by = caller.number;
-        let mut tries = 0;
+        let mut tries = 0u32;
         let result = loop {
             let mut locked = self.lock();
             match locked.take_all_away(caller) {
@@ -236,7 +236,7 @@ impl<T: Tagger> Table<T> {
             // Calls may need the lock to end.
             drop(locked);
             pause(tries);
-            tries += 1;
+            tries = tries.saturating_add(1);
         };
         self.lock().withheld_by = 0;
         result

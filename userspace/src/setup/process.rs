@@ -1,6 +1,5 @@
 //! Making the process ready for domains, once, before the first one.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::fork;
@@ -12,7 +11,6 @@ use crate::trusted::trusted;
 use crate::{Error, keys, rights, signal, sys, thread};
 
 trusted! {
-    static IS_READY: OnceLock<()> = OnceLock::new();
     static MAKING_READY: ForkLock = ForkLock::new();
     /// Whether the fork handlers are registered. An attempt that fails later leaves them registered.
     static HAS_FORK_HANDLERS: AtomicBool = AtomicBool::new(false);
@@ -24,14 +22,13 @@ trusted! {
 ///
 /// The errors of [`capability::detect`], [`Error::MallocNotRouted`], [`Error::KeysExhausted`], or [`Error::System`].
 pub(crate) fn make_ready() -> Result<(), Error> {
-    if IS_READY.get().is_some() {
+    if rights::is_ready() {
         return Ok(());
     }
     let _guard = MAKING_READY.lock();
-    if IS_READY.get().is_none() {
+    if !rights::is_ready() {
         set_up()?;
         rights::set_ready();
-        IS_READY.get_or_init(|| ());
     }
     Ok(())
 }

@@ -31,7 +31,7 @@ pub(crate) use signals::{
     restore_alternate_stack, send_value, set_action, set_alternate_stack, set_mask, unblock,
 };
 pub(crate) use threads::{
-    at_exit, auxiliary, exit_with, keep_errno, process_id, set_errno, set_for_thread, start_a_thread, thread_exists,
-    thread_handle, thread_key, threads,
+    abort_with, at_exit, auxiliary, exit_with, keep_errno, process_id, set_errno, set_for_thread, start_a_thread,
+    thread_exists, thread_handle, thread_key, threads,
 };
 pub(crate) use timers::{Timer, create_timer, delete_timer, pause_timer, set_timer};

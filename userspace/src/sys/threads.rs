@@ -85,6 +85,14 @@ pub(crate) fn at_exit(function: extern "C" fn()) -> io::Result<()> {
     }
 }
 
+/// Writes a message to standard error and aborts the program.
+pub(crate) fn abort_with(message: &[u8]) -> ! {
+    // SAFETY: the message is readable. If it cannot be written, the program aborts without it.
+    unsafe { libc::write(libc::STDERR_FILENO, message.as_ptr().cast(), message.len()) };
+    // SAFETY: abort has no requirements.
+    unsafe { libc::abort() }
+}
+
 /// Sets the calling code's `errno`.
 pub(crate) fn set_errno(errno: c_int) {
     // SAFETY: the function has no requirements.

@@ -1,0 +1,28 @@
+//! The documents name tests that exist.
+
+use crate::build::workspace;
+
+/// Returns the names of the tests that a document gives as `suite: test` in backticks.
+fn tests_named_in(document: &str) -> Vec<(String, String)> {
+    let is_name = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    let code = document.split('`').skip(1).step_by(2);
+    let named = code.filter_map(|code| code.split_once(": ")).filter(|(suite, test)| is_name(suite) && is_name(test));
+    named.map(|(suite, test)| (suite.into(), test.into())).collect()
+}
+
+/// Returns whether a suite has a test whose name begins like this.
+fn exists(suite: &str, test: &str) -> bool {
+    ["userspace/tests", "tests/tests"].iter().any(|folder| {
+        let file = workspace().join(folder).join(suite).with_extension("rs");
+        std::fs::read_to_string(file).is_ok_and(|text| text.contains(&format!("fn {test}")))
+    })
+}
+
+#[test]
+fn every_test_that_the_threat_model_names_exists() {
+    let path = workspace().join("docs/threat-model.md");
+    let named = tests_named_in(&std::fs::read_to_string(path).unwrap());
+    assert!(named.len() > 60, "only {} found", named.len());
+    let missing: Vec<_> = named.iter().filter(|(suite, test)| !exists(suite, test)).collect();
+    assert!(missing.is_empty(), "these tests do not exist: {missing:?}");
+}
