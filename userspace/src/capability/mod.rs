@@ -1,7 +1,7 @@
 //! Which features of domains this machine and kernel support.
 //!
 //! [`detect`] tests what domains need. [`survey()`] tests every related feature and explains each result. A test that
-//! changes the process, or may kill it, runs in a forked child.
+//! changes the process, or may kill it, runs in a forked child: this folder leaves the process as it was.
 //!
 //! The example `doctor` prints the survey:
 //!

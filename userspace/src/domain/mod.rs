@@ -1,5 +1,7 @@
 //! Domains: making them and calling into them.
 //!
+//! This is the public face. No module below uses it.
+//!
 //! | module | subject |
 //! |---|---|
 //! | [`builder`] | making a domain |

@@ -12,6 +12,8 @@
 //! | [`libc`] | functions of the C library, as they act in a domain |
 //! | `panic` | the panic hook |
 //!
+//! One function writes statics: the panic hook undoes std's writes in a domain that may write statics.
+//!
 //! Three more pieces run with a domain's rights and live elsewhere: `Transfer::into_wire`, which users implement
 //! ([`crate::transfer`]); `pkru`'s heap; and `pkru`'s gate up to the switch of rights.
 

@@ -3,6 +3,8 @@
 //! An executable that links this crate exports these symbols, and the loader binds the calls of every library to them.
 //! Outside domains they call the C library's functions.
 //!
+//! The functions only dispatch: what they do in a domain is in [`inside::libc`](crate::inside::libc).
+//!
 //! | module | functions | why |
 //! |---|---|---|
 //! | [`malloc`] | the malloc family | In a domain they allocate from the domain's heap. |

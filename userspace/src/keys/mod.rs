@@ -1,5 +1,7 @@
 //! The protection keys of this process, and which domain has which.
 //!
+//! This folder knows callers and page ranges, and no threads, domains or signals.
+//!
 //! There are fewer keys than a program may want domains, so a domain has a key only while it needs one. A call *pins*
 //! the key of its domain. A key that no call pins can be taken away: the pages of the least recently called domain get
 //! the *closed* key, to which no domain has rights, and its key goes to the domain that is called. Keys are allocated

@@ -1,5 +1,7 @@
 //! Loaded objects.
 //!
+//! This folder changes and remembers what the loader has loaded. It knows no threads and no calls.
+//!
 //! | module | subject |
 //! |---|---|
 //! | [`bind`] | binding the functions that libraries call |

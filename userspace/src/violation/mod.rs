@@ -1,5 +1,7 @@
 //! The outcome of a call whose code misbehaved.
 //!
+//! What this folder reads in the domain's memory is hostile: it copies, bounds and escapes it.
+//!
 //! | module | subject |
 //! |---|---|
 //! | [`kind`] | the kinds of violation |
