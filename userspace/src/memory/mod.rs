@@ -1,6 +1,6 @@
 //! The memory of a domain: mappings with guard pages, and thread-locals.
 //!
-//! This folder lays memory out. It knows no calls, and what a domain writes there is of no account to it.
+//! This folder lays memory out. It knows no calls, and reads nothing that a domain has written.
 
 pub(crate) mod locals;
 pub(crate) mod mapping;
