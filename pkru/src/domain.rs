@@ -156,8 +156,11 @@ impl<P: Platform> Domain<P> {
     /// # Errors
     ///
     /// Returns the platform's error if no key is available.
+    /// # Safety
+    ///
+    /// The lease is dropped before another of this domain is acquired, and before the domain is dropped.
     #[inline]
-    pub fn acquire(&mut self, caller: P::Caller) -> Result<P::Lease, P::Error> {
+    pub unsafe fn acquire(&mut self, caller: P::Caller) -> Result<P::Lease, P::Error> {
         self.platform.acquire(&mut self.memory, caller)
     }
 
@@ -393,7 +396,8 @@ mod tests {
     }
 
     fn enter(domain: &mut Domain<Host>, argument: u64) -> Result<u64, Failure<&'static str, KeyError>> {
-        let lease = domain.acquire(()).map_err(Failure::NotReady)?;
+        // SAFETY: it is dropped when this function returns.
+        let lease = unsafe { domain.acquire(()) }.map_err(Failure::NotReady)?;
         // SAFETY: `same` does nothing unsafe, and the lease is this domain's.
         unsafe { domain.enter(&lease, same, argument) }
     }
@@ -417,7 +421,8 @@ mod tests {
         let mut domain = Domain::new(Host::default(), SIZES).unwrap();
         assert_eq!(enter(&mut domain, 7), Ok(7));
         domain.suspended();
-        let lease = domain.acquire(()).unwrap();
+        // SAFETY: it is the only one, and dropped before the domain is, if that is.
+        let lease = unsafe { domain.acquire(()) }.unwrap();
         // SAFETY: `same` does nothing unsafe, and the lease is this domain's.
         assert_eq!(unsafe { domain.resume(&lease, same, 8) }, Ok(8));
         drop(lease);
@@ -432,7 +437,8 @@ mod tests {
     fn resume_panics_if_no_call_is_suspended() {
         // Dropping the domain would fail in `unmap`, because the lease still exists then.
         let mut domain = ManuallyDrop::new(Domain::new(Host::default(), SIZES).unwrap());
-        let lease = domain.acquire(()).unwrap();
+        // SAFETY: it is the only one, and dropped before the domain is, if that is.
+        let lease = unsafe { domain.acquire(()) }.unwrap();
         // SAFETY: `same` does nothing unsafe, and the lease is this domain's.
         let _ = unsafe { domain.resume(&lease, same, 1) };
     }

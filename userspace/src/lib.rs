@@ -56,7 +56,7 @@
 //! | 3 | `fork_lock`, `keys`, `memory` | Keys and memory; they know no threads and no domains. |
 //! | 4 | `loader`, `capability` | What is loaded, and what the machine offers. |
 //! | 5 | `inside`, `transfer` | `inside` runs with a domain's rights: it takes no lock and writes no static, and nothing outside relies on it. `transfer` checks what comes out. |
-//! | 6 | `thread`, `signal` | The record of a thread; signals and faults. Async-signal-safe. |
+//! | 6 | `thread`, `signal` | The record of a thread; signals and faults. What runs in a handler is async-signal-safe. |
 //! | 7 | `backend`, `interpose` | What isolates a domain; the C library's functions that this crate replaces, which only dispatch. |
 //! | 8 | `setup`, `violation` | Making process and threads ready; what a trap was. |
 //! | 9 | `shared`, `domain` | The public face. |

@@ -14,6 +14,8 @@ suite! {
     a_key_fault_names_everything,
     a_closure_is_named,
     what_a_violation_displays_is_settled_when_it_occurs,
+    a_librarys_path_that_leads_elsewhere_is_not_read,
+    closures_that_are_one_function_keep_their_names,
     a_null_write,
     a_jump_to_nowhere,
     an_address_that_is_none,
@@ -51,21 +53,74 @@ fn a_key_fault_names_everything() {
     }
 }
 
-fn what_a_violation_displays_is_settled_when_it_occurs() {
-    // A library of its own, to unload.
-    let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
-    let paths = maps();
-    let original =
-        paths.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|path| path.contains("libgcc_s"));
-    let copy = std::env::temp_dir().join(format!("libsettled-{}.so", std::process::id()));
-    std::fs::copy(original.unwrap(), &copy).unwrap();
-    let name = std::ffi::CString::new(copy.to_str().unwrap()).unwrap();
+fn maps() -> String {
+    std::fs::read_to_string("/proc/self/maps").unwrap()
+}
+
+/// The contents of a library that can be loaded a second time.
+fn library() -> Vec<u8> {
+    let maps = maps();
+    let path = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|path| path.contains("libgcc_s"));
+    std::fs::read(path.unwrap()).unwrap()
+}
+
+/// Loads a library. Returns its handle, and the address of its data: the mapping whose name contains `name`.
+fn load(path: &std::path::Path, name: &str) -> (*mut libc::c_void, *mut u8) {
+    let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
     // SAFETY: the library is a copy of one that is loaded already.
-    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     assert!(!handle.is_null());
-    let mapped = maps();
-    let data = mapped.lines().find(|line| line.contains("libsettled") && line.contains(" rw-p ")).unwrap();
-    let data = usize::from_str_radix(data.split('-').next().unwrap(), 16).unwrap() as *mut u8;
+    let maps = maps();
+    let data = maps.lines().find(|line| line.contains(name) && line.contains(" rw-p ")).unwrap();
+    (handle, usize::from_str_radix(data.split('-').next().unwrap(), 16).unwrap() as *mut u8)
+}
+
+fn a_librarys_path_that_leads_elsewhere_is_not_read() {
+    // The library's file has no name. At the violation its descriptor is a pipe.
+    // SAFETY: the name is NUL-terminated.
+    let file = unsafe { libc::memfd_create(c"nameless".as_ptr(), 0) };
+    let path = std::path::PathBuf::from(format!("/proc/self/fd/{file}"));
+    std::fs::write(&path, library()).unwrap();
+    let (_, data) = load(&path, "memfd:nameless");
+    let mut ends = [0; 2];
+    // SAFETY: nothing else uses the descriptor.
+    assert_eq!(unsafe { libc::close(file) }, 0);
+    // SAFETY: the array is writable.
+    assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) }, 0);
+    assert_eq!(ends[0], file, "control: the path leads to the pipe");
+    // SAFETY: the message is readable.
+    assert_eq!(unsafe { libc::write(ends[1], b"hello".as_ptr().cast(), 5) }, 5);
+    // SAFETY: none: this is the mistake.
+    let violation = contain(&mut domain("nameless"), || unsafe { data.write_volatile(1) });
+    assert_eq!(violation.target().unwrap().library(), path);
+    let mut message = [0u8; 8];
+    // SAFETY: the array is writable.
+    assert_eq!(unsafe { libc::read(file, message.as_mut_ptr().cast(), 8) }, 5, "nothing has read the pipe");
+}
+
+fn closures_that_are_one_function_keep_their_names() {
+    #[inline(never)]
+    fn first(domain: &mut Domain, target: *mut u8) -> pkru_userspace::Violation {
+        // SAFETY: none: this is the mistake.
+        domain.call(|| unsafe { target.write_volatile(1) }).unwrap_err()
+    }
+    #[inline(never)]
+    fn second(domain: &mut Domain, target: *mut u8) -> pkru_userspace::Violation {
+        // SAFETY: none: this is the mistake.
+        domain.call(|| unsafe { target.write_volatile(1) }).unwrap_err()
+    }
+    let mut domain = domain("same");
+    let target = Box::into_raw(Box::new(0u8));
+    for _ in 0..2 {
+        let names = [first(&mut domain, target), second(&mut domain, target)].map(|violation| violation.to_string());
+        assert!(names[0].contains("::first::") && names[1].contains("::second::"), "{names:#?}");
+    }
+}
+
+fn what_a_violation_displays_is_settled_when_it_occurs() {
+    let copy = std::env::temp_dir().join(format!("libsettled-{}.so", std::process::id()));
+    std::fs::write(&copy, library()).unwrap();
+    let (handle, data) = load(&copy, "libsettled");
 
     let mut domain = domain("settled");
     // SAFETY: none: this is the mistake.

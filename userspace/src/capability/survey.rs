@@ -139,7 +139,7 @@ impl Subject {
             Self::Fsgsbase => yes(sys::fsgsbase()),
             Self::Rseq => Ok(Found::Rseq(match number(sys::rseq())? {
                 sys::RSEQ_NONE => Rseq::NotRegistered,
-                sys::RSEQ_GIVEN_UP => Rseq::CanBeUnregistered,
+                sys::RSEQ_UNREGISTERED => Rseq::CanBeUnregistered,
                 _ => Rseq::Stays,
             })),
             Self::SyscallUserDispatch => yes(sys::syscall_user_dispatch()),

@@ -38,11 +38,11 @@ impl Domain {
     ///   fails with `EPERM`.
     /// - use the caller's thread-locals: a domain has its own. A captured handle must not index them.
     ///
-    /// A mistake is noticed when memory outside is accessed. What code does to its own domain's heap may end a later
+    /// A mistake shows when memory outside is accessed. What code does to its own domain's heap may end a later
     /// call.
     ///
     /// If calls of other threads use all protection keys, this waits for one of them to end. Within another call, as in a
-    /// signal handler, it waits half a second at most. A signal handler may call a domain if it may allocate memory at
+    /// signal handler, it waits about half a second. A signal handler may call a domain if it may allocate memory at
     /// that point.
     ///
     /// # Examples
@@ -77,7 +77,8 @@ impl Domain {
         let Some(thread) = thread::current() else {
             return self.call_from_new_thread(function);
         };
-        let lease = match self.core.acquire(thread.caller()) {
+        // SAFETY: this call drops it, and no other runs in the domain meanwhile.
+        let lease = match unsafe { self.core.acquire(thread.caller()) } {
             Ok(lease) => lease,
             Err(error) => return Err(self.not_ready(error)),
         };
@@ -168,7 +169,8 @@ impl Domain {
     ) -> Result<R, Violation> {
         let not_ready = |error, domain: &Self| domain.violation(ViolationKind::NotReady(error));
         let caller = thread.caller();
-        let mut lease = self.core.acquire(caller).map_err(|error| not_ready(error, self))?;
+        // SAFETY: this call drops it, before it acquires the next and before it ends.
+        let mut lease = unsafe { self.core.acquire(caller) }.map_err(|error| not_ready(error, self))?;
         let deadline = Deadline::start(self.limits.deadline, thread).map_err(|error| self.violation(error.into()))?;
         let memory = self.core.memory();
         let mailbox = memory.mailbox().start;
@@ -251,7 +253,7 @@ impl Domain {
         let loaded = memory.loaded_count();
         let (kind, instruction) = classify(memory, &trap);
         let last = self.last.as_ref().filter(|(then, _)| *then == loaded).map(|(_, last)| last);
-        if let Some(same) = last.filter(|last| last.is(&kind, instruction)) {
+        if let Some(same) = last.filter(|last| last.is(&kind, instruction, closure)) {
             return same.clone();
         }
         let violation = Violation::of_trap(self.name.clone(), kind, instruction, closure, last);

@@ -23,7 +23,7 @@ impl Drop for Exported {
     }
 }
 
-/// Gives a vector's block up until the next call.
+/// Keeps a vector's block until the next call, and then frees it.
 pub(crate) fn export<W>(wires: Vec<W>) {
     let layout = Layout::array::<W>(wires.capacity()).expect("a vector has a layout");
     let mut wires = ManuallyDrop::new(wires);

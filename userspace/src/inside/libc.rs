@@ -54,7 +54,7 @@ pub(crate) fn calloc(heap: &mut DomainHeap, count: usize, size: usize) -> *mut c
 ///
 /// # Safety
 ///
-/// The calling code gives the block up.
+/// The calling code uses the block no more.
 pub(crate) unsafe fn realloc(heap: &mut DomainHeap, block: *mut c_void, size: usize, caller: u64) -> *mut c_void {
     match NonNull::new(block.cast()) {
         None => malloc(heap, size),
@@ -67,7 +67,7 @@ pub(crate) unsafe fn realloc(heap: &mut DomainHeap, block: *mut c_void, size: us
 ///
 /// # Safety
 ///
-/// The calling code gives the block up.
+/// The calling code uses the block no more.
 #[inline]
 pub(crate) unsafe fn free(heap: &mut DomainHeap, block: *mut c_void, caller: u64) {
     if let Some(block) = NonNull::new(block.cast()) {

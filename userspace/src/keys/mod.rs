@@ -211,8 +211,8 @@ pub(crate) fn running_on(frame: usize) -> Option<NonNull<Context>> {
 
 /// Sets the most protection keys that this crate allocates, for all domains together. The default is 15.
 ///
-/// A program that uses keys itself reserves some for itself this way. Two keys make for any number of domains: one
-/// closes the memory of domains that have none. A domain that is called while others have all keys takes the key of the
+/// A program that uses keys itself reserves some for itself this way. Two keys make for any number of domains, three
+/// before Linux 6.12: one closes the memory of domains that have none. A domain that is called while others have all keys takes the key of the
 /// least recently called one, at the cost of a few system calls. Keys that are allocated already are kept.
 ///
 /// # Examples

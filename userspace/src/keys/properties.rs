@@ -212,7 +212,7 @@ impl World<'_> {
                     return;
                 }
                 if !is_clean {
-                    // The table cannot know which pages are left, and gives up what they may carry.
+                    // The table cannot know which pages are left, and never hands out again what they may carry.
                     self.lost = KeySet::from_bits(self.lost.bits() | memory.tainted.load(Ordering::Relaxed));
                     self.key(&memory).into_iter().for_each(|key| self.lost.insert(key));
                 }

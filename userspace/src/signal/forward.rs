@@ -8,17 +8,14 @@
 
 use std::arch::naked_asm;
 use std::ffi::{c_int, c_void};
-use std::mem::offset_of;
 
 use pkru::{AccessRights, KeyRights, ProtectionKey};
 
+use super::frame::SignalContext;
 use super::{actions, frame};
 use crate::rights;
 use crate::sys::{self, Action, FAULTS};
 use crate::thread::{self, Thread};
-
-/// The offset of the signal mask in a frame.
-const MASK: usize = offset_of!(libc::ucontext_t, uc_sigmask);
 
 /// The program's state when a signal arrived.
 pub(super) struct Origin {
@@ -52,8 +49,8 @@ pub(super) unsafe fn forward(signal: c_int, info: *mut libc::siginfo_t, context:
     if let Some(thread) = thread {
         thread.begin_handler(from.stack, here, from.key);
     }
-    // SAFETY: the kernel passes a valid frame, in which the mask has 64 bits.
-    let interrupted_mask = unsafe { context.wrapping_byte_add(MASK).cast::<u64>().read() };
+    // SAFETY: the kernel passes a valid frame.
+    let interrupted_mask = unsafe { (*context.cast::<SignalContext>()).mask };
     let own = if action.flags & libc::SA_NODEFER as u64 == 0 { bit(signal) } else { 0 };
     // The handler may call domains, where these signals must not be blocked.
     let faults = FAULTS.iter().fold(0, |all, signal| all | bit(*signal));
@@ -69,8 +66,8 @@ pub(super) unsafe fn forward(signal: c_int, info: *mut libc::siginfo_t, context:
         // The handler has made this thread ready for domains. The frame still holds the old state.
         (None, Some(thread)) => {
             // SAFETY: the kernel passes a valid frame.
-            let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
-            context.uc_stack = thread.kernels_stack();
+            let context = unsafe { &mut *context.cast::<SignalContext>() };
+            context.stack = thread.kernels_stack();
             if let Some(key) = thread::signal_stack_key() {
                 frame::grant(context, key);
             }

@@ -19,6 +19,23 @@ use super::trap::Interrupted;
 use crate::sys;
 use crate::trusted::trusted;
 
+/// The kernel's `struct ucontext`. The C library's type of that name is larger: it would reach into the siginfo and the
+/// XSAVE area behind it.
+#[derive(Debug)]
+#[repr(C)]
+pub(super) struct SignalContext {
+    flags: u64,
+    link: usize,
+    /// The alternate signal stack to set on return.
+    pub(super) stack: libc::stack_t,
+    pub(super) machine: libc::mcontext_t,
+    /// The signal mask to set on return, one bit for each signal from 1.
+    pub(super) mask: u64,
+}
+
+// As large as the kernel's, in which `uc_sigmask` is last.
+const _: () = assert!(size_of::<SignalContext>() == 304 && offset_of!(libc::ucontext_t, uc_sigmask) == 296);
+
 trusted! {
     /// The offset of PKRU in the XSAVE area of a signal frame, in bytes.
     static PKRU_OFFSET: AtomicUsize = AtomicUsize::new(0);
@@ -34,8 +51,8 @@ pub(super) fn set_pkru_offset(offset: usize) {
 /// # Safety
 ///
 /// The kernel passed the arguments to the handler.
-pub(super) unsafe fn read(signal: c_int, info: *const libc::siginfo_t, context: &libc::ucontext_t) -> Interrupted {
-    let register = |index: c_int| context.uc_mcontext.gregs[index as usize] as u64;
+pub(super) unsafe fn read(signal: c_int, info: *const libc::siginfo_t, context: &SignalContext) -> Interrupted {
+    let register = |index: c_int| context.machine.gregs[index as usize] as u64;
     // SAFETY: the kernel passes a valid `siginfo_t`, and clears the fields that the signal does not use.
     let description = unsafe { &*info };
     let code = description.si_code;
@@ -82,7 +99,7 @@ unsafe fn denying_key(signal: c_int, info: *const libc::siginfo_t) -> Option<Pro
 }
 
 /// Writes the state in which a caller resumes to a frame. Returns `false` and writes nothing if the frame has no PKRU.
-pub(super) fn write(context: &mut libc::ucontext_t, rewind: Rewind) -> bool {
+pub(super) fn write(context: &mut SignalContext, rewind: Rewind) -> bool {
     /// The bits of CS and SS in a word that holds CS, GS, FS and SS, from the lowest bits up. A far jump in the domain
     /// can change CS and SS.
     const CS_AND_SS: u64 = 0xffff_0000_0000_ffff;
@@ -91,7 +108,7 @@ pub(super) fn write(context: &mut libc::ucontext_t, rewind: Rewind) -> bool {
     // SAFETY: the frame is the kernel's, and outlives the result.
     let Some(mut state) = (unsafe { SavedPkru::of(context) }) else { return false };
     state.write(rewind.rights);
-    let registers = &mut context.uc_mcontext.gregs;
+    let registers = &mut context.machine.gregs;
     registers[libc::REG_RIP as usize] = rewind.instruction as i64;
     registers[libc::REG_RSP as usize] = rewind.stack as i64;
     registers[libc::REG_R10 as usize] = rewind.r10 as i64;
@@ -102,7 +119,7 @@ pub(super) fn write(context: &mut libc::ucontext_t, rewind: Rewind) -> bool {
 }
 
 /// Gives the interrupted code all rights to a key.
-pub(super) fn grant(context: &libc::ucontext_t, key: ProtectionKey) {
+pub(super) fn grant(context: &SignalContext, key: ProtectionKey) {
     // SAFETY: the frame is the kernel's, and outlives the result.
     if let Some(mut state) = unsafe { SavedPkru::of(context) } {
         state.write(state.read().with(key, AccessRights::READ_WRITE));
@@ -121,7 +138,7 @@ impl SavedPkru {
     /// # Safety
     ///
     /// The frame is the kernel's, and outlives the result.
-    unsafe fn of(context: &libc::ucontext_t) -> Option<Self> {
+    unsafe fn of(context: &SignalContext) -> Option<Self> {
         const MAGIC1: u32 = 0x4650_5853;
         const MAGIC2: u32 = 0x4650_5845;
         /// The software-reserved bytes of the FXSAVE area, `struct _fpx_sw_bytes`.
@@ -136,7 +153,7 @@ impl SavedPkru {
         const SOFTWARE_BYTES: usize = 464;
         const { assert!(offset_of!(SoftwareBytes, features) == 8) };
 
-        let area = context.uc_mcontext.fpregs.cast::<u8>();
+        let area = context.machine.fpregs.cast::<u8>();
         if area.is_null() {
             return None;
         }

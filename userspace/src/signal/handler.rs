@@ -15,6 +15,7 @@ use pkru::instructions::{rdfsbase, wrfsbase};
 
 use super::decide::{CallFacts, Decision, Facts, Grantee, decide};
 use super::forward::{self, Origin};
+use super::frame::SignalContext;
 use super::trap::{Interrupted, Running, Trap};
 use super::{frame, panics};
 use crate::inside::abort::AbortReason;
@@ -47,7 +48,7 @@ pub(super) unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t,
 
 unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
     // SAFETY: the kernel passes a valid frame, and nothing else uses it while the handler runs.
-    let context = unsafe { &mut *frame.cast::<libc::ucontext_t>() };
+    let context = unsafe { &mut *frame.cast::<SignalContext>() };
     // SAFETY: the kernel passes the arguments.
     let at = unsafe { frame::read(signal, info, context) };
     // SAFETY: the kernel passes the frame of this signal.
@@ -137,7 +138,7 @@ impl Call {
         unsafe { self.running.cast::<Running>().as_ref() }
     }
 
-    fn skip_panic_write(&self, context: &mut libc::ucontext_t, at: &Interrupted) {
+    fn skip_panic_write(&self, context: &mut SignalContext, at: &Interrupted) {
         if let Some(skip) = self.skip {
             panics::skip(context, at, skip);
             self.running().in_panic.set(true);
@@ -150,7 +151,7 @@ impl Call {
 /// # Safety
 ///
 /// The frame is that of a signal that interrupted this call.
-unsafe fn rewind(context: &mut libc::ucontext_t, call: &Call, at: Interrupted, reason: Option<AbortReason>) {
+unsafe fn rewind(context: &mut SignalContext, call: &Call, at: Interrupted, reason: Option<AbortReason>) {
     let in_panic = call.running().in_panic.replace(false);
     call.running().trap.set(Some(Trap { at, reason, in_panic }));
     // SAFETY: the signal interrupted this call, and sigreturn resumes with the returned state, whose FS base is in

@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use pkru::fault::ErrorCode;
 use pkru::rights::Access;
 
+use super::frame::SignalContext;
 use super::trap::Interrupted;
 use crate::inside::panic::{PANIC_WRITES, PanicWrite};
 use crate::keys::statics;
@@ -67,8 +68,8 @@ pub(super) unsafe fn recognize(at: &Interrupted, learning: bool) -> Option<Skip>
 }
 
 /// Sets the registers as if the instruction had written, and records the instruction in [`PANIC_WRITES`].
-pub(super) fn skip(context: &mut libc::ucontext_t, at: &Interrupted, Skip { found, value }: Skip) {
-    let registers = &mut context.uc_mcontext.gregs;
+pub(super) fn skip(context: &mut SignalContext, at: &Interrupted, Skip { found, value }: Skip) {
+    let registers = &mut context.machine.gregs;
     let mask = if found.is_wide { u64::MAX } else { u64::from(u32::MAX) };
     registers[libc::REG_EFL as usize] &= !ZERO;
     let operand = registers[found.register] as u64;

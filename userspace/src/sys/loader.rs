@@ -117,6 +117,15 @@ impl Library {
         pages.filter(|pages| !pages.is_empty()).collect()
     }
 
+    /// Returns whether a file begins like the object does in memory: with the same headers and build ID.
+    pub(crate) fn begins_like(&self, file: &[u8]) -> bool {
+        let Some(first) = self.segments.first().filter(|first| !first.writable) else { return false };
+        let length = first.addresses.len().min(page_size()).min(file.len());
+        // SAFETY: the segment is loaded while this value exists, and never written.
+        let loaded = unsafe { slice::from_raw_parts(first.addresses.start as *const u8, length) };
+        length != 0 && loaded == &file[..length]
+    }
+
     /// Returns the path of the file.
     pub(crate) fn path(&self) -> PathBuf {
         use std::os::unix::ffi::OsStrExt;

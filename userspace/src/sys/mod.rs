@@ -22,7 +22,7 @@ pub(crate) use memory::{
     DontNeed, discard, map_again, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
 };
 pub(crate) use probe::{
-    Outcome, RSEQ_GIVEN_UP, RSEQ_NONE, fork_probe, free_all_keys, fsgsbase, kernel_release, keys_in_all, keys_left,
+    Outcome, RSEQ_NONE, RSEQ_UNREGISTERED, fork_probe, free_all_keys, fsgsbase, kernel_release, keys_in_all, keys_left,
     memfd_secret, mseal, pkru_in_signal_frame, rseq, syscall_user_dispatch,
 };
 pub(crate) use rseq::{rseq_area, unregister_rseq};

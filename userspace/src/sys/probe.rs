@@ -193,12 +193,12 @@ unsafe extern "C" fn change_pkru(_: c_int, info: *mut libc::siginfo_t, context: 
 pub(crate) const RSEQ_NONE: u8 = 0;
 
 /// An area is registered, and can be unregistered.
-pub(crate) const RSEQ_GIVEN_UP: u8 = 1;
+pub(crate) const RSEQ_UNREGISTERED: u8 = 1;
 
 /// An area is registered, and cannot be unregistered.
 const RSEQ_STAYS: u8 = 2;
 
-/// Tests which restartable-sequences area the calling thread has: [`RSEQ_NONE`], [`RSEQ_GIVEN_UP`] or [`RSEQ_STAYS`].
+/// Tests which restartable-sequences area the calling thread has: [`RSEQ_NONE`], [`RSEQ_UNREGISTERED`] or [`RSEQ_STAYS`].
 pub(crate) fn rseq() -> io::Result<Outcome> {
     // Before the fork: if another thread holds the loader's lock then, it stays locked in the child.
     let area = rseq_area();
@@ -208,7 +208,7 @@ pub(crate) fn rseq() -> io::Result<Outcome> {
         // The kernel keeps one area for each thread, so one is registered already.
         Err(_) => {
             area.map_or(Ok(()), unregister_rseq)?;
-            Ok(if register_rseq().is_ok() { RSEQ_GIVEN_UP } else { RSEQ_STAYS })
+            Ok(if register_rseq().is_ok() { RSEQ_UNREGISTERED } else { RSEQ_STAYS })
         }
     };
     // SAFETY: the experiment only makes system calls.

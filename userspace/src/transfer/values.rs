@@ -325,9 +325,9 @@ mod tests {
         let first = (Some(3u8), Ok::<_, bool>(String::from("text")), [true, false], vec![vec!['ä'], vec![]]);
         let value = (first, 2u8, 3u16, 4u32, 5u64, -6i128, Box::new(7.5), (8u8, ()));
         let wire = value.clone().into_wire();
-        // What is lent lies anywhere on this test's heap; it is never freed.
+        // The blocks lie anywhere on this test's heap, and are never freed.
         let everywhere = std::slice::from_ref(&(1..usize::MAX));
-        // SAFETY: the wire refers to what was just lent.
+        // SAFETY: the wire refers to blocks that were just made.
         let memory = unsafe { DomainMemory::new(everywhere) };
         let back = Transfer::from_wire(wire, &memory);
         assert_eq!(back, Ok(value));

@@ -13,8 +13,8 @@ mod kind;
 mod symbol;
 pub(crate) mod symbol_tables;
 
-use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::fmt::{self, Write as _};
+use std::sync::Arc;
 
 use pkru::ProtectionKey;
 use pkru::fault::KeyFault;
@@ -35,7 +35,8 @@ pub use symbol::Symbol;
 /// calls that code in the domain had made are not undone.
 ///
 /// `Display` writes one line that says what happened, where, and what to do about it; `Debug` writes the same, so that
-/// `unwrap` shows it. All of it is settled when the violation occurs.
+/// `unwrap` shows it. All of it is settled when the violation occurs. For that the first violation at a function or
+/// variable reads the symbol table of its file, which takes some milliseconds.
 #[derive(Clone)]
 pub struct Violation(
     // Shared, so that a clone and a result that may be a violation are cheap.
@@ -53,26 +54,37 @@ struct Details {
     target: Option<Symbol>,
     /// Whether the page that a key protects is the program's, and not another domain's, a vault's or a region's.
     is_programs: bool,
-    /// What it displays, written when it is first displayed.
-    text: OnceLock<String>,
+    /// The name of the closure that was called, if it is a trap.
+    closure: Option<&'static str>,
+    /// What it displays.
+    text: String,
 }
 
 impl Violation {
     pub(crate) fn new(domain: Arc<str>, kind: ViolationKind) -> Self {
-        Self(Arc::new(Details {
+        Details {
             domain,
             kind,
             instruction: None,
             symbol: None,
             target: None,
             is_programs: false,
-            text: OnceLock::new(),
-        }))
+            closure: None,
+            text: String::new(),
+        }
+        .settle()
     }
 
-    /// Returns whether it is of this kind and at this instruction.
-    pub(crate) fn is(&self, kind: &ViolationKind, instruction: Option<u64>) -> bool {
-        self.0.instruction == instruction && self.0.kind == *kind
+    /// Returns whether it is of this kind, at this instruction, and in a call of this closure.
+    ///
+    /// The compiler can make one function of several closures, so the instruction alone does not tell them apart.
+    pub(crate) fn is(&self, kind: &ViolationKind, instruction: Option<u64>, closure: &'static str) -> bool {
+        self.is_at(instruction, closure) && self.0.kind == *kind
+    }
+
+    fn is_at(&self, instruction: Option<u64>, closure: &'static str) -> bool {
+        // By address: where the same name has two, nothing is reused.
+        self.0.instruction == instruction && self.0.closure.is_some_and(|other| std::ptr::eq(other, closure))
     }
 
     /// Makes a violation of a trap, as [`classify()`] has classified it. `closure` is the name of the closure that was
@@ -86,19 +98,19 @@ impl Violation {
         closure: &'static str,
         last: Option<&Self>,
     ) -> Self {
-        let known = last.filter(|last| last.0.instruction == instruction).and_then(|last| last.0.symbol.clone());
-        let unknown = instruction.filter(|_| known.is_none());
-        let [symbol, target] = symbol_tables::find([unknown, kind.address()]);
+        let known = last.filter(|last| last.is_at(instruction, closure)).and_then(|last| last.0.symbol.clone());
         let symbol = known.or_else(|| {
-            let symbol = symbol?;
+            let symbol = symbol_tables::find(instruction?)?;
             Some(Arc::new(match &symbol.name {
                 // The compiler has made one function of the two.
                 Some(name) if is_entry(name) => Symbol { name: Some(closure.into()), ..symbol },
                 _ => symbol,
             }))
         });
+        let target = kind.address().and_then(symbol_tables::find);
         let is_programs = matches!(&kind, ViolationKind::Key(fault) if statics::is_programs(fault.key));
-        Self(Arc::new(Details { domain, kind, instruction, symbol, target, is_programs, text: OnceLock::new() }))
+        Details { domain, kind, instruction, symbol, target, is_programs, closure: Some(closure), text: String::new() }
+            .settle()
     }
 
     /// Returns the name of the domain.
@@ -159,7 +171,18 @@ impl Violation {
 }
 
 impl Details {
-    fn write(&self, f: &mut impl fmt::Write) -> fmt::Result {
+    /// Writes the text.
+    fn settle(mut self) -> Violation {
+        /// As long as most texts, in bytes.
+        const USUAL: usize = 512;
+        let mut text = String::with_capacity(USUAL);
+        // Writing to a string does not fail.
+        let _ = self.write(&mut text);
+        self.text = text;
+        Violation(Arc::new(self))
+    }
+
+    fn write(&self, f: &mut String) -> fmt::Result {
         let Self { domain, kind, instruction, symbol, target, is_programs, .. } = self;
         write!(f, "domain `{}`: {kind}", Escaped(domain))?;
         match (target, kind) {
@@ -178,7 +201,7 @@ impl Details {
     }
 
     /// Writes what to do where code in a domain has to write the program's memory and nothing is wrong.
-    fn write_advice(&self, f: &mut impl fmt::Write) -> fmt::Result {
+    fn write_advice(&self, f: &mut String) -> fmt::Result {
         let Self { kind: ViolationKind::Key(KeyFault { access: Access::Write, .. }), is_programs: true, .. } = self
         else {
             return Ok(());
@@ -208,14 +231,7 @@ impl Details {
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        /// As long as most of them, in bytes.
-        const USUAL: usize = 512;
-        f.write_str(self.0.text.get_or_init(|| {
-            let mut text = String::with_capacity(USUAL);
-            // Writing to a string does not fail.
-            let _ = self.0.write(&mut text);
-            text
-        }))
+        f.write_str(&self.0.text)
     }
 }
 

@@ -1,9 +1,12 @@
 //! The symbols of loaded objects, as far as they were asked for.
 //!
-//! A file's tables are read for the first address in each symbol, which takes up to some milliseconds. They are not kept:
+//! The first question about a symbol reads its file, which takes milliseconds. The tables themselves are not kept, because
 //! those of a Rust program take megabytes.
 
+use std::fs::OpenOptions;
+use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -55,52 +58,65 @@ pub(crate) fn lock() -> MutexGuard<'static, SymbolTables> {
     TABLES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Finds the symbols that addresses belong to; `None` for one that is in no loaded object.
-pub(super) fn find<const N: usize>(addresses: [Option<u64>; N]) -> [Option<Symbol>; N] {
-    let _quiet = BlockedSignals::new();
-    let loaded = sys::loaded_count();
-    // Objects are listed without the lock: that takes a lock of the loader's, whose holder may be waiting for this one,
-    // in a library's constructor that calls a domain.
-    let is_current = lock().loaded == loaded;
-    let objects = (!is_current).then(|| sys::libraries().iter().map(Object::of).collect());
-    let mut tables = lock();
-    if let Some(objects) = objects {
-        tables.replace(objects, loaded);
+/// Finds the symbol that an address belongs to; `None` if it is in no loaded object.
+///
+/// Files are read and objects are listed without the lock and with signals unblocked: a file may block, and the loader's
+/// locks may be held by a thread that waits for this one, in a library's constructor that calls a domain.
+pub(super) fn find(address: u64) -> Option<Symbol> {
+    if let Answer::Known(symbol) = ask(address) {
+        return symbol;
     }
-    addresses.map(|address| tables.find(address?))
+    let loaded = loaded_count();
+    let libraries = sys::libraries();
+    let library = libraries.iter().find(|library| library.contains(address as usize));
+    let known = library.map(|library| {
+        let in_file = address - library.base as u64;
+        // Without the file there is no name, here and until something is loaded.
+        Known::read(library, in_file).unwrap_or(Known { range: in_file..in_file + 1, symbol: None })
+    });
+    let _quiet = BlockedSignals::new();
+    let mut tables = lock();
+    if tables.loaded != loaded {
+        tables.objects = libraries.iter().map(Object::of).collect();
+        tables.loaded = loaded;
+    }
+    let object = tables.objects.iter_mut().find(|object| object.segment_at(address).is_some())?;
+    known.into_iter().for_each(|known| object.learn(known));
+    Some(object.symbol(address))
 }
 
-impl SymbolTables {
-    /// Replaces the list of objects, and keeps what is known of those that are still loaded.
-    fn replace(&mut self, objects: Vec<Object>, loaded: u64) {
-        let mut before = std::mem::replace(&mut self.objects, objects);
-        for object in &mut self.objects {
-            if let Some(same) = before.iter_mut().find(|before| before.path == object.path) {
-                std::mem::swap(&mut object.known, &mut same.known);
-            }
-        }
-        self.loaded = loaded;
-    }
+fn loaded_count() -> u64 {
+    let _quiet = BlockedSignals::new();
+    sys::loaded_count()
+}
 
-    fn find(&mut self, address: u64) -> Option<Symbol> {
-        let object = self.objects.iter_mut().find(|object| object.segment_at(address).is_some())?;
-        let is_variable = object.segment_at(address) == Some(true);
-        let in_file = address - object.base;
-        let symbol = object.known_at(in_file).and_then(|known| known.symbol.clone());
-        let (name, start) = symbol.map_or((None, 0), |(name, start)| (Some(name), start));
-        let is_of_std = |name: &String| {
-            ["std::", "core::", "alloc::"].iter().any(|krate| name.trim_start_matches('<').starts_with(krate))
-        };
-        Some(Symbol {
-            offset: in_file - start,
-            file: object.path.file_name().unwrap_or(object.path.as_os_str()).to_string_lossy().into_owned(),
-            library: object.path.clone(),
-            is_variable,
-            can_be_owned: object.can_be_owned,
-            is_of_runtime: !(object.is_program || object.can_be_owned) || name.as_ref().is_some_and(is_of_std),
-            name,
-        })
+/// What the tables know of an address.
+enum Answer {
+    Known(Option<Symbol>),
+    Unknown,
+}
+
+fn ask(address: u64) -> Answer {
+    let _quiet = BlockedSignals::new();
+    let loaded = sys::loaded_count();
+    let tables = lock();
+    if tables.loaded != loaded {
+        return Answer::Unknown;
     }
+    match tables.objects.iter().find(|object| object.segment_at(address).is_some()) {
+        None => Answer::Known(None),
+        Some(object) if object.known_at(address - object.base).is_some() => Answer::Known(Some(object.symbol(address))),
+        Some(_) => Answer::Unknown,
+    }
+}
+
+/// Reads a regular file. A library's path may name something else by now, such as a pipe behind `/proc/self/fd`.
+fn contents(path: &Path) -> Option<Vec<u8>> {
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).ok()?;
+    let mut data = Vec::new();
+    file.metadata().ok().filter(std::fs::Metadata::is_file)?;
+    file.read_to_end(&mut data).ok()?;
+    Some(data)
 }
 
 impl Object {
@@ -121,32 +137,55 @@ impl Object {
         let at = |(addresses, _): &&(Range<usize>, bool)| addresses.contains(&(address as usize));
         self.segments.iter().find(at).map(|(_, is_writable)| *is_writable)
     }
-}
 
-impl Object {
-    /// Returns what is known of an address of the file; `None` if the file is unreadable.
-    fn known_at(&mut self, address: u64) -> Option<&Known> {
+    /// Returns what is known of an address of the file.
+    fn known_at(&self, address: u64) -> Option<&Known> {
+        let after = self.known.partition_point(|known| known.range.start <= address);
+        self.known[..after].last().filter(|known| known.range.contains(&address))
+    }
+
+    fn learn(&mut self, known: Known) {
         /// The most ranges that are kept of one object.
         const MOST: usize = 256;
-        let after = |known: &[Known]| known.partition_point(|known| known.range.start <= address);
-        let mut index = after(&self.known);
-        if !self.known[..index].last().is_some_and(|known| known.range.contains(&address)) {
-            if self.known.len() == MOST {
-                self.known.clear();
-                index = 0;
-            }
-            let found = Known::read(&self.path, address)?;
-            self.known.insert(index, found);
-            index += 1;
+        if self.known_at(known.range.start).is_some() {
+            // Another thread was faster.
+            return;
         }
-        self.known[..index].last()
+        if self.known.len() == MOST {
+            self.known.clear();
+        }
+        let index = self.known.partition_point(|other| other.range.start <= known.range.start);
+        self.known.insert(index, known);
+    }
+
+    /// Returns the symbol of an address in memory, as far as it is known.
+    fn symbol(&self, address: u64) -> Symbol {
+        let in_file = address - self.base;
+        let symbol = self.known_at(in_file).and_then(|known| known.symbol.clone());
+        let (name, start) = symbol.map_or((None, 0), |(name, start)| (Some(name), start));
+        let is_of_std = |name: &String| {
+            ["std::", "core::", "alloc::"].iter().any(|krate| name.trim_start_matches('<').starts_with(krate))
+        };
+        Symbol {
+            offset: in_file - start,
+            file: self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned(),
+            library: self.path.clone(),
+            is_variable: self.segment_at(address) == Some(true),
+            can_be_owned: self.can_be_owned,
+            is_of_runtime: !(self.is_program || self.can_be_owned) || name.as_ref().is_some_and(is_of_std),
+            name,
+        }
     }
 }
 
 impl Known {
-    /// Reads from a file what an address of it belongs to.
-    fn read(path: &Path, address: u64) -> Option<Self> {
-        let data = std::fs::read(path).ok()?;
+    /// Reads from the file of a library what an address of the file belongs to; `None` if the file is gone, or is not the
+    /// one that was loaded.
+    fn read(library: &Library, address: u64) -> Option<Self> {
+        let data = contents(&library.path())?;
+        if !library.begins_like(&data) {
+            return None;
+        }
         let file = ElfFile64::<Endianness>::parse(&*data).ok()?;
         let is_loaded = |section: SectionIndex| {
             file.section_by_index(section).is_ok_and(
@@ -203,7 +242,7 @@ mod tests {
         let code = function as *const () as u64;
         let data = VARIABLE.as_ptr() as u64;
         for offset in [0, 1, 0] {
-            let [function, variable] = find([Some(code + offset), Some(data + offset)]).map(Option::unwrap);
+            let [function, variable] = [code, data].map(|symbol| find(symbol + offset).unwrap());
             assert!(function.name().unwrap().ends_with("tests::function"), "{function}");
             assert!(variable.name().unwrap().ends_with("tests::VARIABLE"), "{variable}");
             assert_eq!((function.offset(), variable.offset()), (offset, offset));
@@ -215,6 +254,6 @@ mod tests {
     #[test]
     fn an_address_in_no_object_has_no_symbol() {
         let local = 0u64;
-        assert_eq!(find([None, Some(0x10), Some(&raw const local as u64)]), [None, None, None]);
+        assert_eq!([0x10, &raw const local as u64].map(find), [None, None]);
     }
 }
