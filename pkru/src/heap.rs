@@ -74,7 +74,9 @@ impl fmt::Display for HeapError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Foreign { address } => write!(f, "{address:#x} is not in the domain's heap"),
-            Self::NotABlock { address } => write!(f, "{address:#x} is not a block of the domain's heap"),
+            Self::NotABlock { address } => {
+                write!(f, "{address:#x} is not a block of the domain's heap, or what lies before it was overwritten")
+            }
             Self::DoubleFree { address } => write!(f, "the block at {address:#x} is already free"),
         }
     }

@@ -13,6 +13,7 @@ use support::{NOWHERE, contain, domain, key_fault, mistake, suite};
 suite! {
     a_key_fault_names_everything,
     a_closure_is_named,
+    a_run_past_the_end_of_the_domains_own_memory,
     what_a_violation_displays_is_settled_when_it_occurs,
     a_librarys_path_that_leads_elsewhere_is_not_read,
     closures_that_are_one_function_keep_their_names,
@@ -135,6 +136,18 @@ fn what_a_violation_displays_is_settled_when_it_occurs() {
     let later = domain.call(write).unwrap_err();
     assert!(!later.to_string().contains("libsettled"), "control: the library is gone: {later}");
     assert_eq!(violation.to_string(), text);
+}
+
+fn a_run_past_the_end_of_the_domains_own_memory() {
+    let mut domain = domain("runs");
+    let run_from = |start: *mut u8| {
+        for offset in 0.. {
+            // SAFETY: none: this is the mistake.
+            unsafe { start.wrapping_add(offset).write_volatile(7) };
+        }
+    };
+    let heap = contain(&mut domain, || run_from(Vec::leak(vec![0u8; 64]).as_mut_ptr())).to_string();
+    assert!(heap.contains("(past the end of the domain's own heap)") && !heap.contains("; if this code"), "{heap}");
 }
 
 fn a_closure_is_named() {

@@ -64,7 +64,7 @@ fn check(folder: &Path, read: Read<'_>) -> Result<String, Vec<String>> {
     let dependencies = names::dependencies(&modules);
     let mut errors = floors.mismatches(&modules);
     errors.extend(climbs(&modules, &floors, &dependencies));
-    errors.extend(knots(&modules, &dependencies));
+    errors.extend(knots(&modules, &floors, &dependencies));
     if !errors.is_empty() {
         return Err(errors);
     }
@@ -102,10 +102,12 @@ fn climbs(modules: &Crate, floors: &Floors, dependencies: &[Dependency]) -> Vec<
 }
 
 /// Returns an error for each shortest loop through some module, and one for the modules that several loops tie together.
-fn knots(modules: &Crate, dependencies: &[Dependency]) -> Vec<String> {
+fn knots(modules: &Crate, floors: &Floors, dependencies: &[Dependency]) -> Vec<String> {
     let mut arrows: BTreeMap<_, &Dependency> = BTreeMap::new();
-    // The import of a module takes nothing from it yet: what is used through it is mentioned as well.
-    for dependency in dependencies.iter().filter(|dependency| !dependency.is_module) {
+    // The import of a module takes nothing from it yet: what is used through it is mentioned as well. An import that goes
+    // up is an error already, and would tie half the crate together.
+    let goes_up = |dependency: &&Dependency| matches!((floors.of(modules, dependency.from), floors.of(modules, dependency.to)), (Some(low), Some(high)) if high > low);
+    for dependency in dependencies.iter().filter(|dependency| !dependency.is_module && !goes_up(dependency)) {
         arrows.entry((dependency.from, dependency.to)).or_insert(dependency);
     }
     let mut errors = Vec::new();

@@ -140,6 +140,12 @@ impl Memory {
         self.mapping.is_guard(address)
     }
 
+    /// Returns the name of the part of the domain's memory that ends before a guard page, if the address is in one.
+    pub(crate) fn ends_before(&self, address: u64) -> Option<&'static str> {
+        const NAMES: [&str; 3] = ["stack", "thread-locals", "heap"];
+        self.mapping.part_before_guard(address as usize).map(|part| NAMES[part])
+    }
+
     /// Returns the heap's addresses.
     #[inline]
     pub(crate) fn heap(&self) -> Range<usize> {

@@ -73,8 +73,10 @@ impl Builder {
         self
     }
 
-    /// Sets the size of the heap in bytes, rounded up to pages. The default is 64 MiB. Memory is allocated when it is
-    /// first touched.
+    /// Sets the size of the heap in bytes, rounded up to pages. The default is 64 MiB. Memory is allocated when it is first
+    /// touched.
+    ///
+    /// Give it twice the size of what it is to hold. Like other allocators, it cannot always use the space between blocks.
     pub const fn heap_size(mut self, bytes: usize) -> Self {
         self.heap = bytes;
         self

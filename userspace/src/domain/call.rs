@@ -256,7 +256,7 @@ impl Domain {
         if let Some(same) = last.filter(|last| last.is(&kind, instruction, closure)) {
             return same.clone();
         }
-        let violation = Violation::of_trap(self.name.clone(), kind, instruction, closure, last);
+        let violation = Violation::of_trap(self.name.clone(), memory, kind, instruction, closure, last);
         self.last = Some((loaded, violation.clone()));
         violation
     }

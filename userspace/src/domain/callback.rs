@@ -68,7 +68,8 @@ impl<'a> CallbackArguments<'a> {
         self.words[index]
     }
 
-    /// Copies bytes out of the domain's stack or heap.
+    /// Copies bytes out of the domain's stack or heap. What code in the domain passes on from the caller's memory, such as a
+    /// pointer into its input, is not there: have it copy that first.
     ///
     /// # Errors
     ///

@@ -72,6 +72,12 @@ impl<const PARTS: usize> Mapping<PARTS> {
         (start..start + self.size).contains(&address) && !self.parts.iter().any(|part| part.contains(&address))
     }
 
+    /// Returns the part that ends before a guard page; `None` if the address is in no guard page, or in the first guard.
+    pub(crate) fn part_before_guard(&self, address: usize) -> Option<usize> {
+        let is_after = |part: &Range<usize>| part.end <= address;
+        self.parts.iter().rposition(is_after).filter(|_| self.is_guard(address))
+    }
+
     /// Discards the contents of all parts. They read as zeros afterwards.
     ///
     /// Returns whether pages were mapped again. Those have no access and no key. The cost is proportional to the number

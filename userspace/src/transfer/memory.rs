@@ -40,7 +40,7 @@ impl fmt::Display for InvalidResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::OutOfBounds { address, length } => {
-                write!(f, "{length} bytes at {address:#x} are not in the domain's memory")
+                write!(f, "memory at {address:#x}, {length} bytes long, is not the domain's")
             }
             Self::TooLarge => f.write_str("its parts take more memory than the domain has"),
             Self::NoKey => f.write_str("no protection key was free to access the domain's memory"),

@@ -18,7 +18,7 @@ pub use plain::{Block, Pair, Plain};
 ///
 /// # Examples
 ///
-/// A type of your own crosses as a tuple of its fields; an enum, for instance, as an `Option` for each variant:
+/// A type of your own crosses as a tuple of its fields:
 ///
 /// ```
 /// use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
@@ -41,10 +41,40 @@ pub use plain::{Block, Pair, Plain};
 ///     }
 /// }
 /// ```
+///
+/// An enum crosses as its variant's number and an `Option` for each variant that has fields:
+///
+/// ```
+/// # use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
+/// enum Token {
+///     End,
+///     Word(String),
+/// }
+///
+/// impl Transfer for Token {
+///     type Wire = <(u8, Option<String>) as Transfer>::Wire;
+///
+///     fn into_wire(self) -> Self::Wire {
+///         match self {
+///             Self::End => (0, None),
+///             Self::Word(word) => (1, Some(word)),
+///         }
+///         .into_wire()
+///     }
+///
+///     fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+///         match Transfer::from_wire(wire, memory)? {
+///             (0u8, None) => Ok(Self::End),
+///             (1, Some(word)) => Ok(Self::Word(word)),
+///             (variant, _) => Err(InvalidResult::BadValue { of: "Token", value: variant.into() }),
+///         }
+///     }
+/// }
+/// ```
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot leave a domain",
     label = "the result of this function must be `Transfer`",
-    note = "results can be integers, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight; \
+    note = "results can be `()`, integers, floats, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight; \
             return a `String` or a `Vec` in place of a reference, and a `usize` in place of a pointer into the domain's memory; \
             for a type of your own implement `Transfer` by its fields, as that trait's documentation shows"
 )]

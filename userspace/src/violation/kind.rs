@@ -131,13 +131,17 @@ impl fmt::Display for ViolationKind {
             Self::Breakpoint => f.write_str("breakpoint"),
             Self::Abort => f.write_str("abort"),
             Self::OutOfMemory { size } => {
-                write!(f, "out of memory: aborted after an allocation of {size} bytes failed")
+                write!(f, "out of memory: aborted after an allocation of {size} bytes failed (Builder::heap_size)")
             }
             Self::Assertion { message: Some(message) } => write!(f, "failed assertion {}", Escaped(message)),
             Self::Assertion { message: None } => f.write_str("failed assertion"),
             Self::Exit { status: Some(status) } => write!(f, "exit with status {status}"),
-            Self::Exit { status: None } => f.write_str("exit"),
-            Self::Panic { message: Some(message) } => write!(f, "panic: {}", Escaped(message)),
+            Self::Exit { status: None } => f.write_str("exit, with a status that is not known"),
+            // std writes the place and the message on two lines.
+            Self::Panic { message: Some(message) } => match message.split_once(":\n") {
+                Some((place, text)) => write!(f, "{}: {}", Escaped(place), Escaped(text)),
+                None => write!(f, "panicked: {}", Escaped(message)),
+            },
             Self::Panic { message: None } => {
                 f.write_str("panic (the message went to a panic hook that the program set after its first domain)")
             }
@@ -149,7 +153,7 @@ impl fmt::Display for ViolationKind {
                 f.write_str("nothing ran: the domain is retired after too many violations (Domain::reinstate)")
             }
             Self::Raised { signal } => write!(f, "signal {signal}, sent by this process"),
-            Self::InvalidFree(error) => write!(f, "invalid free: {error}"),
+            Self::InvalidFree(error) => write!(f, "invalid free or resize: {error}"),
             Self::InvalidResult(error) => write!(f, "invalid result: {error}"),
             Self::NotReady(error) => write!(f, "nothing ran, or the call was not resumed: {error}"),
         }

@@ -20,6 +20,7 @@ use pkru::ProtectionKey;
 use pkru::fault::KeyFault;
 use pkru::rights::Access;
 
+use crate::backend::pku::Memory;
 use crate::inside::entry::is_entry;
 use crate::keys::statics;
 use kind::Escaped;
@@ -52,12 +53,22 @@ struct Details {
     symbol: Option<Arc<Symbol>>,
     /// What the accessed address belongs to.
     target: Option<Symbol>,
-    /// Whether the page that a key protects is the program's, and not another domain's, a vault's or a region's.
-    is_programs: bool,
+    /// Whose memory a key protects, if a key denied the access.
+    owner: Option<Owner>,
     /// The name of the closure that was called, if it is a trap.
     closure: Option<&'static str>,
     /// What it displays.
     text: String,
+}
+
+/// The owner of memory that a domain may not access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Program,
+    /// The domain itself: a guard page after this part of its memory.
+    GuardAfter(&'static str),
+    /// Another domain, a vault or a region.
+    Other,
 }
 
 impl Violation {
@@ -68,7 +79,7 @@ impl Violation {
             instruction: None,
             symbol: None,
             target: None,
-            is_programs: false,
+            owner: None,
             closure: None,
             text: String::new(),
         }
@@ -87,12 +98,13 @@ impl Violation {
         self.0.instruction == instruction && self.0.closure.is_some_and(|other| std::ptr::eq(other, closure))
     }
 
-    /// Makes a violation of a trap, as [`classify()`] has classified it. `closure` is the name of the closure that was
+    /// Makes a violation of a trap in a domain with this memory, as [`classify()`] has classified it. `closure` is the name of the closure that was
     /// called. `last` is an earlier violation, whose symbol is used again if the instruction is the same.
     #[cold]
     #[inline(never)]
     pub(crate) fn of_trap(
         domain: Arc<str>,
+        memory: &Memory,
         kind: ViolationKind,
         instruction: Option<u64>,
         closure: &'static str,
@@ -108,8 +120,16 @@ impl Violation {
             }))
         });
         let target = kind.address().and_then(symbol_tables::find);
-        let is_programs = matches!(&kind, ViolationKind::Key(fault) if statics::is_programs(fault.key));
-        Details { domain, kind, instruction, symbol, target, is_programs, closure: Some(closure), text: String::new() }
+        let owner = if let ViolationKind::Key(fault) = &kind {
+            Some(match memory.ends_before(fault.address) {
+                Some(part) => Owner::GuardAfter(part),
+                None if statics::is_programs(fault.key) => Owner::Program,
+                None => Owner::Other,
+            })
+        } else {
+            None
+        };
+        Details { domain, kind, instruction, symbol, target, owner, closure: Some(closure), text: String::new() }
             .settle()
     }
 
@@ -183,13 +203,14 @@ impl Details {
     }
 
     fn write(&self, f: &mut String) -> fmt::Result {
-        let Self { domain, kind, instruction, symbol, target, is_programs, .. } = self;
+        let Self { domain, kind, instruction, symbol, target, owner, .. } = self;
         write!(f, "domain `{}`: {kind}", Escaped(domain))?;
-        match (target, kind) {
+        match (target, owner) {
             (Some(target), _) => write!(f, " ({target})")?,
-            (None, ViolationKind::Key(_)) if *is_programs => f.write_str(" (the program's memory)")?,
-            (None, ViolationKind::Key(_)) => f.write_str(" (memory of another domain, a vault or a region)")?,
-            (None, _) => {}
+            (None, Some(Owner::Program)) => f.write_str(" (the program's memory)")?,
+            (None, Some(Owner::GuardAfter(part))) => write!(f, " (past the end of the domain's own {part})")?,
+            (None, Some(Owner::Other)) => f.write_str(" (memory of another domain, a vault or a region)")?,
+            (None, None) => {}
         }
         if let Some(instruction) = instruction {
             write!(f, ", at instruction {instruction:#x}")?;
@@ -202,7 +223,8 @@ impl Details {
 
     /// Writes what to do where code in a domain has to write the program's memory and nothing is wrong.
     fn write_advice(&self, f: &mut String) -> fmt::Result {
-        let Self { kind: ViolationKind::Key(KeyFault { access: Access::Write, .. }), is_programs: true, .. } = self
+        let (ViolationKind::Key(KeyFault { access: Access::Write, .. }), Some(Owner::Program)) =
+            (&self.kind, self.owner)
         else {
             return Ok(());
         };
