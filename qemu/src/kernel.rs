@@ -28,7 +28,7 @@ pub fn run(machine: &Machine, elf: &Path, arguments: &str) -> Result<String, Err
         Err(reason) => return Err(Error::TimedOut { reason, stdout: console }),
         Ok(status) => match (status.code(), sentinel) {
             (Some(EXIT_ORDERLY), true) => return Ok(console),
-            (Some(EXIT_ORDERLY), false) => format!("it exited well but never printed `{SENTINEL}`"),
+            (Some(EXIT_ORDERLY), false) => format!("it exited in order but did not print `{SENTINEL}`"),
             (_, true) => format!("it printed `{SENTINEL}`, but QEMU ended with {status}"),
             _ => format!("it failed: QEMU ended with {status}"),
         },

@@ -121,7 +121,7 @@ fn the_bare_gate() {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping touches nothing that exists.
     let stack = unsafe { libc::mmap(std::ptr::null_mut(), size, access, flags, -1, 0) };
-    // SAFETY: the pages are the test's.
+    // SAFETY: the pages belong to the test.
     assert_eq!(unsafe { libc::syscall(libc::SYS_pkey_mprotect, stack, size, access, i32::from(key.number())) }, 0);
     // SAFETY: the domain was built, so the CPU has FSGSBASE.
     let fs_base = unsafe { pkru::instructions::rdfsbase() };

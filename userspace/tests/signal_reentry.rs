@@ -81,7 +81,7 @@ fn signal_at(notice: &Arc<Notice>) {
     let notice = Arc::clone(notice);
     std::thread::spawn(move || {
         notice.wait();
-        // SAFETY: the thread waits in a domain.
+        // SAFETY: the thread is alive, because it waits in a domain.
         unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
     });
 }

@@ -124,7 +124,7 @@ fn the_handlers_stack_is_the_one_that_was_asked_for() {
     install(libc::SIGALRM, look, libc::SA_ONSTACK);
     wait_in(&mut domain);
     assert!(own.contains(&STACK.load(Ordering::Relaxed)), "with SA_ONSTACK it is the program's alternate stack");
-    // SAFETY: sends this thread a signal outside any domain.
+    // SAFETY: `raise` has no preconditions.
     unsafe { libc::raise(libc::SIGALRM) };
     assert!(own.contains(&STACK.load(Ordering::Relaxed)), "the same outside a domain");
 

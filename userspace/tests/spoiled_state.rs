@@ -68,7 +68,7 @@ fn memory_made_executable_only() {
     // SAFETY: a new mapping touches nothing that exists.
     let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, flags, -1, 0) };
     // Linux allocates a key for execute-only memory and changes the thread's rights to it.
-    // SAFETY: the page is the test's.
+    // SAFETY: the page belongs to the test.
     let protect = || unsafe { libc::mprotect(page, 4096, libc::PROT_EXEC) };
     assert_eq!(domain.call(protect).unwrap(), 0);
     contain(&mut domain, mistake);
