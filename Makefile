@@ -1,13 +1,13 @@
-# The project's commands. Each sets up first what it needs.
+# The project's commands. Each runs `make setup` first.
 
 .PHONY: help setup demo test qemu-test lint clean
 
 help:
-	@echo "make demo       the main job: isolated domains on bare metal, and libpng in a domain on Linux"
-	@echo "make test       every test, and a table of the results"
-	@echo "make qemu-test  the bare-metal suites, and the guest suites on Linux 6.1 and 6.12"
-	@echo "make lint       formatting, clippy and documentation, warnings denied"
-	@echo "make setup      install what is missing"
+	@echo "make demo       run the demo: domains on bare metal, and libpng in a domain on Linux"
+	@echo "make test       run all tests and print a table of the results"
+	@echo "make qemu-test  run the bare-metal suites, and the guest suites on Linux 6.1 and 6.12"
+	@echo "make lint       check formatting, clippy and documentation; warnings are errors"
+	@echo "make setup      install missing packages and guest kernels"
 
 setup:
 	@scripts/heartbeat scripts/setup

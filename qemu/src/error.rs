@@ -1,12 +1,12 @@
-//! What can go wrong when something is run in QEMU, and the exit status the command gives for each.
+//! Errors of a run in QEMU, and the exit status of the command for each.
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-/// A run that gave no result of the guest's own.
+/// Why a run has no result from the guest.
 ///
-/// Each variant has its own exit status, see [`Error::status`].
+/// Each variant has its own exit status: see [`Error::status`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -21,35 +21,35 @@ pub enum Error {
     },
     /// There is no `qemu-system-x86_64` in `PATH`.
     QemuMissing,
-    /// The kernel to boot is not there.
+    /// The kernel to boot does not exist.
     KernelMissing {
-        /// Where it was looked for.
+        /// Where it was expected.
         path: PathBuf,
     },
     /// The guest panicked.
     Panicked {
-        /// The console's line that says so.
+        /// The panic message on the console.
         message: String,
-        /// What the guest had printed on its standard output.
+        /// The guest's standard output so far.
         stdout: String,
     },
-    /// The guest went beyond a limit and was killed.
+    /// The guest exceeded a limit and was killed.
     TimedOut {
-        /// Which limit that was.
+        /// Which limit.
         reason: String,
-        /// What the guest had printed on its standard output.
+        /// The guest's standard output so far.
         stdout: String,
     },
-    /// QEMU ended, but not as an orderly guest ends it.
+    /// QEMU exited without both signs of an orderly end.
     Disorderly {
-        /// What was expected and did not come.
+        /// Which sign is missing.
         reason: String,
-        /// What the guest had printed on its standard output.
+        /// The guest's standard output so far.
         stdout: String,
     },
-    /// The host failed at an operation.
+    /// An operation on the host failed.
     Io {
-        /// What was being done.
+        /// The operation.
         operation: &'static str,
         /// Why it failed.
         source: io::Error,
@@ -57,7 +57,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The exit status of the command for this error.
+    /// Returns the exit status of the command for this error.
     ///
     /// | status | meaning |
     /// |---|---|
@@ -67,8 +67,8 @@ impl Error {
     /// | 121 | the kernel is missing |
     /// | 122 | the guest panicked |
     /// | 123 | the guest ended without both signs of an orderly end |
-    /// | 124 | the guest timed out (as `timeout(1)` says it) |
-    /// | 125 | the host failed |
+    /// | 124 | the guest timed out (the status that `timeout(1)` uses) |
+    /// | 125 | an operation on the host failed |
     #[must_use]
     pub const fn status(&self) -> u8 {
         match self {
@@ -83,7 +83,7 @@ impl Error {
         }
     }
 
-    /// What the guest had printed on its standard output before it failed.
+    /// Returns the guest's standard output up to the failure.
     #[must_use]
     pub fn stdout(&self) -> &str {
         match self {
@@ -108,7 +108,7 @@ impl fmt::Display for Error {
             Self::Input { path, reason } => write!(f, "{}: {reason}", path.display()),
             Self::QemuMissing => write!(f, "qemu-system-x86_64 is not installed: run `make setup`"),
             Self::KernelMissing { path } => {
-                write!(f, "no kernel at {} (`make setup` gets those for Linux guests)", path.display())
+                write!(f, "no kernel at {} (`make setup` downloads the kernels of Linux guests)", path.display())
             }
             Self::Panicked { message, .. } => write!(f, "the guest panicked: {message}"),
             Self::TimedOut { reason, .. } => write!(f, "the guest was killed: {reason}"),

@@ -1,4 +1,4 @@
-//! The first process in the guest: it runs the task and reports how that ended.
+//! The first process in the guest. It runs the task and reports the outcome.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fmt;
@@ -14,19 +14,19 @@ use qemu_exit::QEMUExit;
 
 use crate::machine::{DEBUG_EXIT_ORDERLY, DEBUG_EXIT_PORT, EXIT_ORDERLY};
 
-/// Where the kernel finds its first process.
+/// The path of the first process, which the kernel runs.
 pub(crate) const INIT_PATH: &str = "/init";
 
-/// Where that process finds its task.
+/// The path of the file with the task.
 pub(crate) const TASK_PATH: &str = "/task";
 
-/// The environment variable by which tests know that keys are there and a skip is a failure.
+/// The environment variable that makes a skipped test a failure. The guest sets it.
 pub const FORCE: &str = "PKRU_TEST_FORCE";
 
-/// The environment variable by which programs know that the time-stamp counter counts instructions.
+/// The environment variable that says that the time-stamp counter counts instructions.
 pub const ICOUNT: &str = "PKRU_ICOUNT";
 
-/// What begins the verdict on the console.
+/// The prefix of the console line that reports the outcome.
 const SENTINEL: &str = "pkru-guest: ";
 
 /// What the guest runs.
@@ -45,12 +45,12 @@ pub enum Outcome {
     Exited(u8),
     /// A signal of this number killed it.
     Killed(u8),
-    /// It could not be started; the number is the error's.
+    /// It did not start, with this error number.
     NotStarted(u8),
 }
 
 impl Outcome {
-    /// The exit status of the command for this outcome: the program's own, or 128 and the signal's number, or 127.
+    /// Returns the exit status of the command: the program's own, 128 plus the signal number, or 127.
     #[must_use]
     pub const fn status(self) -> u8 {
         match self {
@@ -60,7 +60,7 @@ impl Outcome {
         }
     }
 
-    /// Reads the verdict from a line of the console.
+    /// Parses a line of the console. Returns `None` if it does not report the outcome.
     pub(crate) fn parse(line: &str) -> Option<Self> {
         let (verdict, number) = line.trim_end().strip_prefix(SENTINEL)?.rsplit_once(' ')?;
         let number = number.parse().ok()?;
@@ -83,7 +83,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Becomes the guest's init if this is the first process of a guest, and then never returns.
+/// Runs as the guest's init, and does not return, if this process is the first in a guest.
 pub fn enter_if_first() {
     if std::process::id() == 1 && fs::exists(TASK_PATH).unwrap_or(false) {
         init();
@@ -100,17 +100,17 @@ fn init() -> ! {
         }
     };
     report(&format!("{SENTINEL}{verdict}"));
-    // SAFETY: init is root, and the guest has no device whose ports it could disturb.
+    // SAFETY: the call touches no memory, and init accesses no port but the one below.
     unsafe { libc::iopl(3) };
-    // SAFETY: the port is the one that the machine's `isa-debug-exit` device listens on.
+    // SAFETY: this is the port of the machine's `isa-debug-exit` device.
     let device = unsafe { qemu_exit::X86::new(DEBUG_EXIT_PORT, EXIT_ORDERLY as u32) };
     device.exit(DEBUG_EXIT_ORDERLY)
 }
 
-/// Prints a line on the console, and waits until it is out.
+/// Prints a line on the console, and waits until it is transmitted.
 fn report(line: &str) {
     if let Ok(mut console) = OpenOptions::new().write(true).open("/dev/ttyS0") {
-        // There is nowhere else to say that this failed; the host notices the missing line.
+        // A failure cannot be reported anywhere. The host notices the missing line.
         let _ = writeln!(console, "\n{line}");
         flush(&console);
     }
@@ -157,10 +157,10 @@ fn mount(kind: &str, place: &str) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Opens a serial port so that bytes pass unchanged.
+/// Opens a serial port in raw mode: the terminal driver does not change the output.
 fn raw_port(path: &str) -> io::Result<File> {
     let port = OpenOptions::new().write(true).open(path)?;
-    // SAFETY: termios is a C struct of integers, for which zero is a value.
+    // SAFETY: termios is a C struct of integers, for which zero is valid.
     let mut settings: libc::termios = unsafe { std::mem::zeroed() };
     // SAFETY: the descriptor is open and `settings` is writable.
     if unsafe { libc::tcgetattr(port.as_raw_fd(), &raw mut settings) } != 0 {
@@ -176,12 +176,12 @@ fn raw_port(path: &str) -> io::Result<File> {
 }
 
 fn flush(port: &File) {
-    // SAFETY: the descriptor is open. A failure leaves nothing to do: the output is gone.
+    // SAFETY: the descriptor is open. A failure is ignored: the output is lost either way.
     unsafe { libc::tcdrain(port.as_raw_fd()) };
 }
 
 impl Task {
-    /// Reads what [`Task::to_bytes`] wrote.
+    /// Parses what [`Task::to_bytes`] wrote.
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let bytes = bytes.strip_suffix(&[0])?;
         let mut strings = bytes.split(|byte| *byte == 0).map(|string| OsStr::from_bytes(string).to_owned());

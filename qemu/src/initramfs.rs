@@ -1,6 +1,6 @@
-//! The guest's file system: a newc archive with the program, the libraries it loads, and named files.
+//! The guest's file system: a newc archive of the program, the libraries it loads, and other files.
 //!
-//! Everything lies at the path it has on the host, so that paths in arguments keep their meaning.
+//! Each file has the same path as on the host, so paths in arguments stay valid.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -23,18 +23,18 @@ use crate::init::{INIT_PATH, TASK_PATH, Task};
 const DIRECTORY: u32 = 0o040_755;
 const REGULAR: u32 = 0o100_000;
 
-/// An archive in the making: contents and mode by path. The map's order puts folders before what they hold.
+/// An archive under construction: mode and contents by path. The map's order puts a folder before its contents.
 #[derive(Debug)]
 pub struct Initramfs {
     entries: BTreeMap<PathBuf, (u32, Vec<u8>)>,
 }
 
 impl Initramfs {
-    /// Starts an archive whose first process is the binary `init`.
+    /// Creates an archive with the binary `init` as the first process.
     ///
     /// # Errors
     ///
-    /// [`Error::Input`] if `init` or a library of it cannot be read.
+    /// [`Error::Input`] if `init` or one of its libraries cannot be read.
     pub fn new(init: &Path) -> Result<Self, Error> {
         let mut archive = Self { entries: BTreeMap::new() };
         for directory in ["/dev", "/proc", "/sys", "/tmp", "/root"] {
@@ -49,22 +49,22 @@ impl Initramfs {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`] if the file is missing, is no x86-64 ELF, or a library of it is missing.
+    /// [`Error::Input`] if the file is missing, is not an ELF for x86-64, or lacks a library.
     pub fn add_program(&mut self, program: &Path) -> Result<(), Error> {
         check_elf(program)?;
         self.add_file(program, program)?;
         self.add_libraries(program)
     }
 
-    /// Adds a file, or a folder with everything in it, at its own path.
+    /// Adds a file, or a folder and everything in it, at the same path.
     ///
     /// # Errors
     ///
-    /// [`Error::Input`] if something cannot be read.
+    /// [`Error::Input`] if a file or folder cannot be read.
     pub fn add_tree(&mut self, path: &Path) -> Result<(), Error> {
         if !path.is_dir() {
             self.add_file(path, path)?;
-            // A program named among the files shall run too.
+            // The file may be a program that the guest runs.
             return if is_dynamic(path) { self.add_libraries(path) } else { Ok(()) };
         }
         self.add_directory(path);
@@ -74,7 +74,7 @@ impl Initramfs {
         Ok(())
     }
 
-    /// Adds what [`init`](crate::init) is to do.
+    /// Adds the task for [`init`](crate::init).
     pub(crate) fn add_task(&mut self, task: &Task) {
         self.add_directory(&task.directory);
         self.insert(Path::new(TASK_PATH), REGULAR | 0o644, task.to_bytes());
@@ -84,7 +84,7 @@ impl Initramfs {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if it cannot be written.
+    /// [`Error::Io`] if writing fails.
     pub fn write(&self, file: &File) -> Result<(), Error> {
         self.try_write(file).map_err(Error::io("write the guest's file system"))
     }
@@ -129,7 +129,7 @@ impl Initramfs {
         let output = Command::new("ldd")
             .arg(program)
             .output()
-            .map_err(Error::io("run ldd, which names a program's libraries"))?;
+            .map_err(Error::io("run ldd, which lists a program's libraries"))?;
         let listing = String::from_utf8_lossy(&output.stdout);
         if !output.status.success() {
             return Err(Error::input(program, format!("ldd: {}", String::from_utf8_lossy(&output.stderr).trim())));
@@ -147,7 +147,7 @@ impl Initramfs {
     }
 }
 
-/// What one line of ldd's listing says.
+/// One line of ldd's output, parsed.
 #[derive(Debug, PartialEq)]
 enum Library<'a> {
     At(&'a str),
@@ -164,7 +164,7 @@ fn library(line: &str) -> Library<'_> {
     }
 }
 
-/// Checks that a file is an ELF for this project's one machine, x86-64.
+/// Checks that a file is an ELF for x86-64, the guest's architecture.
 pub(crate) fn check_elf(path: &Path) -> Result<(), Error> {
     let data = fs::read(path).map_err(|error| Error::input(path, error))?;
     if !data.starts_with(&elf::ELFMAG) {
@@ -177,7 +177,7 @@ pub(crate) fn check_elf(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Whether the file is an ELF that a dynamic loader must load.
+/// Returns whether the file is an ELF with a dynamic loader.
 fn is_dynamic(path: &Path) -> bool {
     let Ok(data) = fs::read(path) else { return false };
     let Ok(file) = ElfFile64::<Endianness>::parse(&*data) else { return false };
@@ -186,11 +186,11 @@ fn is_dynamic(path: &Path) -> bool {
 }
 
 impl Task {
-    /// Lays the task out as NUL-terminated strings: folder, program, counts, arguments, environment.
+    /// Encodes the task as NUL-terminated strings: folder, program, number of arguments, arguments, environment.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Cursor::new(Vec::new());
         let mut put = |string: &[u8]| {
-            // Writing to memory does not fail.
+            // Writing to a `Vec` does not fail.
             let _ = bytes.write_all(string);
             let _ = bytes.write_all(&[0]);
         };

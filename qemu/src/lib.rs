@@ -1,22 +1,25 @@
-//! Runs a bare kernel, or a program in a Linux guest, in QEMU.
+//! Runs a bare-metal kernel, or a program in a Linux guest, in QEMU.
 //!
-//! QEMU's software emulation (TCG) has protection keys for user pages and for supervisor pages, whatever the CPU
-//! underneath; so this is where the project's tests meet real keys on any x86-64 machine.
+//! QEMU's software emulation (TCG) implements protection keys for user pages and for supervisor pages. It needs no
+//! support from the host's CPU, so tests that use keys run on any x86-64 machine.
 //!
 //! | module | subject |
 //! |---|---|
-//! | [`machine`] | the emulated machine: one QEMU process, its serial ports, its time limit |
-//! | [`kernel`] | booting a bare-metal ELF |
-//! | [`linux`] | booting a Linux guest that runs one program of the host |
-//! | [`initramfs`] | the guest's file system: the program, the libraries it loads, named files |
+//! | [`machine`] | the emulated machine: one QEMU process, its serial ports, its limits |
+//! | [`kernel`] | boots a bare-metal ELF |
+//! | [`linux`] | boots a Linux guest that runs one program of the host |
+//! | [`initramfs`] | the guest's file system: the program, its libraries, other files |
 //! | [`init`] | the first process in the guest |
-//! | [`error`] | what can go wrong, and the exit status of each |
+//! | [`error`] | the errors, and the exit status of each |
 //!
 //! # What counts as a pass
 //!
-//! A run ends well only if two independent signs agree: QEMU left through the `isa-debug-exit` device with
-//! [`machine::EXIT_ORDERLY`], and the console carried a sentinel line. A guest that resets, hangs, is killed or prints
-//! the line and then fails does not pass.
+//! A run passes only if both of these hold:
+//!
+//! - QEMU exited through the `isa-debug-exit` device with [`machine::EXIT_ORDERLY`].
+//! - The console has the sentinel line.
+//!
+//! A guest that resets, hangs or is killed does not pass. Neither does one that prints the line and then fails.
 
 pub mod error;
 pub mod init;

@@ -1,7 +1,7 @@
-//! Booting a Linux guest that runs one program of the host.
+//! Boots a Linux guest that runs one program of the host.
 //!
-//! The guest has three serial ports: the kernel's console with the verdict of [`init`](crate::init), the program's
-//! standard output, and its standard error.
+//! The guest has three serial ports: the kernel's console, the program's standard output, and its standard error.
+//! [`init`](crate::init) reports the program's outcome on the console.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -15,34 +15,34 @@ use crate::init::{ICOUNT, Outcome, Task};
 use crate::initramfs::Initramfs;
 use crate::machine::{EXIT_ORDERLY, Machine, Sink, readable};
 
-/// A program to run in a guest, and what it needs there.
+/// A program to run in a guest, and the files it needs there.
 #[derive(Debug, Clone)]
 pub struct Guest {
     /// The kernel image to boot.
     pub kernel: PathBuf,
-    /// The program; it is packed with every library that it loads.
+    /// The program. The guest gets it with all libraries that it loads.
     pub program: PathBuf,
-    /// Its arguments. Those that name files are packed too.
+    /// Its arguments. The guest gets the files that they name.
     pub arguments: Vec<OsString>,
-    /// Its environment, beyond `PATH` and `HOME`.
+    /// Additional environment variables. `PATH` and `HOME` are set.
     pub environment: Vec<(OsString, OsString)>,
-    /// Other files or folders it needs; each is packed at the same path.
+    /// Additional files or folders. Each has the same path in the guest.
     pub files: Vec<PathBuf>,
 }
 
-/// The kernels that `make setup` unpacks, newest last.
+/// The versions of the kernels that `make setup` unpacks, newest last.
 pub const KERNELS: [&str; 2] = ["6.1", "6.12"];
 
-/// Returns the image of a kernel named by version, or the path itself for anything that is not one of [`KERNELS`].
+/// Returns the path of a kernel image. `name` is one of [`KERNELS`], or a path.
 ///
 /// # Errors
 ///
-/// [`Error::KernelMissing`] if there is no such file.
+/// [`Error::KernelMissing`] if there is no such file, [`Error::Usage`] if `name` is neither a version nor a path.
 pub fn kernel(name: &str) -> Result<PathBuf, Error> {
     let path = if KERNELS.contains(&name) {
         let image = |folder: PathBuf| folder.join("guest").join(name).join("vmlinuz");
         let path = image(target_directory());
-        // The build folder of another project may be set, whose program is to run here.
+        // `CARGO_TARGET_DIR` may be the build folder of another project whose program runs in the guest.
         if path.exists() { path } else { image(workspace().join("target")) }
     } else if name.contains('/') || Path::new(name).exists() {
         PathBuf::from(name)
@@ -53,7 +53,7 @@ pub fn kernel(name: &str) -> Result<PathBuf, Error> {
     Ok(path)
 }
 
-/// The workspace's build folder, where setup unpacks the guest kernels.
+/// Returns the workspace's build folder. `make setup` unpacks the guest kernels there.
 #[must_use]
 pub fn target_directory() -> PathBuf {
     workspace().join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
@@ -63,7 +63,7 @@ fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
-/// What came of a program in a guest.
+/// The result of a program in a guest.
 #[derive(Debug)]
 pub struct Report {
     /// How it ended.
@@ -73,14 +73,14 @@ pub struct Report {
 }
 
 impl Guest {
-    /// Boots the guest, passes the program's output through, and returns how the program ended.
+    /// Boots the guest, copies the program's output to this process's, and returns how the program ended.
     ///
-    /// `init` is the binary that becomes the guest's first process: one whose `main` begins with
-    /// [`init::enter_if_first`](crate::init::enter_if_first), usually `pkru-qemu` itself.
+    /// `init` is the binary to run as the guest's first process. Its `main` must begin with
+    /// [`init::enter_if_first`](crate::init::enter_if_first). Usually it is `pkru-qemu` itself.
     ///
     /// # Errors
     ///
-    /// Every variant of [`Error`]; a program that ran and failed is not an error but an [`Outcome`].
+    /// Every variant of [`Error`]. A program that runs and fails is an [`Outcome`], not an error.
     pub fn run(&self, machine: &Machine, init: &Path) -> Result<Report, Error> {
         let directory = std::env::current_dir().map_err(Error::io("read the current folder"))?;
         let program = absolute(&self.program)?;
@@ -109,7 +109,7 @@ impl Guest {
                 "-initrd",
                 &format!("/proc/{}/fd/{}", std::process::id(), image.as_raw_fd()),
                 "-append",
-                // A panic resets the machine at once, and -no-reboot turns that into an exit.
+                // The kernel resets the machine on a panic, and -no-reboot turns a reset into an exit.
                 "console=ttyS0 quiet panic=-1 random.trust_cpu=on",
             ],
             vec![Sink::Keep { show: machine.verbose }, Sink::Stdout, Sink::Stderr],
@@ -120,7 +120,7 @@ impl Guest {
         if let Some(line) = console.lines().find(|line| line.contains("Kernel panic")) {
             return Err(Error::Panicked { message: line.trim().into(), stdout });
         }
-        // Linux goes on with the files that it has unpacked (6.12, `init/initramfs.c`).
+        // If unpacking fails, Linux boots with the files unpacked so far (6.12, `init/initramfs.c`).
         if console.contains("Initramfs unpacking failed") {
             let reason = "its files need more memory than it has (--memory)".into();
             return Err(Error::Disorderly { reason, stdout });
@@ -145,8 +145,8 @@ fn absolute(path: &Path) -> Result<PathBuf, Error> {
     std::path::absolute(path).map_err(|error| Error::input(path, error))
 }
 
-/// Makes a file under the build folder without a name, which goes away with this process however that ends. QEMU opens
-/// it by its descriptor's name under /proc.
+/// Makes an unlinked file in the build folder. The kernel frees it when this process ends, even by a signal. QEMU opens
+/// it through /proc/PID/fd.
 fn nameless_file() -> Result<File, Error> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! The emulated machine: one QEMU process, its serial ports and its limits.
 //!
-//! A guest is killed if it makes no progress, which is output. The limit is QEMU's processor time, because elapsed time
-//! on a busy host says nothing about the guest.
+//! A guest makes progress when it prints. A guest that makes no progress within a limit of QEMU's processor time is
+//! killed. Elapsed time depends on the load of the host, so it has much higher limits.
 
 use std::fs::File;
 use std::io::{self, PipeReader, Read, Write};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::Error;
 
-/// The value a guest writes to the `isa-debug-exit` device when it ends in order.
+/// The value that a guest writes to the `isa-debug-exit` device for an orderly end.
 pub const DEBUG_EXIT_ORDERLY: u32 = 0x10;
 
 /// QEMU's exit status after [`DEBUG_EXIT_ORDERLY`]: the device exits with `(value << 1) | 1`.
@@ -28,29 +28,29 @@ pub const EXIT_ORDERLY: i32 = ((DEBUG_EXIT_ORDERLY << 1) | 1) as i32;
 /// The I/O port of the `isa-debug-exit` device.
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
 
-/// The clock's limit without output, in multiples of [`Machine::timeout`].
+/// The limit of elapsed time without output, in multiples of [`Machine::timeout`].
 pub const QUIET: u32 = 10;
 
-/// The clock's limit altogether, in multiples of [`Machine::timeout`].
+/// The limit of elapsed time in total, in multiples of [`Machine::timeout`].
 pub const TOTAL: u32 = 60;
 
 /// The hardware to emulate.
 #[derive(Debug, Clone)]
 pub struct Machine {
-    /// QEMU's name of the CPU model; `max` has PKU and PKS.
+    /// QEMU's name for the CPU model. `max` has PKU and PKS.
     pub cpu: String,
     /// Number of CPUs.
     pub cpus: u32,
     /// Memory in MiB.
     pub memory: u32,
-    /// Let virtual time follow executed instructions, so that RDTSC counts them exactly. Needs one CPU.
+    /// Advance virtual time by executed instructions, so that RDTSC counts them exactly. Requires one CPU.
     pub icount: bool,
-    /// The processor time that QEMU may use while the guest prints nothing; then it is killed.
+    /// The limit of QEMU's processor time while the guest prints nothing.
     ///
-    /// It is also killed if the guest prints nothing for [`QUIET`] times as long by the clock, because a guest that waits
-    /// for ever uses no processor time, and after [`TOTAL`] times as long altogether.
+    /// Two limits of elapsed time apply as well: [`QUIET`] times this value without output, because a guest that waits
+    /// for ever uses no processor time, and [`TOTAL`] times this value in total.
     pub timeout: Duration,
-    /// Show the command, and the console while it runs.
+    /// Print QEMU's command line, and show the console of a Linux guest.
     pub verbose: bool,
 }
 
@@ -67,37 +67,37 @@ impl Default for Machine {
     }
 }
 
-/// Where the bytes of one serial port go as they arrive.
+/// Where the output of a serial port goes.
 pub(crate) enum Sink {
-    /// Kept, and shown at once on standard error if the flag is set.
+    /// It is kept, and also copied to standard error if `show` is set.
     Keep { show: bool },
-    /// To standard output, and kept.
+    /// It is kept, and also copied to standard output.
     Stdout,
-    /// To standard error.
+    /// It is copied to standard error.
     Stderr,
 }
 
-/// What came of QEMU.
+/// The result of a QEMU process.
 pub(crate) struct Finished {
-    /// How it ended, or by which limit it was killed.
+    /// Its exit status, or the limit for which it was killed.
     pub(crate) ended: Result<ExitStatus, String>,
-    /// What came out of the ports whose sink keeps it, in the order of the ports.
+    /// The kept output, one entry for each port, in order. It is empty for [`Sink::Stderr`].
     pub(crate) kept: Vec<String>,
 }
 
-/// Kills QEMU when dropped, on every way out.
+/// Kills QEMU when dropped.
 struct Guard(Child);
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // It may have ended by itself; then there is nothing to kill and nothing to report.
+        // Both calls fail if QEMU has ended already, which is fine.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
 impl Machine {
-    /// Runs QEMU with `arguments` and one serial port per sink until it exits.
+    /// Runs QEMU with `arguments` and one serial port per sink. Returns when QEMU exits or exceeds a limit.
     pub(crate) fn run(&self, arguments: &[&str], sinks: Vec<Sink>) -> Result<Finished, Error> {
         if self.icount && self.cpus != 1 {
             return Err(Error::Usage("--icount counts on one CPU only".into()));
@@ -112,7 +112,7 @@ impl Machine {
             command.args(["-icount", "shift=0,sleep=off"]);
         }
 
-        // Each port is the write end of a pipe of ours, which QEMU opens by its name under /proc.
+        // Each port is the write end of a pipe. QEMU opens it through /proc/PID/fd.
         let mut ports = Vec::new();
         for (number, sink) in sinks.into_iter().enumerate() {
             let (reader, writer) = io::pipe().map_err(Error::io("make a pipe"))?;
@@ -144,14 +144,14 @@ impl Machine {
         }
         let ended = wait(&mut child.0, self.timeout, &printed);
         drop(child);
-        // Ours were the last write ends: now the readers see the end.
+        // These are the last write ends. The readers reach the end of the pipes once they are closed.
         drop(writers);
         let kept = readers.into_iter().map(JoinHandle::join).map(|kept| kept.unwrap_or_default()).collect();
         Ok(Finished { ended: ended?, kept })
     }
 }
 
-/// Waits until QEMU ends, or says which limit it is beyond. `printed` counts the guest's output.
+/// Waits until QEMU ends. Returns a reason if it exceeds a limit. `printed` counts the bytes of the guest's output.
 fn wait(child: &mut Child, limit: Duration, printed: &AtomicU64) -> Result<Result<ExitStatus, String>, Error> {
     let start = Instant::now();
     let mut progress = (0, start, Duration::ZERO);
@@ -179,14 +179,14 @@ fn wait(child: &mut Child, limit: Duration, printed: &AtomicU64) -> Result<Resul
     }
 }
 
-/// Returns the processor time that a process has used. It has not been waited for.
+/// Returns the processor time that a process has used. The process must not have been waited for.
 ///
 /// # Errors
 ///
-/// Those of `clock_getcpuclockid(3)`, if there is no such process.
+/// The error of `clock_getcpuclockid(3)` if there is no such process.
 pub fn processor_time(process: u32) -> io::Result<Duration> {
     let mut clock = 0;
-    // SAFETY: the number is writable.
+    // SAFETY: the clock number is writable.
     let error = unsafe { libc::clock_getcpuclockid(process as libc::pid_t, &raw mut clock) };
     if error != 0 {
         return Err(io::Error::from_raw_os_error(error));
@@ -199,14 +199,14 @@ pub fn processor_time(process: u32) -> io::Result<Duration> {
     Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
-/// Copies a port to its sink until its end, and counts the bytes; returns what the sink keeps.
+/// Copies a port to its sink until the end of the pipe, and counts the bytes. Returns what the sink keeps.
 fn drain(mut port: PipeReader, sink: &Sink, printed: &AtomicU64) -> String {
     let mut kept = Vec::new();
     let mut buffer = [0; 4096];
     while let Ok(length @ 1..) = port.read(&mut buffer) {
         let bytes = &buffer[..length];
         printed.fetch_add(length as u64, Ordering::Relaxed);
-        // A closed output of ours must not stop the guest: its result still counts.
+        // Errors are ignored: the guest's result counts even if this process's output is closed.
         let _ = match sink {
             Sink::Keep { show: true } | Sink::Stderr => io::stderr().write_all(bytes),
             Sink::Stdout => io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()),
@@ -219,7 +219,7 @@ fn drain(mut port: PipeReader, sink: &Sink, printed: &AtomicU64) -> String {
     String::from_utf8_lossy(&kept).into_owned()
 }
 
-/// Has the kernel kill the child when this process dies, however it dies.
+/// Makes the kernel kill the child when this process ends, even by a signal.
 fn die_with_parent(command: &mut Command) {
     let arrange = || {
         // SAFETY: prctl with these arguments touches no memory.
@@ -232,7 +232,7 @@ fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(arrange) };
 }
 
-/// Opens a file that QEMU is to load, so that a missing one is reported before QEMU starts.
+/// Checks that QEMU can read a file, so that a missing one is reported before QEMU starts.
 pub(crate) fn readable(path: &std::path::Path) -> io::Result<()> {
     File::open(path).map(drop)
 }

@@ -1,4 +1,4 @@
-//! The command: `pkru-qemu linux … -- BINARY ARGS…` and `pkru-qemu kernel ELF`.
+//! The command line: `pkru-qemu linux … -- BINARY ARGS…` and `pkru-qemu kernel ELF`.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -12,38 +12,37 @@ use pkru_qemu::machine::Machine;
 use pkru_qemu::{Error, init, kernel};
 
 const HELP: &str = "\
-Runs a program in a Linux guest, or a bare kernel, in QEMU.
+Runs a program in a Linux guest, or a bare-metal kernel, in QEMU.
 
     pkru-qemu linux [OPTIONS] [--] BINARY [ARGS]...
     pkru-qemu kernel [OPTIONS] ELF [ARGS]...
 
-The guest gets BINARY, the libraries it loads and the files that ARGS name, at the paths they have here, and runs it
-in this folder.
-Its output is passed through, and its exit status is this command's. Its standard input is empty.
+The guest gets BINARY, its libraries, and the files that ARGS name. Paths in the guest are the same as here. BINARY
+runs in the current folder, with empty standard input. This command prints its output and exits with its status.
 
 Options of both:
     --cpu MODEL      QEMU's CPU model [default: max, which has PKU and PKS]
     --cpus N         number of CPUs [default: 1]
-    --icount         RDTSC counts instructions exactly; one CPU only
-    --memory MIB     memory [default: 1024]
-    --timeout S      kill a guest that prints nothing while QEMU uses S seconds of processor time, or for 10*S
-                     seconds, or that does not end within 60*S seconds [default: 600]
+    --icount         make RDTSC count instructions; requires one CPU
+    --memory MIB     memory in MiB [default: 1024]
+    --timeout S      kill the guest if it prints nothing for S seconds of QEMU's processor time or 10*S seconds of
+                     elapsed time, or runs longer than 60*S seconds [default: 600]
     --verbose        show the QEMU command and the kernel's console
 Options of `linux`:
     --kernel K       6.1, 6.12 or a path [default: 6.12]
-    --env K=V        set a variable of the program's environment
-    --file PATH      pack a file, or a folder with all that it holds
+    --env K=V        set an environment variable of the program
+    --file PATH      copy a file or folder to the guest
 
-Exit status, where it is not the program's own:
+Exit status, if not the program's own:
     118  wrong command line             122  the guest panicked
-    119  a binary or file is unsuitable 123  the guest ended out of order, or a bare kernel failed
-    120  QEMU is missing                124  timed out
-    121  the kernel is missing          125  the host failed
-    127  the program could not start    128+N  signal N killed the program
+    119  a binary or file is unsuitable 123  the guest ended out of order, or a bare-metal kernel failed
+    120  QEMU is missing                124  the guest timed out
+    121  the kernel is missing          125  an operation on the host failed
+    127  the program did not start      128+N  signal N killed the program
 
-In the guest PKRU_TEST_FORCE is set, and with --icount PKRU_ICOUNT.
+The guest sets PKRU_TEST_FORCE, and with --icount also PKRU_ICOUNT.
 
-As a cargo runner, so that tests and programs of any crate run in the guest:
+As a cargo runner, it runs tests and programs of any crate in the guest:
     cargo build -p pkru-qemu
     export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=\"$PWD/target/debug/pkru-qemu linux\"
     cargo test --release -p pkru-userspace --tests
@@ -78,7 +77,7 @@ fn command() -> Result<u8, Error> {
             print!("{HELP}");
             Ok(0)
         }
-        _ => Err(Error::Usage("say `linux` or `kernel`".into())),
+        _ => Err(Error::Usage("the first argument must be `linux` or `kernel`".into())),
     }
 }
 
@@ -108,7 +107,7 @@ fn try_parse(parser: &mut lexopt::Parser, linux: bool) -> Result<Options, lexopt
                 options.environment.push((name.into(), value.into()));
             }
             Value(first) => {
-                // What follows the binary is the binary's.
+                // All arguments after the binary belong to it.
                 options.positional.push(first);
                 options.positional.extend(parser.raw_args()?);
             }

@@ -1,6 +1,6 @@
-//! The command's exit statuses and messages, each brought about for real.
+//! Exit statuses and messages of the command, each produced by a real run.
 //!
-//! They need QEMU and the guest kernels, which `make setup` installs.
+//! The tests need QEMU and the guest kernels, which `make setup` installs.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ fn shell(options: &[&str], script: &str) -> Output {
     run(&[&["linux"], options, &["--", "/bin/sh", "-c", script]].concat())
 }
 
-/// Checks the status and that standard error is one line with this in it.
+/// Checks the exit status, and that standard error is one line that contains `message`.
 fn fails(output: &Output, status: i32, message: &str) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{stderr}");
@@ -77,7 +77,7 @@ fn a_panic_of_the_guest() {
 #[test]
 fn a_guest_that_hangs() {
     let output = shell(&["--timeout", "4"], "echo begun; while :; do :; done");
-    // Which limit comes first depends on how busy this machine is.
+    // The load of this machine decides which limit is reached first.
     fails(&output, 124, "the guest was killed: it printed nothing ");
     assert_eq!(String::from_utf8_lossy(&output.stdout), "begun\n");
 }
@@ -98,7 +98,7 @@ fn what_a_killed_guest_had_printed_is_kept() {
 
 #[test]
 fn a_guest_that_makes_progress_is_not_killed() {
-    // Four times two to three seconds at work.
+    // Four busy loops of two to three seconds each.
     let script = "for i in 1 2 3 4; do
             echo $i
             read -r now rest < /proc/uptime
@@ -156,7 +156,7 @@ fn a_kernel_that_is_missing() {
 
 #[test]
 fn qemu_that_is_missing() {
-    // The archive is packed before QEMU is started, and that needs ldd.
+    // The command packs the archive before it starts QEMU, and packing needs ldd.
     let folder = std::env::temp_dir().join(format!("pkru-qemu-path-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let ldd = which("ldd");
@@ -171,7 +171,7 @@ fn which(program: &str) -> PathBuf {
     std::env::split_paths(&path).map(|folder| folder.join(program)).find(|path| path.is_file()).unwrap()
 }
 
-/// How many processes of this machine have a word in their command line.
+/// Returns how many processes on this machine have `word` in their command line.
 fn processes(word: &str) -> usize {
     let entries = std::fs::read_dir("/proc").unwrap().flatten();
     let lines = entries.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
@@ -180,11 +180,11 @@ fn processes(word: &str) -> usize {
 
 #[test]
 fn qemu_dies_with_the_command() {
-    // A size of memory that no other test has, to know this QEMU by.
+    // No other test uses this memory size, so it identifies this test's QEMU.
     let arguments = ["linux", "--memory", "777", "--", "/bin/sleep", "1000"];
     let mut command = Command::new(COMMAND).args(arguments).spawn().unwrap();
     let wait_for = |count: usize| {
-        // On a busy machine QEMU takes its time to start.
+        // QEMU can take long to start on a busy machine.
         for _ in 0..6000 {
             if processes("-m\x00777M") == count {
                 return true;
@@ -207,7 +207,7 @@ fn nothing_is_left_in_the_build_folder() {
         let left = std::fs::read_dir(&guest).unwrap().flatten().map(|entry| entry.file_name());
         left.filter(|name| !linux::KERNELS.iter().any(|kernel| name == kernel)).collect::<Vec<_>>()
     };
-    // Other tests' images have names for a moment.
+    // Images of other tests have names for a short time.
     let mut left = look();
     for _ in 0..200 {
         if left.is_empty() {

@@ -1,4 +1,4 @@
-/* C code that goes wrong, or keeps state in statics, for the suites in tests/tests. */
+/* C code that fails, or keeps state in statics, for the suites in tests/tests. */
 
 #include <alloca.h>
 #include <assert.h>
@@ -10,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* Runs out of the stack in C frames. */
+/* Overflows the stack by recursion. */
 uint64_t helper_recurse(uint64_t depth)
 {
     volatile uint64_t frame[16];
@@ -18,7 +18,7 @@ uint64_t helper_recurse(uint64_t depth)
     return helper_recurse(depth + 1) + frame[3];
 }
 
-/* Takes more of the stack than there is, in one step. */
+/* Allocates an array on the stack; overflows the stack at once if it is too large. */
 uint64_t helper_take_stack(size_t size)
 {
     volatile uint8_t *room = alloca(size);
@@ -36,7 +36,7 @@ uint64_t helper_smash(size_t size)
     return array[3];
 }
 
-/* Asserts what is not so. */
+/* Fails an assertion unless the value is 42. */
 void helper_assert(int value)
 {
     assert(value == 42);
@@ -44,7 +44,7 @@ void helper_assert(int value)
 
 static jmp_buf place;
 
-/* Calls a function; returns 1 if it comes back by a jump. */
+/* Calls a function. Returns 1 if helper_jump jumps back here. */
 int helper_with_place(void (*function)(void *), void *argument)
 {
     if (setjmp(place) != 0)
@@ -53,13 +53,13 @@ int helper_with_place(void (*function)(void *), void *argument)
     return 0;
 }
 
-/* Jumps to where helper_with_place was called. */
+/* Jumps back to helper_with_place. */
 void helper_jump(void)
 {
     longjmp(place, 1);
 }
 
-/* Jumps within its own frames; returns 7. */
+/* Jumps within its own frame. Returns 7. */
 int helper_jump_inside(void)
 {
     jmp_buf inside;
@@ -73,7 +73,7 @@ int helper_jump_inside(void)
 
 static uint32_t table[256];
 
-/* Fills a table in a static at its first call. */
+/* Returns an entry of a static table. The first call fills the table. */
 uint32_t helper_table(uint8_t index)
 {
     if (table[1] == 0)
@@ -84,13 +84,13 @@ uint32_t helper_table(uint8_t index)
 
 static uint64_t calls = 0x1000;
 
-/* Counts its calls in a static. */
+/* Counts its calls in a static. Returns the count. */
 uint64_t helper_count(void)
 {
     return ++calls;
 }
 
-/* Calls back with every number below a limit; returns the sum of the answers. */
+/* Calls `visit` with every number below a limit. Returns the sum of the results. */
 uint64_t helper_walk(uint64_t limit, uint64_t (*visit)(uint64_t number, void *data), void *data)
 {
     uint64_t sum = 0;
@@ -99,7 +99,7 @@ uint64_t helper_walk(uint64_t limit, uint64_t (*visit)(uint64_t number, void *da
     return sum;
 }
 
-/* A function pointer kept on the heap of whoever calls. */
+/* Stores a function pointer on the calling code's heap. */
 void *helper_keep(void *function)
 {
     void **place = malloc(sizeof *place);
@@ -113,11 +113,11 @@ uint64_t helper_call_kept(void *place, uint64_t argument)
     return function(argument);
 }
 
-/* Statics to be written at. */
+/* Statics that tests write. */
 uint64_t helper_data = 0x0123456789abcdef;
 uint64_t helper_bss;
 
-/* Starts a child that shares this process's memory and exits at once; returns its wait status. */
+/* Starts a child with vfork, which exits at once. Returns its wait status. */
 int helper_vfork(int status)
 {
     int result = -1;
@@ -145,7 +145,7 @@ static void *read_for_ever(void *descriptor)
     return 0;
 }
 
-/* Cancels a thread that reads from a pipe to which nobody writes; returns how many of its variables were cleaned up. */
+/* Cancels a thread that blocks in read. Returns how many of its cleanup functions have run. */
 int helper_cancel(void)
 {
     int ends[2];

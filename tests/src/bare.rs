@@ -1,4 +1,4 @@
-//! The bare-metal suites: each is a kernel that boots and runs its tests.
+//! The bare-metal suites. Each is a kernel that boots and runs its tests.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use pkru_qemu::machine::Machine;
 use crate::build::{self, Binary};
 use crate::tally::{Row, Tally, count_suite};
 
-/// Suites whose name begins like this must fail, and are seen to: otherwise a pass of the others would mean nothing.
+/// The name prefix of suites that must fail. They show that the harness detects failures.
 const MUST_FAIL: &str = "must_fail";
 
 pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
@@ -25,7 +25,7 @@ fn boot(binary: &Binary) -> Row {
     println!("\n== {suite} ==");
     let machine = Machine { timeout: Duration::from_secs(120), ..Machine::default() };
     if binary.name.starts_with(MUST_FAIL) {
-        println!("expected to fail: this suite shows that a suite can");
+        println!("expected to fail: this suite shows that failures are detected");
         let result = kernel::run(&machine, &binary.path, "");
         return match result {
             Err(pkru_qemu::Error::Disorderly { reason, .. }) => {

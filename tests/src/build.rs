@@ -1,21 +1,21 @@
-//! Building binaries with cargo, and finding them.
+//! Builds binaries with cargo and finds their paths.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A binary: the name of its target, and where it is.
+/// A binary: the name of its target, and its path.
 #[derive(Debug, Clone)]
 pub(crate) struct Binary {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
 }
 
-/// Returns the folder of the workspace.
+/// Returns the workspace's folder.
 pub(crate) fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
-/// Builds with `program`, which is cargo or a script that calls it, and returns the binaries of targets of this kind.
+/// Runs `program`, which is cargo or a script that calls cargo. Returns the binaries of targets of this kind.
 pub(crate) fn binaries(program: &str, arguments: &[&str], kind: &str) -> Result<Vec<Binary>, String> {
     println!("building: {program} {}", arguments.join(" "));
     let output = Command::new(program)
@@ -34,7 +34,7 @@ pub(crate) fn binaries(program: &str, arguments: &[&str], kind: &str) -> Result<
     Ok(binaries)
 }
 
-/// Reads one of cargo's messages; `None` if it is not about such a binary.
+/// Parses one of cargo's messages. Returns `None` if it does not name a binary of this kind.
 fn artifact(line: &str, kind: &str) -> Option<Binary> {
     let message: serde_json::Value = serde_json::from_str(line).ok()?;
     let target = message.get("target")?;

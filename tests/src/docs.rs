@@ -1,8 +1,8 @@
-//! The documents name tests that exist.
+//! Checks that the tests named in the documents exist.
 
 use crate::build::workspace;
 
-/// Returns the names of the tests that a document gives as `suite: test` in backticks.
+/// Returns the tests that a document names, written as `suite: test` in backticks.
 fn tests_named_in(document: &str) -> Vec<(String, String)> {
     let is_name = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
     let code = document.split('`').skip(1).step_by(2);
@@ -10,7 +10,7 @@ fn tests_named_in(document: &str) -> Vec<(String, String)> {
     named.map(|(suite, test)| (suite.into(), test.into())).collect()
 }
 
-/// Returns whether a suite has a test whose name begins like this.
+/// Returns whether a suite has a test whose name begins with `test`.
 fn exists(suite: &str, test: &str) -> bool {
     ["userspace/tests", "tests/tests"].iter().any(|folder| {
         let file = workspace().join(folder).join(suite).with_extension("rs");

@@ -1,5 +1,5 @@
-//! The suites that need Linux with protection keys, run in a guest: one boot for each kernel, and one in which
-//! instructions are counted.
+//! Runs the suites that need Linux with protection keys. Each kernel boots once for most suites, and once more to count
+//! instructions.
 
 use std::ffi::OsString;
 use std::time::Duration;
@@ -10,10 +10,10 @@ use pkru_qemu::machine::Machine;
 use crate::build::{self, Binary};
 use crate::tally::{Row, Tally, count_suite};
 
-/// The suite that counts instructions, for which the guest needs a clock that does.
+/// The suite that counts instructions. Its guest runs with `icount`.
 pub(crate) const COST: &str = "cost";
 
-/// What begins the line by which `inside` announces a suite.
+/// The prefix of the line that `inside` prints before each suite.
 pub(crate) const SUITE: &str = "== suite ";
 
 pub(crate) fn suites() -> Result<Vec<Binary>, String> {
@@ -31,7 +31,7 @@ pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
     Ok(())
 }
 
-/// Runs the examples, which say by their exit status whether they saw what they show.
+/// Runs the examples. Each exits with 0 if it worked.
 fn examples(tally: &mut Tally, kernel: &str) -> Result<(), String> {
     let binaries = build::binaries("cargo", &["build", "--release", "-p", "pkru-userspace", "--examples"], "example")?;
     let images = build::workspace().join("userspace/examples/data");
@@ -65,8 +65,8 @@ fn examples(tally: &mut Tally, kernel: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// The soak is the longest test: it takes some 300 s of QEMU's processor time, and prints nothing meanwhile. All suites'
-/// binaries lie in memory, of which files get the half.
+/// The timeout allows for the soak test, which takes about 300 s of QEMU's processor time and prints nothing meanwhile.
+/// The binaries of all suites must fit in half of the memory: Linux limits the initial file system to that.
 fn machine() -> Machine {
     Machine { memory: 2048, timeout: Duration::from_secs(1000), ..Machine::default() }
 }
@@ -92,9 +92,9 @@ fn boot(tally: &mut Tally, kernel: &str, binaries: &[Binary], machine: &Machine)
     Ok(())
 }
 
-/// Counts what a guest printed: a row for each suite that it began, and one for those that it did not.
+/// Counts the results in a guest's output. Returns a row for each suite that started, and one for all that did not.
 ///
-/// A problem of the guest's that no failed test explains is one of the suite that ran.
+/// A problem with the guest counts as a failure of the last suite that started, unless a failed test explains it.
 fn rows(guest: &str, suites: &[&str], output: &str, problem: Option<&str>) -> Vec<Row> {
     let sections = output.split(SUITE).skip(1);
     let mut rows: Vec<_> = suites

@@ -1,4 +1,4 @@
-//! What runs on this machine itself: unit tests, documentation tests, and the guest suites where the CPU has keys.
+//! Runs the tests on this machine: unit tests, documentation tests, and the guest suites if the CPU has keys.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -21,10 +21,10 @@ pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
     native(tally)
 }
 
-/// The variable by which a machine whose CPU has keys is treated as one without: `0` leaves out the suites on its CPU.
+/// The environment variable that controls the suites on this machine's CPU. `0` skips them.
 const NATIVE: &str = "PKRU_TEST_NATIVE";
 
-/// Runs the suites on this machine's CPU, but for the one that counts instructions.
+/// Runs the suites on this machine's CPU, except the one that counts instructions.
 fn native(tally: &mut Tally) -> Result<(), String> {
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     if let Err(reason) = runs_here(std::env::var(NATIVE).ok().as_deref(), &flags) {
@@ -40,14 +40,15 @@ fn native(tally: &mut Tally) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether the suites run on this machine's CPU, by the variable's value and what Linux says of the CPU; or why not.
+/// Decides whether the suites run on this machine's CPU, from the variable's value and /proc/cpuinfo. Returns the
+/// reason if they do not.
 fn runs_here(variable: Option<&str>, flags: &str) -> Result<(), String> {
     if variable == Some("0") {
-        Err(format!("{NATIVE}=0 is set; without it the suites run here too, if the CPU has PKU"))
+        Err(format!("{NATIVE}=0 is set; unset it to run the suites on this CPU"))
     } else if flags.split_whitespace().any(|flag| flag == "ospke") {
         Ok(())
     } else {
-        Err("it has no PKU, or the kernel has it switched off; the suites run in QEMU".into())
+        Err("the CPU has no PKU, or the kernel has not enabled it; the suites run in QEMU".into())
     }
 }
 
@@ -56,8 +57,8 @@ pub(crate) fn cargo_test(suite: &str, package: &str, kinds: &[&str]) -> Result<R
     stream(suite, command.args(["test", "-p", package]).args(kinds).current_dir(build::workspace()), count)
 }
 
-/// Runs a command, passes its output on, and counts it. A command that fails without a failed test is a failure of its
-/// own.
+/// Runs a command, prints its output, and counts the results. A command that fails without a failed test counts as a
+/// failure.
 fn stream(suite: &str, command: &mut Command, count: impl Fn(&str, &str) -> Row) -> Result<Row, String> {
     println!("\n== {suite} ==");
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
@@ -72,7 +73,7 @@ fn stream(suite: &str, command: &mut Command, count: impl Fn(&str, &str) -> Row)
     }
     let status = child.wait().map_err(|error| format!("cannot wait for {command:?}: {error}"))?;
     let row = count(suite, &output);
-    // A verdict without the reason why the command failed would hide it.
+    // The status is added unless a failed test explains it.
     if status.success() || row.failed > 0 && !row.did_not_end() { Ok(row) } else { Ok(row.fail(&status.to_string())) }
 }
 

@@ -1,12 +1,12 @@
-//! The part that runs in a guest: one suite after the other.
+//! Runs the suites in a guest, one after the other.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use crate::guest::SUITE;
 
-/// Makes a suite run one test after the other, and print the name of each before it runs: so the output of a guest that
-/// is killed names the test.
+/// Arguments that make a suite run one test at a time and print its name first. If the guest is killed, its output
+/// names the test that was running.
 pub(crate) const ONE_BY_ONE: [&str; 2] = ["--test-threads", "1"];
 
 pub(crate) fn run(binaries: &[&str]) -> ExitCode {
@@ -20,7 +20,7 @@ pub(crate) fn run(binaries: &[&str]) -> ExitCode {
                 good = false;
             }
             Err(error) => {
-                println!("cannot run it: {error}");
+                println!("cannot run the suite: {error}");
                 good = false;
             }
         }

@@ -1,12 +1,12 @@
-//! Runs the test suites and prints a table of what came of them.
+//! Runs the test suites and prints a table of the results.
 //!
 //! | command | runs |
 //! |---|---|
-//! | `pkru-tests all` | all of the below |
+//! | `pkru-tests all` | `host` and `qemu` |
 //! | `pkru-tests host` | unit and documentation tests, and the suites on this machine's CPU if it has keys |
 //! | `pkru-tests qemu` | the bare-metal suites, and the guest suites and examples on each kernel |
-//! | `pkru-tests floors FOLDER…` | nothing; checks the module layers of the crates in these source folders |
-//! | `pkru-tests inside BINARY…` | in a guest: the suites of these binaries |
+//! | `pkru-tests floors FOLDER…` | the check of module layers, on the crates in these source folders |
+//! | `pkru-tests inside BINARY…` | the suites in these binaries; used in a guest |
 
 mod bare;
 mod build;

@@ -1,4 +1,4 @@
-//! The scripts that make's targets use.
+//! Tests the scripts that the Makefile uses.
 
 use std::process::{Command, Output};
 

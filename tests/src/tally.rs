@@ -1,6 +1,6 @@
-//! What came of the suites.
+//! Counts the results of the suites.
 
-/// Results of suites, in the order in which they ran.
+/// The results of suites, in the order in which they ran.
 #[derive(Debug, Default)]
 pub(crate) struct Tally(Vec<Row>);
 
@@ -11,7 +11,7 @@ pub(crate) struct Row {
     pub(crate) passed: usize,
     pub(crate) failed: usize,
     pub(crate) skipped: usize,
-    /// Why tests were skipped, or the suite as a whole failed.
+    /// Why tests were skipped, or why the suite failed as a whole.
     pub(crate) note: String,
 }
 
@@ -20,7 +20,7 @@ impl Tally {
         self.0.push(row);
     }
 
-    /// Nothing failed, and something ran.
+    /// Returns whether at least one test passed and none failed.
     pub(crate) fn is_good(&self) -> bool {
         let total = self.total();
         total.failed == 0 && total.passed > 0
@@ -48,7 +48,7 @@ impl Tally {
 }
 
 impl Row {
-    /// Notes a failure of the suite as a whole. A test that did not end has been counted for it.
+    /// Records a failure of the suite as a whole. It is not counted again if it interrupted a test.
     pub(crate) fn fail(mut self, reason: &str) -> Self {
         if self.did_not_end() {
             self.note = format!("{} ({reason})", self.note);
@@ -59,22 +59,22 @@ impl Row {
         self
     }
 
-    /// Whether a test of the suite has no verdict.
+    /// Returns whether a test of the suite started and has no result.
     pub(crate) fn did_not_end(&self) -> bool {
         self.note.starts_with(DID_NOT_END)
     }
 }
 
-/// What begins the note about a test without a verdict.
+/// The prefix of the note about a test without a result.
 const DID_NOT_END: &str = "did not end: ";
 
-/// Counts what a suite printed: lines that end a test (`… ok`, `… FAILED`), as cargo's harness, the kernel's and the
-/// suites' print them.
+/// Counts the results in a suite's output. The harnesses of cargo, of the kernel and of the suites print lines of the
+/// form `test NAME ... ok`.
 pub(crate) fn count(suite: &str, output: &str) -> Row {
     let mut row = Row { suite: suite.into(), ..Row::default() };
     let mut open = None;
     for line in output.lines() {
-        // A test's own output may stand between its name and its verdict.
+        // The test's own output may come between its name and its result.
         if let Some((name, _)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ")) {
             open = Some(name.trim());
         }
@@ -84,7 +84,7 @@ pub(crate) fn count(suite: &str, output: &str) -> Row {
         match line.rsplit(" ... ").next().unwrap_or(line).trim() {
             "ok" => row.passed += 1,
             "FAILED" => row.failed += 1,
-            // Without a reason it is a test that another test runs.
+            // An ignored test without a reason is one that another test runs.
             "ignored" => {}
             verdict if verdict.starts_with("ignored") => {
                 row.skipped += 1;
@@ -102,7 +102,7 @@ pub(crate) fn count(suite: &str, output: &str) -> Row {
     row
 }
 
-/// Counts what a suite printed that must have tests.
+/// Counts the results in the output of a suite that must have tests.
 pub(crate) fn count_suite(suite: &str, output: &str) -> Row {
     let row = count(suite, output);
     if row.passed + row.failed + row.skipped == 0 { row.fail("it ran no test") } else { row }

@@ -1,6 +1,6 @@
 //! Callbacks, and calls within calls.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::ffi::c_void;
 
@@ -123,22 +123,22 @@ fn a_callback_of_an_earlier_call() {
     let mut calls = 0;
     let place = domain
         .call_with(&mut [&mut |_| 1], |callbacks| {
-            // SAFETY: it only keeps the pointer.
+            // SAFETY: the function only stores the pointer.
             unsafe { helper_keep(callbacks[0].pointer()) as u64 }
         })
         .unwrap();
-    // SAFETY: none: the function is one of a call that is over.
+    // SAFETY: deliberately unsound: the callback's call has ended.
     let violation = domain.call(|| unsafe { helper_call_kept(place as *mut c_void, 3) }).unwrap_err();
     assert_eq!(*violation.kind(), ViolationKind::Callback);
     works(&mut domain);
-    // Beyond those that there are.
+    // A callback number beyond the last.
     let violation = domain.call_with(
         &mut [&mut |_| {
             calls += 1;
             0
         }],
         |callbacks| {
-            // SAFETY: none: there is no such callback.
+            // SAFETY: deliberately unsound: there is no such callback.
             let next: extern "C" fn() -> u64 =
                 unsafe { std::mem::transmute(callbacks[0].pointer().wrapping_byte_add(16)) };
             next()
@@ -160,7 +160,7 @@ fn a_request_that_is_forged() {
             }],
             |_| {
                 let stack: u64;
-                // SAFETY: none: it returns to the gate with a word of its choice.
+                // SAFETY: deliberately unsound: it returns to the gate with a forged request.
                 unsafe {
                     std::arch::asm!("mov {}, rsp", out(reg) stack);
                     let key = pkru_userspace_key();
@@ -177,12 +177,12 @@ fn a_request_that_is_forged() {
     assert_eq!(calls, 0);
 }
 
-/// In a domain: the number of its key, by its rights.
+/// Returns the number of the running domain's key, found from its rights.
 fn pkru_userspace_key() -> u64 {
     let rights: u32;
     // SAFETY: reading the register changes nothing.
     unsafe { std::arch::asm!("rdpkru", out("eax") rights, in("ecx") 0, out("edx") _) };
-    // On Linux 6.1 the signal stacks have a key that is open too, and lower: it was there first.
+    // On Linux 6.1 the key of the signal stacks is open too. Its number is lower, because it was allocated first.
     (1..16).rev().find(|key| rights >> (2 * key) & 3 == 0).unwrap_or(0)
 }
 
@@ -200,7 +200,7 @@ fn calls_nest_and_each_rewinds_to_its_own_caller() {
     );
     assert_eq!(result.unwrap(), 42);
     assert_eq!(violations, ["inner", "inner"]);
-    // The outer one goes wrong after the inner one has worked.
+    // The outer call fails after the inner call has returned.
     let violation = outer.call_with(&mut [&mut |_| inner.call(|| 1).unwrap()], |callbacks| {
         ask(callbacks[0], 0);
         mistake();
@@ -221,7 +221,7 @@ fn calls_nest_deeper_than_there_are_keys() {
         let result = domain.call_with(&mut [&mut |_| descend(depth - 1)], |callbacks| {
             let text = format!("level {kept}");
             let below = ask(callbacks[0], 0);
-            // Its heap and stack are as they were.
+            // Its heap and stack are unchanged.
             below + u64::from(text == format!("level {kept}"))
         });
         contain(&mut domain, mistake);
@@ -270,7 +270,7 @@ fn a_fork_in_a_callback_keeps_the_deadline() {
     );
     if child == 0 {
         let good = matches!(result, Ok(0)) && domain.call(|| 1).is_ok();
-        // SAFETY: leaves without running anything of the parent's.
+        // SAFETY: `_exit` runs none of the parent's exit handlers.
         unsafe { libc::_exit(i32::from(!good)) };
     }
     let mut status = 0;
@@ -283,7 +283,7 @@ fn a_callback_outside_any_domain_ends_the_program() {
     let mut domain = domain("outside");
     let pointer = domain.call_with(&mut [&mut |_| 0], |callbacks| callbacks[0].pointer() as u64).unwrap();
     let status = support::in_child(|| {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         let function: extern "C" fn() -> u64 = unsafe { std::mem::transmute(pointer) };
         function();
     });

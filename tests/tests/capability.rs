@@ -1,4 +1,4 @@
-//! The survey of what a machine offers, against what other sources say of it, and what it leaves behind: nothing.
+//! The capability survey: its findings agree with other sources, and it leaves nothing behind.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -38,9 +38,9 @@ fn state(survey: &Survey, subject: Subject) -> Result<Found, Missing> {
     survey.look_up(subject).unwrap().cloned().map_err(Clone::clone)
 }
 
-/// Whether an area is registered for the calling thread: the kernel keeps the number of the CPU in it.
+/// Returns whether the calling thread has a registered rseq area. The kernel writes the CPU number there.
 fn has_rseq() -> bool {
-    // SAFETY: looks a symbol of the C library up.
+    // SAFETY: the name is NUL-terminated.
     let offset = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"__rseq_offset".as_ptr()) }.cast::<isize>();
     if offset.is_null() {
         return false;
@@ -51,11 +51,11 @@ fn has_rseq() -> bool {
     // SAFETY: glibc defines the symbol as a `ptrdiff_t`.
     let area = thread.wrapping_add_signed(unsafe { *offset });
     let cpu_id = (area as *const i32).wrapping_add(1);
-    // SAFETY: the area is in the thread's descriptor, and this is its second word, negative if it is not registered.
+    // SAFETY: the area is in the thread's descriptor. This is its second word, negative if it is not registered.
     (unsafe { cpu_id.read_volatile() }) >= 0
 }
 
-/// How many keys the kernel gives this process, which gives them back.
+/// Returns how many keys this process can allocate. It frees them again.
 fn count_keys() -> usize {
     // SAFETY: the call touches no memory.
     let taken: Vec<_> = (0..20).map(|_| unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) }).collect();
@@ -86,11 +86,11 @@ fn cpu_and_kernel_are_what_proc_says() {
 
 fn the_kernels_features_are_those_of_its_version() {
     let survey = survey();
-    // Since Linux 5.11, whatever the configuration.
+    // Since Linux 5.11, in every configuration.
     assert_eq!(state(&survey, Subject::SyscallUserDispatch), Ok(Found::Available));
     let sealed = if kernel() >= (6, 10) { Ok(Found::Available) } else { Err(Missing::Refused(libc::ENOSYS)) };
     assert_eq!(state(&survey, Subject::Mseal), sealed);
-    // Since Linux 5.14 on request (`secretmem.enable`), since 6.5 unless it is switched off.
+    // Since Linux 5.14 if `secretmem.enable` is set. Since 6.5 by default.
     let asked = read("/proc/cmdline");
     let secret = match asked.split_whitespace().find_map(|word| word.strip_prefix("secretmem.enable=")) {
         Some(value) => matches!(value, "1" | "y" | "Y"),
@@ -148,7 +148,7 @@ fn nothing_is_left_behind() {
         if keyed { unsafe { pkru_rights() } } else { 0 }
     };
     let mask = || {
-        // SAFETY: a signal set is a C struct of integers, for which zero is a value.
+        // SAFETY: a signal set is a C struct of integers, for which zero is valid.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
         // SAFETY: the set is writable.
         unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut set) };
@@ -160,7 +160,7 @@ fn nothing_is_left_behind() {
         let maps = read("/proc/self/maps").lines().count();
         (count("/proc/self/fd"), maps, count("/proc/self/task"), count_keys(), rights(), handlers, mask(), has_rseq())
     };
-    // The first time the allocator may map memory that it keeps.
+    // The first survey can make the allocator map memory that it keeps.
     drop(survey());
     look();
     let before = look();
@@ -168,7 +168,7 @@ fn nothing_is_left_behind() {
         let _ = survey();
     }
     assert_eq!(look(), before);
-    // SAFETY: the call touches no memory: nothing has been forked that is still there.
+    // SAFETY: the status pointer may be null.
     let left = unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) };
     assert!(left == -1, "child {left} is left");
 }
@@ -180,15 +180,15 @@ fn nothing_is_left_behind() {
 /// PKU is switched on.
 unsafe fn pkru_rights() -> u32 {
     let rights;
-    // SAFETY: the caller answers for PKU.
+    // SAFETY: the caller guarantees that PKU is switched on.
     unsafe { std::arch::asm!("rdpkru", in("ecx") 0, out("eax") rights, out("edx") _) };
     rights
 }
 
-/// What the kernel does on a signal.
+/// Returns the kernel's action for a signal.
 fn handler(signal: i32) -> [u64; 4] {
     let mut action = [0; 4];
-    // SAFETY: the kernel writes its struct of four words.
+    // SAFETY: the array has room for the kernel's struct of four words.
     unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, 0, action.as_mut_ptr(), 8) };
     action
 }
@@ -197,13 +197,13 @@ fn among_domains_and_threads() {
     let mut first = domain("first");
     works(&mut first);
     let alone = survey();
-    // The first call has unregistered this thread's area.
+    // The first call unregisters this thread's rseq area.
     assert_eq!(state(&alone, Subject::Rseq), Ok(Found::Rseq(Rseq::NotRegistered)));
     let total = |survey: &Survey| match state(survey, Subject::Keys) {
         Ok(Found::Keys { total, left }) => (total, left),
         other => panic!("{other:?}"),
     };
-    // Until no key is left.
+    // More domains than keys, so that no key is left.
     let mut domains: Vec<_> = (0..20).map(|_| Domain::builder("many").build().unwrap()).collect();
     domains.iter_mut().for_each(works);
     let many = survey();
@@ -212,7 +212,7 @@ fn among_domains_and_threads() {
     assert_eq!(frames[0], frames[1]);
     assert_eq!(many.capability(), alone.capability());
 
-    // On a thread that has called no domain, while others do.
+    // On a thread that has not called a domain, while another thread does.
     static STOP: AtomicBool = AtomicBool::new(false);
     let busy = std::thread::spawn(|| {
         let mut domain = Domain::builder("busy").build().unwrap();
@@ -253,11 +253,11 @@ fn a_handler_or_a_region_of_the_program_is_not_in_the_way() {
     let plain = survey();
     let region = Region::new(4096);
     for signal in [libc::SIGILL, libc::SIGSEGV, libc::SIGSYS, libc::SIGUSR1] {
-        // SAFETY: the handler ends the process, and is not to be called.
+        // SAFETY: the handler aborts and does nothing else.
         unsafe { libc::signal(signal, never as *const () as libc::sighandler_t) };
     }
-    // Blocked, a signal that a fault raises kills whatever handler there is.
-    // SAFETY: a signal set is a C struct of integers, for which zero is a value.
+    // A fault whose signal is blocked kills the process, even if the signal has a handler.
+    // SAFETY: a signal set is a C struct of integers, for which zero is valid.
     let mut all: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: the set is writable.
     unsafe { libc::sigfillset(&raw mut all) };
@@ -270,14 +270,14 @@ fn a_handler_or_a_region_of_the_program_is_not_in_the_way() {
     drop(region);
 }
 
-/// Has a seccomp filter refuse one system call of the calling thread, for good.
+/// Installs a seccomp filter that refuses one system call on the calling thread. It cannot be removed.
 fn refuse(call: libc::c_long, errno: i32) {
     const LOAD_WORD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
     const JUMP_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
     let instruction = |code, jt, k| libc::sock_filter { code, jt, jf: 0, k };
     let mut filter = [
-        // The number of the call is the first word of `struct seccomp_data`.
+        // The system call number is the first word of `struct seccomp_data`.
         instruction(LOAD_WORD, 0, 0),
         libc::sock_filter { jf: 1, ..instruction(JUMP_EQUAL, 0, call as u32) },
         instruction(RETURN, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
@@ -300,7 +300,7 @@ fn what_a_policy_refuses_is_not_available() {
         (libc::SYS_clone, Subject::Fsgsbase),
     ];
     for (call, refused) in calls {
-        // Each on a thread of its own, for there is no way back from a filter.
+        // Each on its own thread, because a filter cannot be removed.
         let survey = std::thread::spawn(move || {
             refuse(call, libc::EPERM);
             survey()
@@ -310,13 +310,13 @@ fn what_a_policy_refuses_is_not_available() {
             let subject = finding.subject();
             let old = state(&before, subject);
             let expected = match state(&survey, subject) {
-                // What needs a child was not tried without one; nor were signals without a key, before Linux 6.12.
+                // Some tests need a child process. Before Linux 6.12 the test of signal frames needs a key.
                 Err(Missing::NotTried(Error::System { errno: libc::EPERM, .. })) => {
                     call == libc::SYS_clone || (call == libc::SYS_pkey_alloc && subject == Subject::SignalFrame)
                 }
                 Err(Missing::NotTried(_)) => matches!(old, Err(Missing::NotTried(_))),
                 Err(Missing::Refused(libc::EPERM)) => subject == refused,
-                // On this thread no domain was called, on the test's perhaps.
+                // The test's own thread may have called a domain, which unregisters rseq. This thread has not.
                 other => other == old || subject == Subject::Rseq,
             };
             assert!(expected, "{call}: {finding:?}");

@@ -1,7 +1,8 @@
-//! The containment matrix: writes from a domain to everything that is not its own, by every way to write. Each is
-//! refused, and nothing changes; the same write outside a domain lands.
+//! The containment matrix: a domain writes to each kind of memory that is not its own, in several ways.
+//!
+//! Each write is refused and changes nothing. As a control, the same write outside the domain succeeds.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::cell::Cell;
 use std::ffi::{CString, c_int, c_ulong, c_void};
@@ -29,30 +30,30 @@ unsafe extern "C" {
 
 unsafe extern "C" {
     static mut environ: *mut *mut std::ffi::c_char;
-    /// In C's `.data` and `.bss`.
+    /// In `.data` and `.bss` of the C code.
     static mut helper_data: u64;
     static mut helper_bss: u64;
 }
 
-/// What the ways of writing need.
+/// Data that the ways of writing use.
 struct Tools {
     /// `NEW`, compressed.
     packed: Vec<u8>,
-    /// A pipe, to have the kernel write.
+    /// A pipe, for writes by the kernel.
     pipe: [c_int; 2],
 }
 
-/// How an attempt to write ended: in a domain a way may also be told that it was refused.
+/// Whether the write succeeded. `false` if the way reports that it was refused.
 type Written = bool;
 
-/// A way to write the word `NEW` to an address, and its name.
+/// The name of a way to write, and a function that writes the word `NEW` to an address.
 type Way = (&'static str, fn(&Tools, *mut u64) -> Written);
 
 const WAYS: [Way; 5] =
     [("store", store), ("memcpy", by_memcpy), ("slice", by_slice), ("zlib", by_zlib), ("read(2)", by_system_call)];
 
 fn store(_: &Tools, target: *mut u64) -> Written {
-    // SAFETY: none in a domain: this is the mistake. Outside, the test may write the target.
+    // SAFETY: deliberately unsound in a domain. Outside, the test may write the target.
     unsafe { target.write_volatile(NEW) };
     true
 }
@@ -73,13 +74,13 @@ fn by_slice(_: &Tools, target: *mut u64) -> Written {
 
 fn by_zlib(tools: &Tools, target: *mut u64) -> Written {
     let mut size = 8;
-    // SAFETY: as in `store`; zlib is told that there are 8 bytes.
+    // SAFETY: as in `store`. The size argument is 8.
     unsafe { uncompress(target.cast(), &raw mut size, tools.packed.as_ptr(), tools.packed.len() as c_ulong) == 0 }
 }
 
 fn by_system_call(tools: &Tools, target: *mut u64) -> Written {
     let word = NEW;
-    // SAFETY: the word is readable; the kernel checks where it writes.
+    // SAFETY: the word is readable, and the kernel checks the target.
     unsafe {
         libc::write(tools.pipe[1], (&raw const word).cast(), 8);
         let written = libc::read(tools.pipe[0], target.cast(), 8) == 8;
@@ -92,23 +93,24 @@ fn by_system_call(tools: &Tools, target: *mut u64) -> Written {
     }
 }
 
-/// Something that a domain must not write.
+/// Memory that a domain must not write.
 struct Target {
     name: &'static str,
     address: *mut u64,
-    /// A domain may read it.
+    /// The domain may read it.
     readable: bool,
-    /// The page is read-only for everybody, and is made writable for the test, so that only the domain's rights are in
-    /// the way.
+    /// The page is read-only for all code. The test makes it writable, so that only the domain's rights prevent the
+    /// write.
     read_only: bool,
-    /// The calling thread has rights to it, so that the control can be made directly.
+    /// How the control writes it.
     control: Control,
 }
 
-/// How the write outside the domain is made.
+/// How the control writes.
 enum Control {
+    /// Outside any domain.
     Direct,
-    /// In the domain that owns it.
+    /// In the domain that owns the memory.
     Owner(Box<Domain>),
 }
 
@@ -126,20 +128,20 @@ impl Target {
     }
 
     fn value(&self) -> u64 {
-        // SAFETY: the test may read all targets, other domains' memory included, to which its thread has rights.
+        // SAFETY: the thread has rights to all targets, including the memory of other domains.
         unsafe { self.address.read_volatile() }
     }
 }
 
-/// Makes the page of an address writable for everybody who has rights to it.
+/// Makes the page of an address writable for all code with rights to its key.
 fn make_writable(address: *mut u64) {
     let page = address.map_addr(|address| address & !4095);
     let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
-    // SAFETY: the page stays mapped, with what it holds.
+    // SAFETY: the page stays mapped and keeps its contents.
     assert_eq!(unsafe { libc::mprotect(page.cast::<c_void>(), 4096, all) }, 0);
 }
 
-/// A word of the alternate signal stack that the kernel has for this thread.
+/// Returns the address of this thread's alternate signal stack in the kernel.
 fn signal_stack() -> *mut u64 {
     let mut stack = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: 0, ss_size: 0 };
     // SAFETY: the struct is writable.
@@ -147,7 +149,7 @@ fn signal_stack() -> *mut u64 {
     stack.ss_sp.cast()
 }
 
-/// Loads another copy of zlib; returns an address in its writable data.
+/// Loads a copy of zlib. Returns an address in its writable data.
 fn opened_later() -> *mut u64 {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let path = |line: &str| line.split_whitespace().nth(5).map(String::from);
@@ -172,21 +174,21 @@ fn mapped_later() -> *mut u64 {
     page.cast()
 }
 
-/// A function that nobody calls, to be overwritten.
+/// A function that is never called, so that the test can overwrite it.
 #[unsafe(naked)]
 extern "C" fn code() {
     std::arch::naked_asm!(".p2align 12", "2: .fill 16, 1, 0xcc")
 }
 
-/// The slot of the global offset table that holds the address of `environ`.
+/// Returns the slot of the global offset table with the address of `environ`.
 fn offset_table() -> *const u64 {
     let slot;
-    // SAFETY: it computes an address.
+    // SAFETY: the instruction only computes an address.
     unsafe { std::arch::asm!("lea {}, [rip + {}@GOTPCREL]", out(reg) slot, sym environ, options(nomem, nostack)) };
     slot
 }
 
-/// In any context: the thread pointer.
+/// Returns the thread pointer of the running code, in a domain or outside.
 fn thread_pointer() -> u64 {
     let base;
     // SAFETY: the ABI puts the thread pointer at FS:0.
@@ -209,7 +211,7 @@ fn every_way_to_every_place() {
     let owner = |name| Domain::builder(name).build().unwrap();
     let (mut of_heap, mut of_stack, mut of_locals) = (owner("heap"), owner("stack"), owner("locals"));
     let in_heap = of_heap.call(|| Box::leak(Box::new(OLD)) as *mut u64 as u64).unwrap();
-    // Far below what calls use.
+    // Far below the part that calls use.
     let on_stack = of_stack.call(|| (&raw const *black_box(&OLD.swap_bytes())) as u64 - (256 << 10)).unwrap();
     let in_locals = of_locals.call(|| thread_pointer() + UNUSED_IN_TCB).unwrap();
     let [monitor, gate] = pkru_userspace::trusted_pages();
@@ -229,7 +231,7 @@ fn every_way_to_every_place() {
         Target::owned("another domain's heap", in_heap, of_heap),
         Target::owned("another domain's stack", on_stack & !7, of_stack),
         Target::owned("another domain's thread-locals", in_locals, of_locals),
-        // The ends of these pages are not in use.
+        // The ends of these pages are unused.
         Target::new("the gate's data", (gate.end - 16) as *mut u64),
         Target::new("the monitor's data", (monitor.end - 16) as *mut u64),
         Target::read_only("code", (code as *const ()).cast()),
@@ -240,7 +242,7 @@ fn every_way_to_every_place() {
     if detect().unwrap().signal_frame == SignalFrame::OnAnyStack {
         targets.push(Target::new("the signal stack", signal_stack()));
     } else {
-        println!("figure: the signal stack: open to domains before Linux 6.12, or no signal could be taken in one");
+        println!("figure: the signal stack: not tested, because domains must be able to write it before Linux 6.12");
     }
 
     let head: String = WAYS.iter().map(|(way, _)| format!("{way:>9}")).collect();
@@ -255,7 +257,7 @@ fn tools() -> Tools {
     let mut tools = Tools { packed: vec![0; 64], pipe: [0; 2] };
     let mut size = tools.packed.len() as c_ulong;
     let word = NEW;
-    // SAFETY: the buffers are as long as is said.
+    // SAFETY: the buffers have these sizes.
     assert_eq!(unsafe { compress(tools.packed.as_mut_ptr(), &raw mut size, (&raw const word).cast(), 8) }, 0);
     tools.packed.truncate(size as usize);
     // SAFETY: the array has room for two descriptors.
@@ -263,7 +265,7 @@ fn tools() -> Tools {
     tools
 }
 
-/// Tries every way to write a target; returns a row of the table.
+/// Tries all ways to write a target. Returns a row of the table.
 fn row(tools: &Tools, writer: &mut Domain, target: &mut Target) -> String {
     let address = target.address;
     if target.read_only {
@@ -276,18 +278,18 @@ fn row(tools: &Tools, writer: &mut Domain, target: &mut Target) -> String {
             Err(violation) => {
                 let fault = support::key_fault(&violation);
                 assert_eq!(fault.access, Access::Write, "{}, {name}", target.name);
-                // Some ways begin with another byte of the word.
+                // Some ways do not write the first byte first.
                 assert!(fault.address.abs_diff(address as u64) < 8, "{}, {name}: {violation}", target.name);
                 "stopped"
             }
             Ok(false) => "refused",
-            Ok(true) => panic!("{}, {name}: it was written", target.name),
+            Ok(true) => panic!("{}, {name}: the write succeeded", target.name),
         };
-        assert_eq!(target.value(), old, "{}, {name}: nothing was written", target.name);
+        assert_eq!(target.value(), old, "{}, {name}: the target changed", target.name);
         cells.push_str(&format!("{cell:>9}"));
         works(writer);
     }
-    // SAFETY: none, where it is refused.
+    // SAFETY: deliberately unsound where the read must be refused.
     let read = writer.call(|| unsafe { address.read_volatile() });
     match (&read, target.readable) {
         (Ok(value), true) => assert!(*value == target.value() || target.name.contains("errno"), "{}", target.name),
@@ -300,23 +302,23 @@ fn row(tools: &Tools, writer: &mut Domain, target: &mut Target) -> String {
     cells
 }
 
-/// Writes the target outside the domain, by every way, and makes it what it was.
+/// Writes the target outside the domain in all ways, and restores it.
 fn control(tools: &Tools, target: &mut Target) {
     let (address, old) = (target.address, target.value());
     for (name, way) in WAYS {
-        // Of errno itself a system call that succeeds changes nothing.
+        // A successful system call does not change errno, which is one of the targets.
         let (written, new) = match &mut target.control {
             Control::Direct => {
                 let written = way(tools, address);
-                // SAFETY: the test may read it; nothing else uses it meanwhile.
+                // SAFETY: the test may read the target, and nothing else uses it meanwhile.
                 let new = unsafe { address.read_volatile() };
-                // SAFETY: it gets the value that it had.
+                // SAFETY: this restores the old value.
                 unsafe { address.write_volatile(old) };
                 (written, new)
             }
             Control::Owner(owner) => {
                 let written = owner.call(|| way(tools, address)).unwrap();
-                // SAFETY: this thread has rights to the memory of domains that it has called.
+                // SAFETY: this thread has called the domain, so it has rights to its memory.
                 let new = unsafe { address.read_volatile() };
                 (written, new)
             }
@@ -329,19 +331,19 @@ fn a_vault_cannot_be_read() {
     let mut reader = domain("reader");
     let vault = Vault::new(OLD).unwrap();
     let address = vault.as_ptr();
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = reader.call(|| unsafe { address.read_volatile() }).unwrap_err();
     assert_eq!(violation.access(), Some(Access::Read));
     assert_eq!(vault.with(|value| *value), OLD, "control");
 }
 
 fn what_the_kernel_reads_for_a_domain() {
-    // A system call that reads the memory of another domain on the domain's behalf is refused too.
+    // The kernel refuses to read another domain's memory for a system call in a domain.
     let mut curious = domain("curious");
     let mut other = Domain::builder("other").build().unwrap();
     let word = other.call(|| Box::leak(Box::new(OLD)) as *mut u64 as u64).unwrap() as *const c_void;
     let tools = tools();
-    // SAFETY: the kernel checks where it reads.
+    // SAFETY: the kernel checks the source.
     let send = || unsafe { libc::write(tools.pipe[1], word, 8) as i64 };
     assert_eq!(curious.call(send).unwrap(), -1);
     assert_eq!(other.call(send).unwrap(), 8, "control");

@@ -1,6 +1,6 @@
-//! What a discard drops, and what it gives back.
+//! What a discard erases, and the memory that it frees.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::hint::black_box;
 
@@ -17,7 +17,7 @@ suite! {
     a_violation_says_so_when_the_domain_cannot_be_made_ready,
 }
 
-/// The bytes that this process has in memory.
+/// Returns the resident set size of this process, in bytes.
 fn resident() -> usize {
     let status = std::fs::read_to_string("/proc/self/statm").unwrap();
     status.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
@@ -28,7 +28,7 @@ fn a_transient_domain_is_clean_at_each_call() {
         let block = Vec::leak(vec![0x77u8; 64]);
         block.as_ptr() as usize
     };
-    // SAFETY: none, in general: what is there is whatever the domain's memory holds.
+    // SAFETY: the address is in the domain's memory, and every byte is a valid `u8`.
     let look = |address: usize| move || unsafe { black_box(address as *const u8).read_volatile() };
     let mut persistent = domain("persistent");
     let address = persistent.call(leak).unwrap();
@@ -85,7 +85,7 @@ fn a_shortage_of_memory_costs_no_keys() {
         assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) }, 0);
     };
     for _ in 0..20 {
-        // Room for the descriptions of a domain and not for its heap.
+        // Enough for a domain's bookkeeping, but not for its heap.
         limit((resident() + (8 << 20)) as u64);
         let failed = Domain::builder("too much").heap_size(256 << 20).build().err();
         let region = Region::new(256 << 20).err();
@@ -96,7 +96,7 @@ fn a_shortage_of_memory_costs_no_keys() {
     works(&mut first);
     let mut domains: Vec<_> = (0..20).map(|_| domain("after")).collect();
     domains.iter_mut().for_each(works);
-    assert!(domains.iter().filter(|domain| domain.key().is_some()).count() >= 11, "as many as there were");
+    assert!(domains.iter().filter(|domain| domain.key().is_some()).count() >= 11, "the keys are still available");
 }
 
 fn discard_gives_memory_back() {
@@ -135,7 +135,7 @@ fn nothing_of_the_old_contents_can_be_read() {
     let (stack, heap) = (range("stack"), range("heap"));
     let look = || {
         let count = |range: &std::ops::Range<usize>| {
-            // SAFETY: the range is the domain's.
+            // SAFETY: the range is in the domain.
             range.clone().step_by(8).filter(|address| unsafe { *(*address as *const u64) } == black_box(MARK)).count()
         };
         (count(&stack) + count(&heap)) as u64
@@ -143,13 +143,13 @@ fn nothing_of_the_old_contents_can_be_read() {
     domain.call(|| scatter(20)).unwrap();
     assert!(domain.call(look).unwrap() > 100, "control");
     domain.discard();
-    // What the look itself has on the stack is not counted.
+    // Up to two words are copies that `look` itself has on the stack.
     assert!(domain.call(look).unwrap() <= 2);
 }
 
 fn a_violation_says_so_when_the_domain_cannot_be_made_ready() {
     let mut domain = domain("outer");
-    // In a domain there are no others.
+    // Code in a domain cannot make domains.
     let text = domain.call(|| Domain::builder("inner").build().map(drop).unwrap_err().to_string()).unwrap();
     assert!(text.contains("code in a domain cannot make"), "{text}");
     assert!(!matches!(contain(&mut domain, mistake).kind(), ViolationKind::NotReady(_)));

@@ -1,6 +1,6 @@
-//! Ways to go wrong that need C or C++: each is a violation of its own kind, and the domain works afterwards.
+//! Failures of C and C++ code. Each is a violation of its own kind, and the domain works afterwards.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::ffi::{c_char, c_int, c_void};
 use std::hint::black_box;
@@ -43,7 +43,7 @@ unsafe extern "C-unwind" {
 fn a_stack_overflow_in_c() {
     let mut domain = domain("deep");
     let violation = contain(&mut domain, || {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         black_box(unsafe { helper_recurse(0) });
     });
     assert!(matches!(violation.kind(), ViolationKind::StackOverflow { .. }), "{violation}");
@@ -53,19 +53,19 @@ fn a_local_array_larger_than_the_stack() {
     let mut domain = domain("wide");
     for size in [1 << 20, 3 << 20, 64 << 20, 512 << 20] {
         let violation = contain(&mut domain, || {
-            // SAFETY: none: this is the mistake.
+            // SAFETY: deliberately unsound: the mistake under test.
             black_box(unsafe { helper_take_stack(size) });
         });
         assert!(matches!(violation.kind(), ViolationKind::StackOverflow { .. }), "{size}: {violation}");
     }
-    // SAFETY: there is room for that.
+    // SAFETY: the stack has enough room.
     assert_eq!(domain.call(|| unsafe { helper_take_stack(64 * 1024) }).unwrap(), 1, "control");
 }
 
 fn an_array_written_past_its_end() {
     let mut domain = domain("smash");
     let violation = contain(&mut domain, || {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         black_box(unsafe { helper_smash(64) });
     });
     assert_eq!(*violation.kind(), ViolationKind::StackSmashed);
@@ -75,11 +75,11 @@ fn an_array_written_past_its_end() {
 
 fn a_failed_assertion() {
     let mut domain = domain("assert");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || unsafe { helper_assert(41) });
     let ViolationKind::Assertion { message: Some(message) } = violation.kind() else { panic!("{violation}") };
     assert!(message.starts_with("`value == 42` at ") && message.contains(".c:"), "{violation}");
-    // SAFETY: it holds.
+    // SAFETY: the assertion holds.
     domain.call(|| unsafe { helper_assert(42) }).expect("control");
 }
 
@@ -89,31 +89,31 @@ fn a_jump_out_of_the_domain() {
         violation: Option<ViolationKind>,
     }
     unsafe extern "C" fn attempt(argument: *mut c_void) {
-        // SAFETY: the test passes its own.
+        // SAFETY: the test passes an `Attempt`.
         let attempt = unsafe { &mut *argument.cast::<Attempt>() };
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         attempt.violation =
             attempt.domain.call(|| unsafe { helper_jump() }).err().map(|violation| violation.kind().clone());
     }
     unsafe extern "C" fn outside(_: *mut c_void) {
-        // SAFETY: the place is that of a frame which is still there.
+        // SAFETY: the frame that filled the jump buffer is still active.
         unsafe { helper_jump() }
     }
     let mut attempt_of = Attempt { domain: domain("jumper"), violation: None };
-    // SAFETY: the argument is what the function expects.
+    // SAFETY: the argument is of the type that the function expects.
     let jumped = unsafe { helper_with_place(attempt, (&raw mut attempt_of).cast()) };
-    assert_eq!(jumped, 0, "the jump did not get there");
+    assert_eq!(jumped, 0, "the jump left the domain");
     assert!(matches!(attempt_of.violation, Some(ViolationKind::Jump { .. })), "{:?}", attempt_of.violation);
     works(&mut attempt_of.domain);
     // SAFETY: as above.
     assert_eq!(unsafe { helper_with_place(outside, std::ptr::null_mut()) }, 1, "control");
-    // SAFETY: it has no preconditions.
+    // SAFETY: the function has no preconditions.
     assert_eq!(attempt_of.domain.call(|| unsafe { helper_jump_inside() }).unwrap(), 7, "jumps within the domain work");
 }
 
 fn a_c_plus_plus_exception_that_nobody_catches() {
     let mut domain = domain("throw");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || unsafe { throw_bad_alloc() });
     assert_eq!(*violation.kind(), ViolationKind::Exception, "{violation}");
 }
@@ -121,7 +121,7 @@ fn a_c_plus_plus_exception_that_nobody_catches() {
 fn new_without_memory() {
     let mut domain = domain("new");
     let violation = contain(&mut domain, || {
-        // SAFETY: none: it throws std::bad_alloc, and nobody catches it.
+        // SAFETY: deliberately unsound: nothing catches the std::bad_alloc that it throws.
         black_box(unsafe { operator_new(1 << 40) });
     });
     assert_eq!(*violation.kind(), ViolationKind::Exception, "{violation}");
@@ -134,7 +134,7 @@ fn a_check_of_the_c_librarys() {
     let mut domain = domain("fortify");
     let violation = contain(&mut domain, || {
         let mut room = [0 as c_char; 32];
-        // SAFETY: none: this is the mistake; the function is told that there are 4 bytes.
+        // SAFETY: deliberately unsound: the size argument is 4, the string is longer.
         unsafe { __strcpy_chk(room.as_mut_ptr(), c"more than four".as_ptr(), black_box(4)) };
     });
     assert_eq!(*violation.kind(), ViolationKind::Abort, "{violation}");
@@ -143,12 +143,12 @@ fn a_check_of_the_c_librarys() {
 fn an_invalid_free_names_its_caller() {
     #[inline(never)]
     fn culprit(block: *mut c_void) {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         unsafe { libc::free(black_box(block).byte_add(16)) };
         black_box(0);
     }
     let mut domain = domain("free");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || culprit(unsafe { libc::malloc(64) }));
     assert!(matches!(violation.kind(), ViolationKind::InvalidFree(HeapError::NotABlock { .. })), "{violation}");
     assert!(violation.symbol().unwrap().name().unwrap().contains("culprit"), "{violation}");

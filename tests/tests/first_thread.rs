@@ -1,4 +1,4 @@
-//! A program that makes its first domain before its first thread.
+//! A program that makes its first domain before it starts a thread.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,8 +9,7 @@ suite! {
     #[on_first_thread] all_threads_change_their_user,
 }
 
-/// A signal that the C library sends each thread, for all to change their user or group at once, does not disturb a
-/// domain.
+/// The C library changes the user or group of all threads by a signal to each. The signal does not disturb a domain.
 fn all_threads_change_their_user() {
     static IS_OVER: AtomicBool = AtomicBool::new(false);
     let mut domain = Domain::builder("first").build().unwrap();
@@ -24,7 +23,7 @@ fn all_threads_change_their_user() {
         domain.call(|| 7).unwrap()
     });
     std::thread::sleep(std::time::Duration::from_millis(300));
-    // SAFETY: the calls change nothing, in all threads.
+    // SAFETY: the arguments -1 leave all users unchanged.
     let result = unsafe { libc::setresuid(u32::MAX, u32::MAX, u32::MAX) };
     IS_OVER.store(true, Ordering::Relaxed);
     assert_eq!((result, thread.join().unwrap()), (0, 7));

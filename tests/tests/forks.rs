@@ -1,6 +1,6 @@
-//! Copies of the process, and the domains in them.
+//! Forks, and domains in the children.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
@@ -23,12 +23,13 @@ fn forks_in_the_middle_of_other_things() {
     }
     type Handler = extern "C" fn();
     extern "C" fn set_a_handler() {
-        // SAFETY: it is none.
+        // SAFETY: `SIG_IGN` is not a function.
         unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
     }
-    // Before the first domain: called after this crate's before a fork, and before this crate's after it.
+    // Registered before the first domain. It runs after pkru-userspace's handlers before a fork, and before them after
+    // the fork.
     let handler = Some(set_a_handler as Handler);
-    // SAFETY: the handler does little.
+    // SAFETY: the handler only calls `signal`.
     assert_eq!(unsafe { pthread_atfork(handler, handler, handler) }, 0);
     struct Forks;
     impl Drop for Forks {
@@ -37,7 +38,7 @@ fn forks_in_the_middle_of_other_things() {
             let mut mask = 0u64;
             // SAFETY: the kernel writes eight bytes.
             unsafe { libc::syscall(libc::SYS_rt_sigprocmask, 0, 0, &raw mut mask, 8) };
-            assert_eq!(mask, 0, "no signal is left blocked");
+            assert_eq!(mask, 0, "no signal stays blocked");
             contain(&mut small("late").build().unwrap(), mistake);
         }
     }
@@ -53,7 +54,7 @@ fn forks_in_the_middle_of_other_things() {
     contain(&mut domain, mistake);
 }
 
-/// Runs something in a child, and checks that it ends well.
+/// Runs a function in a child, and checks that it returns.
 fn in_child(function: impl FnOnce()) {
     assert_eq!(support::in_child(function), 0);
 }
@@ -72,7 +73,7 @@ fn a_childs_domains_work() {
         std::thread::spawn(|| contain(&mut small("thread").build().unwrap(), mistake)).join().unwrap();
     });
     // SAFETY: as above.
-    assert_eq!(domain.call(|| unsafe { *(word as *const u64) }).unwrap(), 5, "the parent's is its own");
+    assert_eq!(domain.call(|| unsafe { *(word as *const u64) }).unwrap(), 5, "the child did not change the parent's");
     parked.iter_mut().for_each(works);
 }
 
@@ -96,7 +97,7 @@ fn forks_while_other_threads_run_in_domains() {
     barrier.wait();
     for _ in 0..20 {
         in_child(|| {
-            // Calls of threads that are not here pin keys no more.
+            // The child has only this thread. Calls of other threads no longer pin keys.
             let mut domains: Vec<_> = (0..30).map(|_| small("of the child").build().unwrap()).collect();
             domains.iter_mut().for_each(works);
             contain(&mut domains[7], mistake);
@@ -140,7 +141,7 @@ fn a_copy_of_the_process_made_in_a_domain_ends() {
     let mut pipe = [0; 2];
     // SAFETY: the array has room for two descriptors.
     assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
-    // SAFETY: none: a fork without the C library; the copy faults.
+    // SAFETY: deliberately unsound: it forks without the C library, and the copy faults.
     let child = domain.call(|| unsafe {
         let child = libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0);
         if child == 0 {
@@ -148,7 +149,7 @@ fn a_copy_of_the_process_made_in_a_domain_ends() {
         }
         child
     });
-    // Only one process gets here.
+    // Only the parent gets here.
     // SAFETY: both descriptors are this process's.
     unsafe { libc::write(pipe[1], b"x".as_ptr().cast(), 1) };
     let mut status = 0;

@@ -1,6 +1,6 @@
-//! Domains that may write the program's statics, and everybody else beside them.
+//! Domains that may write the program's statics, and their effect on other domains and threads.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::cell::UnsafeCell;
 use std::hint::black_box;
@@ -42,7 +42,7 @@ static BUFFER: Buffer = Buffer(UnsafeCell::new([0; 64]));
 
 fn code_with_state_in_statics_works() {
     let mut closed = domain("closed");
-    // SAFETY: it has no preconditions.
+    // SAFETY: the function has no preconditions.
     let count = || unsafe { helper_count() };
     closed.call(count).expect_err("control");
 
@@ -50,7 +50,7 @@ fn code_with_state_in_statics_works() {
     let before = count();
     assert_eq!(open.call(count).unwrap(), before + 1);
     assert_eq!(open.call(count).unwrap(), before + 2);
-    assert_eq!(count(), before + 3, "the program sees what the domain has done");
+    assert_eq!(count(), before + 3, "the program sees the domain's writes");
     // SAFETY: as above.
     assert_eq!(open.call(|| unsafe { helper_table(2) }).unwrap(), 2u32.wrapping_mul(2_654_435_761));
     // A violation does not undo it.
@@ -61,7 +61,7 @@ fn code_with_state_in_statics_works() {
 fn the_c_librarys_own_state_works() {
     let mut open = open_domain("libc");
     let numbers = open.call(|| {
-        // SAFETY: the seed and the numbers are the C library's.
+        // SAFETY: the functions have no preconditions, and no other thread calls them.
         unsafe {
             libc::srand(5);
             [libc::rand(), libc::rand()]
@@ -119,19 +119,19 @@ fn everything_else_stays_closed() {
         ("vault", vault.as_ptr().cast_mut()),
         ("another domain", in_other as *mut u64),
     ] {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         let violation = contain(&mut open, || unsafe { target.write_volatile(2) });
         assert_eq!(key_fault(&violation).address, target as u64, "{what}");
     }
-    // What this crate relies on.
+    // The pages that pkru-userspace relies on.
     let mut pages = 0;
     for target in pkru_userspace::trusted_pages().into_iter().flat_map(|range| range.step_by(4096)) {
         pages += 1;
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         let violation = contain(&mut open, || unsafe { (target as *mut u8).write_volatile(0) });
         assert_eq!(key_fault(&violation).address, target as u64);
     }
-    println!("figure: {pages} pages of the monitor's own stay closed");
+    println!("figure: {pages} pages of the monitor and the gate stay closed");
     assert!(pages >= 5);
 }
 
@@ -144,7 +144,7 @@ fn threads_that_were_there_before_go_on() {
         .map(|number| {
             let ready = Arc::clone(&ready);
             std::thread::spawn(move || {
-                // One of them enters domains, the others never do.
+                // Only one of them calls a domain.
                 let mut own = (number == 0).then(|| Domain::builder("own").build().unwrap());
                 ready.wait();
                 while !STOP.load(Ordering::Relaxed) {
@@ -191,11 +191,11 @@ fn system_calls_with_statics_as_buffers() {
     let mut open = open_domain("open");
     assert_eq!(read(), 64);
     waiting.wait();
-    assert_eq!(thread.join().unwrap(), 64, "a thread from before");
+    assert_eq!(thread.join().unwrap(), 64, "a thread that is older than the open domain");
     assert_eq!(open.call(|| read() as i64).unwrap(), 64);
     let mut closed = Domain::builder("closed").build().unwrap();
     let zero = std::fs::File::open("/dev/zero").unwrap().as_raw_fd();
-    // SAFETY: the kernel refuses.
+    // SAFETY: the kernel checks the target.
     let refused = closed.call(|| unsafe { libc::read(zero, BUFFER.0.get().cast(), 64) as i64 });
     assert_eq!(refused.unwrap(), -1);
 }
@@ -228,7 +228,7 @@ fn signals_and_children_afterwards() {
     let mut open = open_domain("open");
     // SAFETY: the handler only counts.
     unsafe { libc::signal(libc::SIGUSR1, count as *const () as usize) };
-    // SAFETY: sends this thread a signal.
+    // SAFETY: `raise` has no preconditions.
     open.call(|| unsafe { libc::raise(libc::SIGUSR1) }).unwrap();
     // SAFETY: as above.
     unsafe { libc::raise(libc::SIGUSR1) };
@@ -260,12 +260,12 @@ fn a_fork_while_statics_are_being_opened() {
         busy.call(wait).unwrap();
     });
     begun.read_exact(&mut [0]).unwrap();
-    // It waits for that call to end, and gives no domain a key meanwhile.
+    // The opener waits until the busy call ends. Until then no domain gets a key.
     let opener = std::thread::spawn(|| works(&mut open_domain("open")));
     std::thread::sleep(Duration::from_millis(500));
     assert!(!opener.is_finished());
     let status = support::in_child(|| {
-        // SAFETY: the child ends if it waits for ever.
+        // SAFETY: the call has no preconditions. The alarm ends a child that hangs.
         unsafe { libc::alarm(300) };
         works(&mut other);
         works(&mut open_domain("of the child"));
@@ -280,7 +280,7 @@ fn a_fork_while_statics_are_being_opened() {
 
 fn standard_output_outlives_the_domain_that_used_it_first() {
     drop(domain("first"));
-    // Not by the test harness, which captures what is printed.
+    // In a new process without capture, so that it prints to its real standard output.
     let child = std::process::Command::new("/proc/self/exe")
         .args(["--exact", "prints_in_a_domain_and_after_it", "--ignored", "--nocapture"])
         .output()

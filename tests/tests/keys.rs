@@ -1,6 +1,6 @@
 //! More domains than protection keys.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
@@ -28,7 +28,7 @@ fn a_thousand_domains() {
         .zip(&mut domains)
         .map(|(number, domain)| domain.call(|| Box::leak(Box::new(number)) as *mut u64 as u64).unwrap())
         .collect();
-    // In an order that makes most of them lose and get keys.
+    // These orders make most domains lose and regain their keys.
     for step in [1, 7, 333] {
         for index in 0..domains.len() {
             let index = index * step % domains.len();
@@ -40,12 +40,12 @@ fn a_thousand_domains() {
     let with_key = domains.iter().filter(|domain| domain.key().is_some()).count();
     assert!((12..=14).contains(&with_key), "{with_key} have keys");
 
-    // One that has none is closed to the others: to read, and to write.
+    // A domain without a key is closed to other domains, for reads and for writes.
     let (parked, word) = domains.iter().zip(&words).find(|(domain, _)| domain.key().is_none()).unwrap();
     let (word, number) = (*word as *mut u64, parked.name().len());
     assert_eq!(number, "one of many".len());
     let mut other = small("other").build().unwrap();
-    // SAFETY: none: these are the mistakes.
+    // SAFETY: deliberately unsound: the mistakes under test.
     let fault = key_fault(&contain(&mut other, || unsafe { word.write_volatile(99) }));
     assert_eq!(fault.address, word as u64);
     // SAFETY: as above.
@@ -86,12 +86,12 @@ fn the_programs_own_keys_are_respected() {
     domains.iter_mut().for_each(works);
     assert!(domains.iter().filter(|domain| domain.key().is_some()).count() <= 3);
     assert!(domains.iter().filter_map(Domain::key).all(|key| !own.contains(&i64::from(key.number()))));
-    // What the limit leaves is the program's.
+    // The program can allocate the keys beyond the limit.
     // SAFETY: as above.
     let mut more: Vec<_> = (0..16).map(|_| unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) }).collect();
     more.retain(|key| *key >= 0);
     assert!(more.len() >= 7, "{more:?}");
-    // Handed in, they serve domains.
+    // Once handed in, domains use them.
     for key in &more {
         let key = ProtectionKey::new(u8::try_from(*key).unwrap()).unwrap();
         // SAFETY: the key was just allocated and tags nothing.
@@ -122,7 +122,7 @@ fn two_keys_make_for_any_number_of_domains_and_one_for_one() {
     hand_in();
     use pkru_userspace::capability::{SignalFrame, detect};
     if detect().unwrap().signal_frame == SignalFrame::OnWritableStack {
-        // One more, for the signal stacks.
+        // The signal stacks need one more.
         hand_in();
     }
     let mut first = small("first").build().unwrap();
@@ -138,7 +138,7 @@ fn two_keys_make_for_any_number_of_domains_and_one_for_one() {
     }
 }
 
-/// Has a function run while a result is received, which is in the middle of a call.
+/// A result that runs the function in [`MIDDLE`] when it is received, which is during the call.
 struct InTheMiddle;
 
 thread_local! { static MIDDLE: std::cell::RefCell<Option<Box<dyn FnOnce()>>> = const { std::cell::RefCell::new(None) } }
@@ -157,7 +157,7 @@ impl Transfer for InTheMiddle {
     }
 }
 
-/// One key for what is closed, and so many for domains.
+/// Limits the keys to `count` for domains, plus those that pkru-userspace itself needs.
 fn keys_for_domains(count: usize) {
     pkru_userspace::set_key_limit(match pkru_userspace::capability::detect() {
         Ok(found) if found.signal_frame == pkru_userspace::capability::SignalFrame::OnAnyStack => count + 1,
@@ -217,7 +217,7 @@ fn statics_are_opened_while_a_call_needs_another() {
 }
 
 fn a_domain_that_waits_for_a_key() {
-    // Two keys: one for what is closed, and one for domains.
+    // One key for domains, plus those that pkru-userspace itself needs.
     pkru_userspace::set_key_limit(match pkru_userspace::capability::detect() {
         Ok(found) if found.signal_frame == pkru_userspace::capability::SignalFrame::OnAnyStack => 2,
         _ => 3,

@@ -1,6 +1,6 @@
-//! Statics that are filled before, and libraries whose data a domain has.
+//! Statics that are filled in advance, and libraries whose data is given to a domain.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::ffi::{c_char, c_int, c_void};
 
@@ -31,7 +31,7 @@ unsafe extern "C" {
 
 fn a_table_that_is_filled_at_first_use() {
     let mut cold = domain("cold");
-    // SAFETY: it has no preconditions.
+    // SAFETY: the function has no preconditions.
     let look = || unsafe { helper_table(3) };
     let violation = cold.call(look).unwrap_err();
     assert_eq!(key_fault(&violation).access, Access::Write);
@@ -39,7 +39,7 @@ fn a_table_that_is_filled_at_first_use() {
     for part in ["table of", "Builder::warm_up", "Globals::Writable"] {
         assert!(text.contains(part), "{text}");
     }
-    assert!(!text.contains("Builder::library"), "it is the program's own: {text}");
+    assert!(!text.contains("Builder::library"), "the static is in the program, not in a library: {text}");
     // SAFETY: as above.
     let mut warm = build(Domain::builder("warm").warm_up(|| unsafe { helper_table(0) }));
     assert_eq!(warm.call(look).unwrap(), 3u32.wrapping_mul(2_654_435_761));
@@ -47,7 +47,7 @@ fn a_table_that_is_filled_at_first_use() {
 
 fn state_in_a_static_of_the_program() {
     let mut domain = domain("counter");
-    // SAFETY: it has no preconditions.
+    // SAFETY: the function has no preconditions.
     let count = || unsafe { helper_count() };
     let before = count();
     let violation = domain.call(count).unwrap_err();
@@ -57,42 +57,42 @@ fn state_in_a_static_of_the_program() {
 
 fn open_and_close() -> i32 {
     let mut database = std::ptr::null_mut();
-    // SAFETY: the name is a C string, and the place is writable.
+    // SAFETY: the name is a C string, and `database` is writable.
     unsafe { sqlite3_open(c":memory:".as_ptr(), &raw mut database) + sqlite3_close(database) }
 }
 
 fn a_librarys_data_can_be_given_to_a_domain() {
     let mut without = domain("without");
     let violation = without.call(open_and_close).unwrap_err();
-    let target = violation.target().expect("it is a static");
+    let target = violation.target().expect("the target is a static");
     assert!(target.library().to_string_lossy().contains("libsqlite3"), "{violation}");
     assert!(violation.to_string().contains("give the domain libsqlite3.so.0's data (Builder::library)"), "{violation}");
 
-    // SAFETY: this process uses the library in that domain only.
+    // SAFETY: this process uses the library only in that domain.
     let mut domain = build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") });
     assert_eq!(domain.call(open_and_close).unwrap(), 0);
     contain(&mut domain, mistake);
-    assert_eq!(domain.call(open_and_close).unwrap(), 0, "its statics are as they were at first");
+    assert_eq!(domain.call(open_and_close).unwrap(), 0, "the violation has reset its statics");
 
-    // Another domain can neither have it nor use it.
+    // Another domain cannot get the library's data, and cannot use the library.
     // SAFETY: as above.
     let error = unsafe { Domain::builder("second").library("libsqlite3.so.0") }.build().unwrap_err();
     assert!(matches!(error, Error::LibraryInUse { .. }), "{error}");
     let fault = key_fault(&without.call(open_and_close).unwrap_err());
     assert_eq!(Some(fault.key), domain.key());
     drop(domain);
-    // SAFETY: it has no preconditions; the library's data is the program's again, as it was.
+    // SAFETY: the function has no preconditions. The dropped domain has given the library's data back.
     assert_eq!(unsafe { sqlite3_initialize() }, 0);
     assert_eq!(open_and_close(), 0);
 }
 
 fn a_librarys_data_follows_the_domains_key() {
-    // SAFETY: this process uses the library in that domain only.
+    // SAFETY: this process uses the library only in that domain.
     let mut domain = build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") });
     assert_eq!(domain.call(open_and_close).unwrap(), 0);
     let mut others: Vec<_> = (0..20).map(|_| Domain::builder("other").build().unwrap()).collect();
     others.iter_mut().for_each(works);
-    assert_eq!(domain.key(), None, "the others have all keys");
+    assert_eq!(domain.key(), None, "the other domains hold all keys");
     assert_eq!(domain.call(open_and_close).unwrap(), 0);
     assert!(others[3].call(open_and_close).is_err());
 }
@@ -101,12 +101,12 @@ fn a_program_exits_while_a_domain_has_a_library() {
     drop(domain("first"));
     // The loader runs the library's destructors, which write its data. No thread has rights to it.
     let status = support::in_child(|| {
-        // SAFETY: this process uses the library in that domain only.
+        // SAFETY: this process uses the library only in that domain.
         let mut domain = unsafe { Domain::builder("sqlite").library("libsqlite3.so") }.build().unwrap();
         assert_eq!(domain.call(open_and_close).unwrap(), 0);
         let mut others: Vec<_> = (0..20).map(|_| Domain::builder("other").build().unwrap()).collect();
         others.iter_mut().for_each(works);
-        assert_eq!(domain.key(), None, "the others have all keys");
+        assert_eq!(domain.key(), None, "the other domains hold all keys");
         std::mem::forget((domain, others));
         std::process::exit(7);
     });
@@ -122,7 +122,7 @@ fn libraries_that_cannot_be_given() {
         ("libnothing.so", "no library with the file name `libnothing.so`"),
         ("libsqlite", "no library with the file name `libsqlite`"),
     ] {
-        // SAFETY: it is refused.
+        // SAFETY: no domain is built.
         let error = unsafe { Domain::builder("greedy").library(name) }.build().unwrap_err();
         let text = error.to_string();
         assert!(text.contains(expected), "{text}");
@@ -132,11 +132,11 @@ fn libraries_that_cannot_be_given() {
 fn a_builder_that_fails_leaves_its_libraries_alone() {
     drop(domain("first"));
     for _ in 0..2 {
-        // SAFETY: nothing is built.
+        // SAFETY: no domain is built.
         let builder = unsafe { Domain::builder("failing").library("libsqlite3.so").library("libnothing.so") };
         assert!(matches!(builder.build(), Err(Error::NoLibrary { .. })));
     }
-    // SAFETY: this process uses the library in that domain only.
+    // SAFETY: this process uses the library only in that domain.
     let mut domain = unsafe { Domain::builder("sqlite").library("libsqlite3.so") }.build().unwrap();
     assert_eq!(domain.call(open_and_close).unwrap(), 0);
 }

@@ -42,7 +42,7 @@ fn a_pool_hands_domains_to_threads() {
             waiting.store(false, Ordering::Relaxed);
         });
         std::thread::sleep(Duration::from_millis(50));
-        assert!(waiting.load(Ordering::Relaxed), "all are out");
+        assert!(waiting.load(Ordering::Relaxed), "the pool has no free domain");
         drop(out);
     });
     assert!(!waiting.load(Ordering::Relaxed));

@@ -1,6 +1,6 @@
-//! Processes that code in a domain starts, and signals that it sends to other threads or holds back.
+//! Code in a domain that starts processes, sends signals to other threads, or blocks signals.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::ffi::CStr;
 use std::process::Command;
@@ -35,11 +35,11 @@ fn errno() -> i32 {
     std::io::Error::last_os_error().raw_os_error().unwrap()
 }
 
-/// Starts this program to list its tests; returns the error number and the wait status.
+/// Starts this program to list its tests. Returns the error number and the wait status.
 fn spawn() -> (i32, i32) {
     let arguments = [PROGRAM.as_ptr().cast_mut(), c"--list".as_ptr().cast_mut(), ptr::null_mut()];
     let (mut child, mut status) = (0, -1);
-    // SAFETY: all pointers are valid; the child is this process's.
+    // SAFETY: all pointers are valid.
     unsafe {
         let (no_actions, no_attributes) = (ptr::null(), ptr::null());
         let error =
@@ -55,10 +55,10 @@ fn programs_are_not_started_from_domains() {
     assert_eq!(spawn(), (0, 0), "control");
     for mut domain in [domain("closed"), open_domain("open")] {
         assert_eq!(domain.call(|| spawn().0).unwrap(), libc::EPERM);
-        // SAFETY: both are strings.
+        // SAFETY: both are C strings.
         let popen = || unsafe { (libc::popen(c"true".as_ptr(), c"r".as_ptr()).is_null(), errno()) };
         assert_eq!(domain.call(popen).unwrap(), (true, libc::EPERM));
-        // SAFETY: it is a string.
+        // SAFETY: the command is a C string.
         assert_eq!(domain.call(|| unsafe { (system(c"true".as_ptr()), errno()) }).unwrap(), (-1, libc::EPERM));
         works(&mut domain);
     }
@@ -69,7 +69,7 @@ fn programs_are_not_started_from_domains() {
     works(&mut open);
 }
 
-/// Starts a child that shares its parent's memory and exits with 3; returns its wait status.
+/// Starts a child that shares its parent's memory and exits with 3. Returns its wait status.
 fn vforked() -> i32 {
     unsafe extern "C" {
         fn helper_vfork(status: i32) -> i32;
@@ -81,7 +81,7 @@ fn vforked() -> i32 {
 fn code_in_a_domain_does_not_fork() {
     assert_eq!(support::in_child(|| ()), 0, "control");
     for mut domain in [domain("closed"), open_domain("open")] {
-        // SAFETY: there is no child.
+        // SAFETY: the fork is refused, so there is no child.
         assert_eq!(domain.call(|| unsafe { (libc::fork(), errno()) }).unwrap(), (-1, libc::EPERM));
         works(&mut domain);
     }
@@ -105,7 +105,7 @@ fn a_safe_function_that_takes_the_lock_on_keys() {
 }
 
 fn another_thread_is_not_signalled() {
-    // SAFETY: the call touches no memory; the signal is none.
+    // SAFETY: signal 0 only checks that the thread exists.
     let poke = |thread| unsafe { libc::pthread_kill(thread, 0) };
     // SAFETY: the call touches no memory.
     let here = unsafe { libc::pthread_self() };
@@ -116,7 +116,7 @@ fn another_thread_is_not_signalled() {
                 assert_eq!(poke(here), 0, "control");
                 assert_eq!(domain.call(|| poke(here)).unwrap(), libc::EPERM);
                 // SAFETY: as above.
-                assert_eq!(domain.call(|| poke(unsafe { libc::pthread_self() })).unwrap(), 0, "its own");
+                assert_eq!(domain.call(|| poke(unsafe { libc::pthread_self() })).unwrap(), 0, "its own thread");
                 works(&mut domain);
             });
         });
@@ -129,14 +129,14 @@ fn threads_are_cancelled_as_before() {
     }
     let mut domain = domain("bystander");
     works(&mut domain);
-    // SAFETY: it has no preconditions.
+    // SAFETY: the function has no preconditions.
     assert_eq!(unsafe { helper_cancel() }, 1);
     contain(&mut domain, mistake);
 }
 
 fn older_functions_leave_the_signals_of_faults_open() {
     let mut domain = domain("holder");
-    // SAFETY: they take a signal, and a set of signals.
+    // SAFETY: the functions take a signal number and a mask.
     let hold = || unsafe { (sighold(libc::SIGSEGV), sigblock(-1)) };
     assert_eq!(domain.call(hold).unwrap().0, 0);
     contain(&mut domain, mistake);
@@ -158,7 +158,7 @@ fn older_functions_set_handlers() {
     let mut domain = domain("raiser");
     // SAFETY: the handler only counts.
     assert_eq!(unsafe { sigset(libc::SIGUSR1, handler) }, libc::SIG_DFL);
-    // SAFETY: sends this thread a signal.
+    // SAFETY: `raise` has no preconditions.
     let raise = || unsafe { libc::raise(libc::SIGUSR1) };
     raise();
     domain.call(raise).unwrap();
@@ -176,11 +176,11 @@ fn older_functions_set_handlers() {
 
 fn an_exit_of_code_that_has_lost_its_thread_locals() {
     let mut domain = build(Domain::builder("wiped"));
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || unsafe {
         let pointer: usize;
         std::arch::asm!("mov {}, fs:0", out(reg) pointer);
-        // What lies below the thread pointer in its page.
+        // Clears the thread-locals below the thread pointer, in its page.
         ((pointer & !4095) as *mut u8).write_bytes(0, pointer & 4095);
         libc::_exit(3)
     });

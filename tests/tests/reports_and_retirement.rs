@@ -1,4 +1,4 @@
-//! Hooks and loggers that violations are reported to, and the retirement of domains that have many.
+//! Reports of violations to hooks and loggers, and retirement of domains after many violations.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -32,7 +32,7 @@ fn violations_are_told_to_a_hook_and_a_logger() {
         hook.fetch_add(1, Ordering::Relaxed);
     });
     let mut domain = build(builder);
-    assert!(LOGGER.0.lock().unwrap().is_empty(), "what is tried first is no violation");
+    assert!(LOGGER.0.lock().unwrap().is_empty(), "the trial calls report no violations");
     contain(&mut domain, mistake);
     contain(&mut domain, mistake);
     assert_eq!(told.load(Ordering::Relaxed), 2);
@@ -48,7 +48,7 @@ fn a_domain_is_retired_and_reinstated() {
     }
     assert_eq!(domain.violations(), 2);
     works(&mut domain);
-    assert_eq!(domain.violations(), 0, "a good call starts the count anew");
+    assert_eq!(domain.violations(), 0, "a successful call resets the count");
     for _ in 0..3 {
         domain.call(mistake).unwrap_err();
     }
@@ -59,7 +59,7 @@ fn a_domain_is_retired_and_reinstated() {
     }
     domain.reinstate();
     works(&mut domain);
-    // Off by default.
+    // Domains do not retire by default.
     let mut other = domain_named("tireless");
     for _ in 0..50 {
         other.call(mistake).unwrap_err();

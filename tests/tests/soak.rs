@@ -1,4 +1,4 @@
-//! A million calls and a hundred thousand rewinds over eight threads leave nothing behind.
+//! A million calls and a hundred thousand rewinds on eight threads leak nothing.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,10 +15,10 @@ suite! {
 
 const THREADS: u64 = 8;
 const CALLS: u64 = 1_000_000;
-/// One call in so many goes wrong.
+/// One in this many calls faults.
 const FAULTY: u64 = 10;
 
-/// What could leak: KiB in memory, mappings, protection keys.
+/// Resources that could leak. `resident` is in KiB.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Footprint {
     resident: usize,
@@ -28,9 +28,9 @@ struct Footprint {
 
 impl Footprint {
     fn now() -> Self {
-        // On the stack: measuring must not change what is measured.
+        // On the stack, so that measuring does not allocate.
         let mut text = [0; 1 << 16];
-        // This counts pages. What /proc/self/statm says can be off by some pages for each CPU.
+        // This is exact. The value in /proc/self/statm can be off by some pages per CPU.
         let rollup = read("/proc/self/smaps_rollup", &mut text);
         let line = rollup.lines().find(|line| line.starts_with("Rss:")).unwrap();
         let resident = line.split_whitespace().nth(1).unwrap().parse().unwrap();
@@ -39,20 +39,20 @@ impl Footprint {
     }
 }
 
-/// Maps every page of the files in memory, as running all of the code in them would. Code that runs only when two
-/// threads meet (a lock that is taken, a heap that is busy) is otherwise mapped whenever that is, 64 KiB at a time.
+/// Maps every page of the mapped files, as if all their code had run. Otherwise the kernel maps code that only runs
+/// under contention at its first use, 64 KiB at a time, which would look like a leak.
 fn map_all_file_pages() {
     let mut text = [0; 1 << 16];
     for line in read("/proc/self/maps", &mut text).lines().filter(|line| line.contains(" r") && line.contains(" /")) {
         let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
         let [start, end] = [start, end].map(|address| usize::from_str_radix(address, 16).unwrap());
-        // SAFETY: only reads pages that are there.
+        // SAFETY: the call only populates existing mappings.
         let done = unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_POPULATE_READ) };
         assert_eq!(done, 0, "{line}: {}", std::io::Error::last_os_error());
     }
 }
 
-/// All of a file of text, into memory that is there already.
+/// Reads a text file into `text`.
 fn read<'a>(path: &str, text: &'a mut [u8]) -> &'a str {
     let mut file = File::open(path).unwrap();
     let mut length = 0;
@@ -66,9 +66,9 @@ fn read<'a>(path: &str, text: &'a mut [u8]) -> &'a str {
     std::str::from_utf8(&text[..length]).unwrap()
 }
 
-/// How many protection keys this process has taken: what a copy of it can still take is missing from fifteen.
+/// Returns how many protection keys this process has allocated: fifteen minus what a forked child can still allocate.
 fn keys_in_use() -> usize {
-    // SAFETY: the child makes system calls only.
+    // SAFETY: the child only makes system calls.
     let child = unsafe { libc::fork() };
     if child == 0 {
         let mut free = 0;
@@ -76,7 +76,7 @@ fn keys_in_use() -> usize {
         while unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) } > 0 {
             free += 1;
         }
-        // SAFETY: leaves without running anything of the parent's.
+        // SAFETY: `_exit` runs none of the parent's exit handlers.
         unsafe { libc::_exit(15 - free) };
     }
     let mut status = 0;
@@ -86,7 +86,7 @@ fn keys_in_use() -> usize {
     libc::WEXITSTATUS(status) as usize
 }
 
-/// Makes calls; returns how many of them were rewound.
+/// Makes calls. Returns how many of them were rewound.
 fn work(domain: &mut Domain, calls: u64) -> u64 {
     let mut rewinds = 0;
     for number in 0..calls {
@@ -103,9 +103,9 @@ fn work(domain: &mut Domain, calls: u64) -> u64 {
 
 fn a_million_calls_and_a_hundred_thousand_rewinds() {
     let mut domains = vec![domain("soak")];
-    // Before Linux 6.7 the stack of a thread, which is 2 MiB long, can become one huge page at any time, where it
-    // happens to be aligned. Memory of domains has none anyway.
-    // SAFETY: changes how the kernel backs memory, not what is in it.
+    // Before Linux 6.7 a thread's stack of 2 MiB can become a huge page at any time if it is aligned, which changes the
+    // resident size. Domain memory never has huge pages.
+    // SAFETY: the call does not change memory contents.
     assert_eq!(unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) }, 0);
     domains.extend((1..THREADS).map(|_| Domain::builder("soak").build().unwrap()));
     let rewinds = AtomicU64::new(0);
@@ -114,20 +114,20 @@ fn a_million_calls_and_a_hundred_thousand_rewinds() {
         for domain in &mut domains {
             let (rewinds, barrier) = (&rewinds, &barrier);
             scope.spawn(move || {
-                // The same code for both, so that the second touches no page of the program for the first time.
+                // Both rounds run the same code, so the second touches no new pages of the program.
                 for calls in [1000, CALLS] {
                     rewinds.fetch_add(work(domain, calls / THREADS), Ordering::Relaxed);
-                    // Every domain's last call is a good one: all hold as much.
+                    // Each domain's last call succeeds, so all hold the same amount of memory.
                     domain.call(|| ()).unwrap();
                     barrier.wait();
                     barrier.wait();
                 }
             });
         }
-        // The threads are there at both times.
+        // The threads exist at both measurements.
         barrier.wait();
         map_all_file_pages();
-        // For the pages of the stack that measuring takes.
+        // Touches the stack pages that a measurement needs.
         Footprint::now();
         let before = Footprint::now();
         let start = Instant::now();

@@ -1,6 +1,6 @@
-//! Any number of threads, each with domains.
+//! Many threads, each with domains.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -66,7 +66,7 @@ fn a_fault_in_one_thread_disturbs_no_other() {
 
 fn thread_locals_do_not_follow_a_domain_to_another_thread() {
     thread_local! { static NUMBER: std::cell::Cell<u32> = const { std::cell::Cell::new(0) } }
-    // SAFETY: the C library's descriptor of the thread has its number; the call reads that.
+    // SAFETY: the lock is initialised before its use. An error-checking lock records the thread ID of its owner.
     let lock_owner = || unsafe {
         let mut lock: libc::pthread_mutex_t = std::mem::zeroed();
         let mut kind: libc::pthread_mutexattr_t = std::mem::zeroed();
@@ -74,7 +74,7 @@ fn thread_locals_do_not_follow_a_domain_to_another_thread() {
         libc::pthread_mutexattr_settype(&raw mut kind, libc::PTHREAD_MUTEX_ERRORCHECK);
         libc::pthread_mutex_init(&raw mut lock, &raw const kind);
         libc::pthread_mutex_lock(&raw mut lock);
-        // Its owner stands after the lock itself and a counter.
+        // The owner's field follows the lock word and a counter.
         (&raw const lock).cast::<i32>().wrapping_add(2).read()
     };
     // SAFETY: the call touches no memory.
@@ -86,7 +86,7 @@ fn thread_locals_do_not_follow_a_domain_to_another_thread() {
     let mut domain = std::thread::spawn(move || {
         assert_eq!((domain.call(|| NUMBER.get()).unwrap(), domain.call(lock_owner).unwrap()), (0, thread_id()));
         // SAFETY: the word is on the domain's heap.
-        assert_eq!(domain.call(|| unsafe { *(word as *const u64) }).unwrap(), 5, "what is on the heap does");
+        assert_eq!(domain.call(|| unsafe { *(word as *const u64) }).unwrap(), 5, "the heap moves with the domain");
         domain.call(|| NUMBER.set(8)).unwrap();
         domain
     })
@@ -107,7 +107,7 @@ fn threads_leave_nothing_behind() {
     (0..5).for_each(|_| round());
     let before = mappings();
     (0..40).for_each(|_| round());
-    // The C library keeps some of its threads' stacks.
+    // The C library caches some stacks of ended threads.
     assert!(mappings() <= before + 8, "{before}, then {}", mappings());
 }
 

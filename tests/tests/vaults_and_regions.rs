@@ -1,6 +1,6 @@
-//! Vaults, which no domain can read, and regions, which some can.
+//! Vaults, which no domain can read, and regions, which selected domains can access.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::hint::black_box;
 
@@ -20,24 +20,24 @@ fn a_vault_is_closed_to_domains() {
     let mut domain = domain("curious");
     let mut vault = Vault::new([0x5e_u8; 64]).unwrap();
     let address = vault.as_ptr().cast::<u8>();
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let read = || unsafe { address.read_volatile() };
     let violation = domain.call(read).unwrap_err();
     assert_eq!(key_fault(&violation).access, Access::Read);
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     contain(&mut domain, || unsafe { address.cast_mut().write_volatile(0) });
     assert_eq!(vault.with(|bytes| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>()), 64 * 0x5e, "control");
     vault.with_mut(|bytes| bytes[0] = 1);
     assert_eq!(vault.with(|bytes| bytes[0]), 1);
-    // By way of the kernel, from a domain and outside.
+    // Through the kernel, from a domain and outside.
     let mut pipe = [0; 2];
     // SAFETY: the array has room for two descriptors.
     assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
-    // SAFETY: none: the kernel refuses.
+    // SAFETY: the kernel checks the source.
     let send = || unsafe { libc::write(pipe[1], address.cast(), 64) as i64 };
     assert_eq!(domain.call(send).unwrap(), -1);
     assert_eq!(vault.with(|_| send()), 64, "control");
-    // From a thread that has never called a domain.
+    // On a thread that has not called a domain.
     let other = std::thread::spawn(move || vault.with(|bytes| bytes[1]));
     assert_eq!(other.join().unwrap(), 0x5e);
 }
@@ -46,7 +46,7 @@ fn a_vault_is_closed_to_a_domain_while_it_is_open_in_the_caller() {
     let mut domain = domain("curious");
     let vault = Vault::new(7u64).unwrap();
     let address = vault.as_ptr();
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = vault.with(|_| domain.call(|| unsafe { address.read_volatile() })).unwrap_err();
     assert_eq!(key_fault(&violation).address, address as u64);
     assert_eq!(vault.with(|value| *value), 7);
@@ -59,14 +59,14 @@ fn a_region_is_shared_with_those_who_are_named() {
     let mut reader = Domain::builder("reader").region(&region, RegionAccess::ReadOnly).build().unwrap();
     let mut stranger = Domain::builder("stranger").build().unwrap();
     let place = region.as_ptr();
-    // SAFETY: the place is in the region.
+    // SAFETY: the address is in the region.
     writer.call(|| unsafe { place.write_bytes(0x33, 100) }).unwrap();
     // SAFETY: as above.
     assert_eq!(reader.call(|| unsafe { place.add(99).read() }).unwrap(), 0x33);
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let write = || unsafe { place.write_volatile(1) };
     let read = || {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         black_box(unsafe { place.read_volatile() });
     };
     assert_eq!(key_fault(&contain(&mut reader, write)).access, Access::Write);
@@ -75,10 +75,10 @@ fn a_region_is_shared_with_those_who_are_named() {
     region.read(0, &mut bytes);
     assert_eq!((bytes[0], bytes[99], bytes[100]), (0x33, 0x33, 0));
     region.write(8190, &[1, 2]);
-    // SAFETY: the place is in the region.
+    // SAFETY: the address is in the region.
     assert_eq!(reader.call(|| unsafe { place.add(8191).read() }).unwrap(), 2);
     assert!(std::panic::catch_unwind(|| region.write(8191, &[1, 2])).is_err(), "beyond its end");
-    // A violation drops the domain's own memory, and not the region's.
+    // A violation discards the domain's own memory, but not the region.
     contain(&mut writer, mistake);
     region.read(0, &mut bytes);
     assert_eq!(bytes[0], 0x33);
@@ -143,7 +143,7 @@ fn regions_leave_keys_for_domains() {
             ask()
         },
     );
-    // The call goes on, unless its own key went to a region; then it says so.
+    // The call returns, unless its key went to a region. Then it fails with `NotReady`.
     match result {
         Ok(answer) => assert_eq!(answer, 1),
         Err(violation) => assert!(matches!(violation.kind(), ViolationKind::NotReady(_)), "{violation}"),

@@ -1,11 +1,11 @@
-//! Decodes PNG files with the system's libpng in a domain, and shows what happens when a call to it goes wrong.
+//! Decodes PNG files with the system's libpng in a domain, and shows how wrong writes are stopped.
 //!
 //!     cargo run --release --example contain_png -- FILE…
 //!
-//! A decoder is told where to write by its caller. Here it is told four wrong places, one after the other: the caller's
-//! heap, its stack, a static, and the memory of another domain. Each time libpng's own write is stopped, the caller's
-//! memory is as it was, and the next file decodes. A picture that is larger than the wrong places is represented there by
-//! its upper left corner.
+//! The caller of a decoder passes the address of the output buffer. This example passes four wrong addresses: the
+//! caller's heap, its stack, a static, and the memory of another domain. Each time libpng's write is stopped, the
+//! memory is unchanged, and the next file decodes. If a picture is larger than these targets, the example uses its
+//! upper left corner instead.
 
 use std::cell::UnsafeCell;
 use std::fmt;
@@ -59,7 +59,7 @@ mod libpng {
     }
 }
 
-/// A picture of four bytes a pixel: red, green, blue, alpha.
+/// A picture with four bytes per pixel: red, green, blue, alpha.
 #[derive(PartialEq)]
 struct Picture {
     width: u32,
@@ -87,7 +87,7 @@ impl fmt::Display for Picture {
 }
 
 impl libpng::Image {
-    /// An image with nothing in it.
+    /// An empty image.
     const NEW: Self = Self {
         opaque: std::ptr::null_mut(),
         version: libpng::VERSION,
@@ -101,17 +101,17 @@ impl libpng::Image {
     };
 }
 
-/// Decodes a PNG file; the pixels go to `target`, or to a new vector if that is `None`.
+/// Decodes a PNG file. The pixels go to `target`, or to a new vector if that is `None`.
 fn decode(file: &[u8], target: Option<*mut u8>) -> Result<Picture, String> {
     let mut image = libpng::Image::NEW;
-    // SAFETY: the image is initialised as libpng asks, and the file's bytes live across the calls.
+    // SAFETY: the image is initialised as libpng requires, and the file's bytes live across the calls.
     unsafe { libpng::png_image_begin_read_from_memory(&raw mut image, file.as_ptr().cast(), file.len()) };
     check(&image)?;
     image.format = libpng::FORMAT_RGBA;
     let size = image.width as usize * image.height as usize * 4;
     let mut pixels = vec![0; if target.is_none() { size } else { 0 }];
     let buffer = target.unwrap_or(pixels.as_mut_ptr());
-    // SAFETY: for a vector of ours there is room. For the wrong places there is too, so that the control does no harm.
+    // SAFETY: the vector has room for the picture. The wrong targets have too, so the control overwrites nothing else.
     unsafe {
         libpng::png_image_finish_read(&raw mut image, std::ptr::null(), buffer.cast(), 0, std::ptr::null_mut());
     }
@@ -129,15 +129,15 @@ fn check(image: &libpng::Image) -> Result<(), String> {
     Err(message.collect())
 }
 
-/// Encodes the upper left corner of a picture, as much as the wrong places have room for.
+/// Encodes the upper left corner of a picture, so that it fits the wrong targets.
 fn encode_corner(picture: &Picture) -> Result<Vec<u8>, String> {
     let (width, height) = (picture.width.min(CORNER), picture.height.min(CORNER));
     let mut image = libpng::Image { width, height, format: libpng::FORMAT_RGBA, ..libpng::Image::NEW };
-    // PNG's filters and zlib add little to what cannot be compressed.
+    // Even an incompressible picture grows only a little.
     let mut file = vec![0; 2 * ROOM];
     let mut size = file.len();
     let stride = i32::try_from(picture.width * 4).map_err(|error| error.to_string())?;
-    // SAFETY: the picture has rows of that stride, at least as many as the image has, and the file has that size.
+    // SAFETY: the picture has rows of this stride, and at least as many as the image. The file has this size.
     unsafe {
         libpng::png_image_write_to_memory(
             &raw mut image,
@@ -158,7 +158,7 @@ fn decode_in(domain: &mut Domain, file: &[u8]) -> Result<Result<Picture, String>
     domain.call(|| decode(file, None))
 }
 
-/// Returns how many bytes of pixels a file's header promises, which can be anything.
+/// Returns the size of the pixels that a file's header states, in bytes. The header is untrusted.
 fn promised_size(file: &[u8]) -> usize {
     let word = |place| {
         file.get(place..place + 4).map_or(0, |bytes| bytes.iter().fold(0, |n, byte| n << 8 | usize::from(*byte)))
@@ -166,15 +166,15 @@ fn promised_size(file: &[u8]) -> usize {
     word(16).saturating_mul(word(20)).saturating_mul(4)
 }
 
-/// FNV-1a.
+/// Returns the FNV-1a hash.
 fn checksum(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
 
-/// The width and height of the largest square picture that the wrong places have room for.
+/// The width and height of the largest square picture that fits the wrong targets.
 const CORNER: u32 = 128;
 
-/// The largest picture that the wrong places have room for, in bytes.
+/// The size of each wrong target, in bytes.
 const ROOM: usize = CORNER as usize * CORNER as usize * 4;
 
 struct Static(UnsafeCell<[u8; ROOM]>);
@@ -184,7 +184,7 @@ unsafe impl Sync for Static {}
 
 static STATIC: Static = Static(UnsafeCell::new([FILL; ROOM]));
 
-/// What the wrong places hold.
+/// The initial contents of the wrong targets.
 const FILL: u8 = 0x5a;
 
 fn main() -> ExitCode {
@@ -196,7 +196,7 @@ fn main() -> ExitCode {
     match demonstrate(&files) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(bad) => {
-            println!("\n{bad} of {} files could not be decoded; the program is alive", files.len());
+            println!("\n{bad} of {} files did not decode; the program continues", files.len());
             ExitCode::FAILURE
         }
         Err(error) => {
@@ -238,7 +238,7 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
     }
     let bad = files.len() - good.len();
     let Some((name, file, _)) = good.first() else {
-        println!("\nno file was decoded, so there is nothing to show the rest with");
+        println!("\nno file was decoded, so the rest of the example is skipped");
         return Ok(bad);
     };
 
@@ -251,15 +251,13 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
         }
     }
 
-    println!("\n== calls that tell libpng to write where it must not ==");
+    println!("\n== calls with a wrong output buffer ==");
     let mut small = Vec::new();
     for (name, file, picture) in &good {
         if picture.pixels.len() <= ROOM {
             small.push(file.clone());
         } else {
-            println!(
-                "{name} is larger than these places: its upper left corner, as a PNG of its own, is decoded to them"
-            );
+            println!("{name} is larger than the wrong buffers; they get its upper left corner instead");
             small.push(encode_corner(picture)?);
         }
     }
@@ -277,7 +275,7 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
     for (number, (place, target)) in places.into_iter().enumerate() {
         let before = checksum(&read(target));
         let (name, file, expected) = &good[number % good.len()];
-        println!("{place}, checksum {before:08x}; {name} is decoded to it:");
+        println!("decoding {name} to {place}, checksum {before:08x}:");
         match domain.call(|| decode(&small[number % small.len()], Some(target)).map(drop)) {
             Err(violation) => println!("  stopped: {violation}"),
             Ok(result) => return Err(format!("the write to {place} was not stopped: {result:?}")),
@@ -288,7 +286,7 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
             return Err(format!("{place} was changed"));
         }
         match decode_in(&mut domain, file) {
-            Ok(Ok(picture)) if picture == *expected => println!("  the domain goes on: {name}: {picture}"),
+            Ok(Ok(picture)) if picture == *expected => println!("  the domain still works: {name}: {picture}"),
             Ok(Ok(picture)) => return Err(format!("{name} decodes differently after a violation: {picture}")),
             Ok(Err(error)) => return Err(format!("{name} does not decode after a violation: {error}")),
             Err(violation) => return Err(violation.to_string()),
@@ -308,13 +306,13 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
     Ok(bad)
 }
 
-/// Copies one of the wrong places.
+/// Copies one of the wrong targets.
 fn read(place: *mut u8) -> Vec<u8> {
-    // SAFETY: each place has that many bytes, which the caller's side may read; nothing writes them meanwhile.
+    // SAFETY: each target has `ROOM` bytes that code outside the domain may read. Nothing writes them meanwhile.
     unsafe { std::slice::from_raw_parts(place, ROOM) }.to_vec()
 }
 
-/// Returns copies of a file with something wrong in each.
+/// Returns damaged copies of a file.
 fn damage(file: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     let mut flipped = file.to_vec();
     for byte in flipped.iter_mut().skip(60).step_by(7) {

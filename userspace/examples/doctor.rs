@@ -2,7 +2,7 @@
 //!
 //!     cargo run --example doctor
 //!
-//! Each feature is tested, if needed in a child process. The exit status is 0 if domains work, and 1 if not.
+//! It tests each feature, in a child process if needed. The exit status is 0 if domains work, and 1 if not.
 
 use std::process::ExitCode;
 

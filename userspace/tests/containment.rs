@@ -1,6 +1,6 @@
-//! What a domain may read, and what is its own. `tests/tests/containment_matrix.rs` has what it may not write.
+//! What a domain may read, and which state is its own. Writes are in `tests/tests/containment_matrix.rs`.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::cell::Cell;
 use std::sync::atomic::AtomicU64;
@@ -22,7 +22,7 @@ fn another_domain_cannot_be_read() {
     let mut one = domain("one");
     let mut other = domain("other");
     let target = other.call(|| std::ptr::from_mut(Box::leak(Box::new(OLD))) as usize).unwrap() as *const u64;
-    // SAFETY: none: this is the mistake; for the owner it is its own word.
+    // SAFETY: deliberately unsound in the other domain. The owner may read its word.
     let read = || unsafe { target.read_volatile() };
     let fault = key_fault(&one.call(read).unwrap_err());
     assert_eq!((fault.key, fault.access), (other.key().unwrap(), Access::Read));
@@ -38,7 +38,7 @@ fn the_callers_memory_can_be_read() {
 
 fn errno_is_the_domains_own() {
     let mut domain = domain("errno");
-    // SAFETY: errno is the calling code's own.
+    // SAFETY: the function has no preconditions.
     let errno = || unsafe { libc::__errno_location() };
     // SAFETY: as above.
     unsafe { errno().write(77) };
@@ -49,7 +49,7 @@ fn errno_is_the_domains_own() {
     };
     assert_eq!(domain.call(inside).unwrap(), libc::EBADF);
     // SAFETY: as above.
-    assert_eq!(unsafe { errno().read() }, 77, "the caller's errno is as it was");
+    assert_eq!(unsafe { errno().read() }, 77, "the caller's errno is unchanged");
     assert_eq!(inside(), libc::EBADF);
     // SAFETY: as above.
     assert_eq!(unsafe { errno().read() }, libc::EBADF, "control");
@@ -63,8 +63,8 @@ fn thread_locals_are_the_domains_own() {
         COUNT.set(COUNT.get() + 1);
         COUNT.get()
     };
-    assert_eq!(domain.call(count).unwrap(), 6, "a domain starts as a new thread does");
-    assert_eq!(domain.call(count).unwrap(), 7, "and keeps its own");
+    assert_eq!(domain.call(count).unwrap(), 6, "a domain starts with the initial values, like a new thread");
+    assert_eq!(domain.call(count).unwrap(), 7, "a domain keeps its thread-locals between calls");
     assert_eq!(COUNT.get(), 100);
     assert_eq!(count(), 101, "control");
 }

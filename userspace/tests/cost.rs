@@ -1,9 +1,9 @@
-//! What calls cost, in instructions.
+//! The costs of calls, in instructions.
 //!
-//! The guest runs with `-icount shift=0,sleep=off`, where the time-stamp counter counts instructions, the kernel's
-//! included. A second count, by single steps, sees those of the program alone and looks at each.
+//! With `-icount shift=0,sleep=off` QEMU's time-stamp counter counts instructions, including the kernel's. Another test
+//! single-steps a call. It counts only the program's instructions, and looks for WRPKRU.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::arch::x86_64::_rdtsc;
 use std::hint::black_box;
@@ -24,15 +24,15 @@ suite! {
     an_empty_call_by_single_steps,
 }
 
-/// What two readings of the counter with nothing in between are apart.
+/// The difference between two consecutive readings of the counter.
 const READING: u64 = 4;
 
-/// The fewest instructions that a function takes, of many times.
+/// Returns the fewest instructions that a function takes in 200 runs.
 fn count(mut function: impl FnMut()) -> u64 {
     (0..200).map(|_| count_once(&mut function)).min().unwrap_or(0)
 }
 
-/// The instructions that a function takes.
+/// Returns the instructions that one run of a function takes.
 fn count_once(function: impl FnOnce()) -> u64 {
     // SAFETY: every x86-64 CPU has the instruction.
     let before = unsafe { _rdtsc() };
@@ -42,7 +42,7 @@ fn count_once(function: impl FnOnce()) -> u64 {
     (after - before).saturating_sub(READING)
 }
 
-/// Reports a figure, and fails if it is above twice the goal.
+/// Prints a figure. Fails if it is above twice the goal.
 fn report(what: &str, figure: u64, goal: u64) {
     let limit = 2 * goal;
     println!("figure: {what}: {figure} instructions (goal {goal}, fails above {limit})");
@@ -52,13 +52,13 @@ fn report(what: &str, figure: u64, goal: u64) {
 fn a_violation_costs_less_to_log_than_to_rewind() {
     let mut domain = domain("logged");
     let targets = [0u64; 64];
-    // The fewest instructions of an `Err` and of its text: of the same violation each time, and of another each time.
+    // Once with the same violation each time, and once with a different one each time.
     for (what, others) in [("again", 1), ("at another address", targets.len())] {
         let (mut rewind, mut text) = (u64::MAX, u64::MAX);
         for number in 0..200 {
             let target = (&raw const targets[(number + 1) % others]).cast_mut();
             let mut result = Ok(());
-            // SAFETY: none: this is the mistake.
+            // SAFETY: deliberately unsound: the mistake under test.
             let once = || result = domain.call(|| unsafe { target.write_volatile(1) });
             rewind = rewind.min(count_once(once));
             let violation = result.unwrap_err();
@@ -88,7 +88,7 @@ fn a_rewind() {
         domain.call(|| ()).unwrap();
         // SAFETY: as above.
         let ready = unsafe { _rdtsc() };
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         drop(domain.call(|| unsafe { (black_box(address) as *mut u64).write_volatile(1) }).unwrap_err());
         // SAFETY: as above.
         let after = unsafe { _rdtsc() };
@@ -96,7 +96,7 @@ fn a_rewind() {
         whole = whole.min(after - before);
     }
     report("a call that faults, to its Err", fewest - READING, 5300);
-    println!("figure: the same, and the call before it, which discards and prepares: {whole} instructions");
+    println!("figure: the same with the call before it, which discards the old memory: {whole} instructions");
     assert_eq!(*target, 0);
 }
 
@@ -112,7 +112,7 @@ fn malloc_and_free_in_a_domain() {
 }
 
 fn the_bare_gate() {
-    // It makes the thread ready.
+    // Making a domain prepares the thread.
     let domain = domain("ready");
     // SAFETY: the call touches no memory.
     let key = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) };
@@ -121,9 +121,9 @@ fn the_bare_gate() {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping touches nothing that exists.
     let stack = unsafe { libc::mmap(std::ptr::null_mut(), size, access, flags, -1, 0) };
-    // SAFETY: the pages are the test's.
+    // SAFETY: the pages belong to the test.
     assert_eq!(unsafe { libc::syscall(libc::SYS_pkey_mprotect, stack, size, access, i32::from(key.number())) }, 0);
-    // SAFETY: the domain's capability check has found FSGSBASE.
+    // SAFETY: the domain was built, so the CPU has FSGSBASE.
     let fs_base = unsafe { pkru::instructions::rdfsbase() };
     let mut context = Context::new(key, default_rights(key), (stack as usize + size) as u64, fs_base);
     unsafe extern "C" fn same(argument: u64) -> u64 {
@@ -132,7 +132,7 @@ fn the_bare_gate() {
     let once = |context: &mut Context| {
         // SAFETY: every x86-64 CPU has the instruction.
         let before = unsafe { _rdtsc() };
-        // SAFETY: the stack is mapped and tagged, the key is not used otherwise, and `same` does not trap.
+        // SAFETY: the stack is mapped and tagged, nothing else uses the key, and `same` does not trap.
         let exit = unsafe { Gate::Pkru.enter(context, same, 7) };
         // SAFETY: as above.
         let after = unsafe { _rdtsc() };
@@ -146,7 +146,7 @@ fn the_bare_gate() {
 
 fn a_call_costs_the_same_with_a_thousand_domains() {
     let mut domain = domain("one");
-    /// One function, so that both figures are of the same code.
+    /// Not inlined, so that both figures measure the same code.
     #[inline(never)]
     fn empty(domain: &mut Domain) -> u64 {
         // The first call may have to get a key.
@@ -185,9 +185,9 @@ fn a_discard_costs_what_was_touched() {
         "figure: a discard after one page was touched: {small} instructions with a heap of 1 MiB, {large} with 512 MiB"
     );
     println!("figure: a discard after 100 pages were touched: {some} instructions; after 1,000: {many}");
-    // The kernel looks at one entry for every 2 MiB of addresses, some 25 instructions a MiB.
-    assert!(large < small + 512 * 50, "the size of the heap hardly counts");
-    assert!(many > some && many < some * 20, "what was touched does");
+    // The kernel visits one page table entry per 2 MiB of addresses, which is about 25 instructions per MiB.
+    assert!(large < small + 512 * 50, "the cost hardly depends on the size of the heap");
+    assert!(many > some && many < some * 20, "the cost depends on the touched pages");
 }
 
 fn an_empty_call_by_single_steps() {
@@ -198,11 +198,11 @@ fn an_empty_call_by_single_steps() {
     let (all, wrpkru) = steps(&mut domain, WRPKRU);
     println!("figure: an empty Domain::call: {all} instructions by single steps, {wrpkru} of them WRPKRU");
     assert_eq!(wrpkru, 2);
-    // Without optimisation there is no telling.
+    // Unoptimised code has no fixed cost.
     assert!(all <= 300 || cfg!(debug_assertions));
 }
 
-/// Marks the beginning and the end of what is counted.
+/// Marks the beginning and the end of the counted code.
 #[unsafe(naked)]
 extern "C" fn marker() {
     std::arch::naked_asm!("nop", "ret")
@@ -212,13 +212,13 @@ fn in_marker(instruction: u64) -> bool {
     (0..2).contains(&instruction.wrapping_sub(marker as *const () as usize as u64))
 }
 
-/// Runs an empty call step by step, in a child; returns the number of instructions between two calls of `marker`, and
-/// how many of them begin with these three bytes.
+/// Single-steps an empty call in a child. Returns the number of instructions between two calls of `marker`, and how
+/// many of them begin with these three bytes.
 fn steps(domain: &mut Domain, bytes: u64) -> (u64, u64) {
-    // SAFETY: the child makes system calls and the call to be counted, and exits.
+    // SAFETY: the child makes system calls and the counted call, and exits.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        // SAFETY: the parent traces this process from here on.
+        // SAFETY: the calls touch no memory. The parent traces this process from here on.
         unsafe {
             libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
             libc::raise(libc::SIGSTOP);
@@ -226,7 +226,7 @@ fn steps(domain: &mut Domain, bytes: u64) -> (u64, u64) {
         marker();
         let result = domain.call(|| ());
         marker();
-        // SAFETY: leaves without running anything of the parent's.
+        // SAFETY: `_exit` runs none of the parent's exit handlers.
         unsafe { libc::_exit(i32::from(result.is_err())) };
     }
     let wait = || {
@@ -238,11 +238,11 @@ fn steps(domain: &mut Domain, bytes: u64) -> (u64, u64) {
     wait();
     let (mut markers, mut all, mut found) = (0, 0, 0);
     while markers < 2 {
-        // SAFETY: the child is stopped, and waits for this.
+        // SAFETY: the child is stopped and traced by this process.
         unsafe { libc::ptrace(libc::PTRACE_SINGLESTEP, child, 0, 0) };
         let status = wait();
-        assert!(libc::WIFSTOPPED(status), "the child ended before it was counted: {status:#x}");
-        // SAFETY: a C struct of integers, for which zero is a value.
+        assert!(libc::WIFSTOPPED(status), "the child ended before the second marker: {status:#x}");
+        // SAFETY: this is a C struct of integers, for which zero is valid.
         let mut registers: libc::user_regs_struct = unsafe { std::mem::zeroed() };
         // SAFETY: the struct is writable.
         unsafe { libc::ptrace(libc::PTRACE_GETREGS, child, 0, &raw mut registers) };
@@ -256,7 +256,7 @@ fn steps(domain: &mut Domain, bytes: u64) -> (u64, u64) {
             found += u64::from(word & 0x00ff_ffff == bytes);
         }
     }
-    // SAFETY: ends the child.
+    // SAFETY: the call touches no memory.
     unsafe { libc::kill(child, libc::SIGKILL) };
     wait();
     (all, found)

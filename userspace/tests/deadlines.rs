@@ -1,6 +1,6 @@
-//! Calls that take too long.
+//! Calls that exceed their deadline.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ fn a_loop_that_does_not_end() {
         assert_eq!(*violation.kind(), ViolationKind::Deadline);
         assert!(start.elapsed() >= deadline, "{:?}", start.elapsed());
     }
-    // One that waits in the kernel.
+    // A call that waits in the kernel.
     let violation = contain(&mut domain, || {
         // SAFETY: the call touches no memory.
         unsafe { libc::pause() };

@@ -1,6 +1,6 @@
-//! Faults outside any domain: the program has them as it would without domains.
+//! Faults outside any domain have the same effect as in a program without domains.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::arch::asm;
 use std::hint::black_box;
@@ -19,7 +19,7 @@ suite! {
 
 fn a_breakpoint_outside_any_domain_kills_the_process_as_before() {
     let _ = domain("bystander");
-    // SAFETY: none: this is the fault.
+    // SAFETY: deliberately unsound: the fault under test.
     let status = in_child(|| unsafe { asm!("int3") });
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGTRAP, "{status:#x}");
 }
@@ -67,7 +67,7 @@ fn a_fault_outside_kills_the_process_as_before() {
     let _ = domain("bystander");
     let status = in_child(mistake);
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
-    // SAFETY: this is what is tried.
+    // SAFETY: `abort` has no preconditions.
     let status = in_child(|| unsafe { libc::abort() });
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
 }
@@ -78,7 +78,7 @@ fn a_fault_in_a_handler_that_interrupted_a_domain_is_the_programs() {
     }
     let mut domain = domain("innocent");
     install(libc::SIGALRM, wrong, 0);
-    // SAFETY: sends this thread a signal.
+    // SAFETY: `raise` has no preconditions.
     let status = in_child(|| drop(domain.call(|| unsafe { libc::raise(libc::SIGALRM) })));
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
 }
@@ -92,7 +92,7 @@ fn a_handler_that_was_there_before_gets_what_is_its_own() {
         // SAFETY: as above; the faulting instruction below is two bytes long.
         unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] += 2 };
     }
-    // SAFETY: a zeroed sigaction is valid, and the handler keeps to what handlers may do.
+    // SAFETY: a zeroed sigaction is valid, and the handler only does what handlers may do.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = handler as *const () as usize;
@@ -106,5 +106,5 @@ fn a_handler_that_was_there_before_gets_what_is_its_own() {
     assert_eq!(SEEN.load(Ordering::Relaxed), 0x123);
     SEEN.store(0, Ordering::Relaxed);
     contain(&mut domain, fault);
-    assert_eq!(SEEN.load(Ordering::Relaxed), 0, "a fault in a domain is not passed on");
+    assert_eq!(SEEN.load(Ordering::Relaxed), 0, "the program's handler does not see faults in a domain");
 }

@@ -1,6 +1,6 @@
-//! The malloc family in a domain, from C's side and from Rust's, as the standard says.
+//! The malloc family in a domain, called from C and from Rust, behaves as the standard requires.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::ffi::c_void;
 use std::hint::black_box;
@@ -37,14 +37,14 @@ fn blocks_lie_in_the_domain_and_are_aligned() {
     // SAFETY: malloc takes any size.
     let outside = unsafe { libc::malloc(64) };
     assert!(!outside.is_null());
-    // SAFETY: it was allocated above, outside; the C library takes it back.
+    // SAFETY: the block was allocated above, outside any domain.
     unsafe { libc::free(outside) };
 }
 
 fn products_that_overflow_are_refused() {
     let mut domain = domain("overflow");
     let refused = domain.call(|| {
-        // SAFETY: these take any numbers; what they return is not used.
+        // SAFETY: the functions take any numbers, and the returned blocks are not used.
         unsafe {
             [
                 black_box(libc::calloc(usize::MAX / 2, 3)).is_null(),
@@ -61,7 +61,7 @@ fn products_that_overflow_are_refused() {
 fn calloc_clears_what_was_used_before() {
     let mut domain = domain("zero");
     let sum = domain.call(|| {
-        // SAFETY: the blocks are as long as what is written and read.
+        // SAFETY: the blocks have 500 bytes.
         unsafe {
             let dirty = libc::malloc(500).cast::<u8>();
             dirty.write_bytes(0xff, 500);
@@ -77,7 +77,7 @@ fn alignments() {
     let mut domain = domain("align");
     let result = domain.call(|| {
         let mut block = std::ptr::null_mut();
-        // SAFETY: `block` is writable, and what these return is not used.
+        // SAFETY: `block` is writable, and the returned blocks are not used.
         unsafe {
             (
                 libc::posix_memalign(&raw mut block, 24, 8),
@@ -122,7 +122,7 @@ fn usable_size_covers_what_was_asked() {
 fn an_exhausted_heap_says_so_in_c() {
     let mut domain = build(Domain::builder("full").heap_size(1 << 20));
     let blocks = domain.call(|| {
-        // SAFETY: malloc takes any size; the blocks are left.
+        // SAFETY: malloc takes any size, and the blocks are not used.
         (0..).take_while(|_| !unsafe { black_box(libc::malloc(10_000)) }.is_null()).count() as u64
     });
     assert!((95..105).contains(&blocks.unwrap()));
@@ -144,8 +144,8 @@ fn c_strings_come_from_the_domains_heap() {
 
 fn character_classes_work() {
     let mut domain = domain("ctype");
-    // These go through tables that a new thread sets up.
-    // SAFETY: both take any character.
+    // These functions use tables that the C library initialises for each thread.
+    // SAFETY: both functions take any character.
     let upper = domain.call(|| unsafe { (libc::toupper(i32::from(b'p')), libc::isdigit(i32::from(b'7')) != 0) });
     assert_eq!(upper.unwrap(), (i32::from(b'P'), true));
 }
@@ -154,7 +154,8 @@ fn callocs_and_reallocarrays_products() {
     let mut domain = domain("products");
     let answers = domain.call(|| {
         let half = usize::MAX / 2 + 1;
-        // SAFETY: allocations that fail, or are kept. The compiler would leave them out if it could.
+        // `black_box` keeps the compiler from removing the allocations.
+        // SAFETY: the functions take any numbers, and the returned blocks are not used.
         unsafe {
             let block = black_box(libc::malloc(16));
             let results = [
@@ -177,7 +178,7 @@ fn a_domains_block_is_not_freed_outside() {
     let block = domain.call(|| unsafe { libc::malloc(100) } as u64).unwrap() as *mut c_void;
     for resize in [false, true] {
         let status = support::in_child(|| {
-            // SAFETY: none: this is the mistake.
+            // SAFETY: deliberately unsound: the mistake under test.
             unsafe {
                 if resize {
                     libc::realloc(block, 200) as usize
@@ -189,6 +190,6 @@ fn a_domains_block_is_not_freed_outside() {
         });
         assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
     }
-    // SAFETY: the domain's own.
+    // SAFETY: the block belongs to this domain.
     domain.call(|| unsafe { libc::free(block) }).expect("control");
 }

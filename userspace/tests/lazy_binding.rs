@@ -1,6 +1,6 @@
-//! Libraries whose functions the loader binds at their first call.
+//! Libraries with lazy binding: the loader binds each function at its first call.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use pkru_userspace::Domain;
 use support::{build, contain, domain, mistake, suite, works};
@@ -10,9 +10,10 @@ suite! {
     a_library_that_binds_lazily_is_given_away,
 }
 
-/// Compresses something; returns zlib's result and the size. zlib, which Debian links lazily, calls malloc and memcpy
-/// through slots that nothing has bound before: unbound, the first call would have the loader write what a domain may
-/// not.
+/// Compresses data with zlib. Returns zlib's result and the size.
+///
+/// Debian links zlib with lazy binding. The first call of malloc or memcpy through an unbound slot would make the
+/// loader write memory that a domain may not write.
 fn compress_something() -> (i32, u64) {
     #[link(name = "z")]
     unsafe extern "C" {
@@ -20,7 +21,7 @@ fn compress_something() -> (i32, u64) {
     }
     let (data, mut out) = ([7u8; 5000], vec![0u8; 5000]);
     let mut size = out.len() as libc::c_ulong;
-    // SAFETY: both buffers are as long as is said.
+    // SAFETY: both buffers have these sizes.
     let result = unsafe { compress(out.as_mut_ptr(), &raw mut size, data.as_ptr(), data.len() as libc::c_ulong) };
     (result, size)
 }
@@ -39,7 +40,7 @@ fn a_library_that_binds_lazily_is_given_away() {
         assert_eq!(domain.call(compress_something).unwrap().0, 0);
         contain(&mut domain, mistake);
     }
-    // Binding others does not look at what the domain has, also when its key is another's.
+    // Binding other libraries does not access the data of zlib, even if the domain has lost its key.
     let others: Vec<_> = (0..20).map(|_| support::domain("other")).collect();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let library = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|file| file.contains("libz.so"));
@@ -47,7 +48,7 @@ fn a_library_that_binds_lazily_is_given_away() {
     std::fs::create_dir_all(std::env::temp_dir()).unwrap();
     std::fs::copy(library.unwrap(), &copy).unwrap();
     let name = std::ffi::CString::new(copy.to_str().unwrap()).unwrap();
-    // SAFETY: the library has no initialisers that could do harm.
+    // SAFETY: zlib's constructors have no preconditions.
     assert!(!unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_LAZY) }.is_null());
     std::fs::remove_file(&copy).unwrap();
     works(&mut support::domain("later"));

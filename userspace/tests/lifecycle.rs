@@ -1,6 +1,6 @@
-//! Making, using, discarding and dropping domains.
+//! Building, using, discarding and dropping domains.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use pkru_userspace::{Domain, Error};
 use support::{build, contain, domain, mistake, suite, works};
@@ -8,7 +8,7 @@ use support::{build, contain, domain, mistake, suite, works};
 suite! {
     state_lasts_until_a_violation,
     discard_leaves_nothing_to_read,
-    sizes_that_cannot_be_had_are_refused,
+    impossible_sizes_are_refused,
     the_smallest_domain_works,
     nothing_leaks_over_many_lives,
     ten_thousand_rewinds,
@@ -21,14 +21,14 @@ fn state_lasts_until_a_violation() {
     let place = domain.call(|| std::ptr::from_mut(Box::leak(Box::new(0u64))) as usize).unwrap();
     let count = || {
         let place = place as *mut u64;
-        // SAFETY: the word is on the domain's heap until that is discarded.
+        // SAFETY: the word is on the domain's heap until a discard.
         unsafe { place.write(place.read() + 1) };
         // SAFETY: as above.
         unsafe { place.read() }
     };
     assert_eq!([domain.call(count).unwrap(), domain.call(count).unwrap()], [1, 2]);
     contain(&mut domain, mistake);
-    // SAFETY: the word was on the domain's heap; what is there now reads as zero, or as what was allocated since.
+    // SAFETY: the address is on the domain's heap. The word is zero, or newly allocated.
     let word = domain.call(|| unsafe { (place as *const u64).read() }).unwrap();
     assert_ne!(word, 2, "the state is gone");
 }
@@ -50,7 +50,7 @@ fn discard_leaves_nothing_to_read() {
     assert_eq!(domain.call(look).unwrap(), 0);
 }
 
-fn sizes_that_cannot_be_had_are_refused() {
+fn impossible_sizes_are_refused() {
     let _ = domain("control");
     for (builder, part) in [
         (Domain::builder("none").heap_size(0), "heap"),
@@ -74,7 +74,7 @@ fn the_smallest_domain_works() {
     works(&mut domain);
 }
 
-/// How many mappings the process has.
+/// Returns the number of mappings of this process.
 fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
 }
@@ -103,7 +103,7 @@ fn ten_thousand_rewinds() {
 
 fn locked_memory_is_discarded_from_any_thread() {
     let mut domain = build(Domain::builder("locked").heap_size(1 << 20));
-    // SAFETY: the call touches no memory of ours.
+    // SAFETY: the call does not change memory contents.
     assert_eq!(unsafe { libc::mlockall(libc::MCL_CURRENT) }, 0);
     contain(&mut domain, mistake);
     let place = domain.call(|| vec![0x77_u8; 1000].leak().as_ptr() as usize).unwrap();
@@ -113,7 +113,7 @@ fn locked_memory_is_discarded_from_any_thread() {
     })
     .join()
     .unwrap();
-    // SAFETY: the place is in the domain's heap.
+    // SAFETY: the block is in the domain's heap.
     let read = || unsafe { std::slice::from_raw_parts(place as *const u8, 1000) }.contains(&0x77);
     assert!(!domain.call(read).unwrap());
     contain(&mut domain, mistake);
@@ -126,11 +126,11 @@ fn a_domain_cannot_make_or_call_another() {
     assert!(refused.unwrap());
     let refused = outer.call(|| pkru_userspace::capability::detect().is_err_and(|error| error == Error::InDomain));
     assert!(refused.unwrap());
-    // Locking writes to the caller's memory; a pointer gets around that, to the call itself.
+    // Locking would write the caller's memory. A pointer bypasses the lock.
     let place = inner.lock().unwrap().key().unwrap().number();
     let pointer = std::ptr::from_ref(&inner) as usize;
     let nested = outer.call(|| {
-        // SAFETY: none: the domain is borrowed from under its lock.
+        // SAFETY: deliberately unsound: it accesses the domain without the lock.
         let inner = unsafe { &mut *(*(pointer as *mut std::sync::Mutex<Domain>)).get_mut().unwrap() };
         let violation = inner.call(|| 7u8).unwrap_err();
         (violation.to_string(), inner.key().unwrap().number())

@@ -1,6 +1,6 @@
 //! Panics, aborts and exits are violations, and the domain works afterwards.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::hint::black_box;
 
@@ -23,14 +23,14 @@ fn a_panic() {
         assert!(message.contains(&format!("number {number} in a domain")), "{message}");
         assert!(message.contains("panics_and_exits.rs"), "{message}");
     }
-    // Panics that the compiler puts in.
+    // A panic that the compiler inserts.
     let index = black_box(7);
     let violation = contain(&mut domain, || {
         black_box([1, 2, 3][black_box(index)]);
     });
     let ViolationKind::Panic { message: Some(message) } = violation.kind() else { panic!("{violation}") };
     assert!(message.contains("index out of bounds"), "{message}");
-    // Outside, panics go where they went.
+    // Panics outside a domain work as before.
     assert!(std::panic::catch_unwind(|| panic!("as ever")).is_err());
     assert!(!std::thread::panicking());
 }
@@ -54,7 +54,7 @@ fn a_panic_on_another_thread() {
 
 fn an_abort() {
     let mut domain = domain("abort");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let ways: [&dyn Fn(); 3] = [&|| std::process::abort(), &|| unsafe { libc::abort() }, &|| unsafe {
         libc::raise(libc::SIGABRT);
     }];
@@ -65,12 +65,12 @@ fn an_abort() {
 
 fn an_exit() {
     let mut domain = domain("exit");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let ways: [&dyn Fn(); 2] = [&|| unsafe { libc::exit(3) }, &|| unsafe { libc::_exit(3) }];
     for way in ways {
         assert_eq!(*contain(&mut domain, way).kind(), ViolationKind::Exit { status: Some(3) });
     }
-    // std flushes standard output first, with a lock.
+    // std first locks standard output, a static. The violation can occur there, with the status unknown.
     let violation = contain(&mut domain, || std::process::exit(3));
     assert!(matches!(violation.kind(), ViolationKind::Exit { .. }), "{violation}");
 }

@@ -1,4 +1,4 @@
-//! The README shows the example `first_call`, word for word.
+//! Checks that the README contains the example `first_call` word for word.
 
 #[test]
 fn the_readme_shows_the_example() {

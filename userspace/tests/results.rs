@@ -1,7 +1,7 @@
-//! Results: those that a hostile domain forges are refused, nothing outside it is read or freed, and they do not fill its
-//! heap.
+//! Results of calls. A forged result is refused, and receiving it reads and frees nothing outside the domain. Results
+//! do not fill the domain's heap.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::cell::RefCell;
 
@@ -50,15 +50,15 @@ fn a_vector_outside_the_domain() {
     let mut domain = domain("liar");
     let secret = vec![0x42_u8; 64];
     let address = secret.as_ptr().cast_mut();
-    // SAFETY: none: the vector is not the domain's.
+    // SAFETY: deliberately unsound: the vector's memory is not in the domain.
     let invalid = refused(&mut domain, || unsafe { Vec::from_raw_parts(address, 64, 64) });
     assert_eq!(invalid, InvalidResult::OutOfBounds { address: address as u64, length: 64 });
-    assert_eq!(secret, [0x42; 64], "and nothing has freed it");
+    assert_eq!(secret, [0x42; 64], "the block was not freed");
 }
 
 fn a_length_past_the_end() {
     let mut domain = domain("liar");
-    // SAFETY: none: the length is a lie.
+    // SAFETY: deliberately unsound: the length is wrong.
     let invalid = refused(&mut domain, || unsafe {
         let block = Vec::leak(vec![0u8; 16]).as_mut_ptr();
         Vec::from_raw_parts(block, 1 << 40, 1 << 40)
@@ -68,7 +68,7 @@ fn a_length_past_the_end() {
 
 fn text_that_is_not_utf8() {
     let mut domain = domain("liar");
-    // SAFETY: none: the bytes are not UTF-8.
+    // SAFETY: deliberately unsound: the bytes are not UTF-8.
     let invalid = refused(&mut domain, || unsafe { String::from_utf8_unchecked(vec![0xff, 0xfe]) });
     assert_eq!(invalid, InvalidResult::NotUtf8);
 }
@@ -77,7 +77,7 @@ fn parts_that_overlap() {
     let mut domain = domain("liar");
     let invalid = refused(&mut domain, || {
         let block = Vec::leak(vec![0u64; 1 << 20]).as_mut_ptr();
-        // SAFETY: none: all of them are the same block.
+        // SAFETY: deliberately unsound: all of them are the same block.
         (0..1000).map(|_| unsafe { Vec::from_raw_parts(block, 1 << 20, 1 << 20) }).collect::<Vec<_>>()
     });
     assert_eq!(invalid, InvalidResult::TooLarge);
@@ -85,7 +85,7 @@ fn parts_that_overlap() {
 
 type Bytes = <Vec<u8> as Transfer>::Wire;
 
-/// Keeps the wire of some bytes, to send it again.
+/// Keeps the wire of a byte vector, to send it again.
 struct Kept(Bytes);
 
 impl Transfer for Kept {
@@ -96,7 +96,7 @@ impl Transfer for Kept {
     }
 
     fn from_wire(wire: Bytes, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        // Twice, which is no mistake either.
+        // Receiving a wire twice is allowed too.
         Vec::<u8>::from_wire(wire, memory)?;
         Vec::<u8>::from_wire(wire, memory)?;
         Ok(Self(wire))
@@ -126,7 +126,7 @@ fn a_wire_that_is_sent_again_frees_nothing() {
     assert_eq!(words.unwrap(), Some(WORDS.map(String::from)));
 }
 
-/// Where the bytes lie that a wire refers to, as its words in `Debug` say.
+/// Returns the address in a wire, parsed from its `Debug` output.
 fn wire_address(domain: &mut Domain, wire: Bytes) -> usize {
     works(domain);
     let text = format!("{wire:?}");
@@ -136,7 +136,7 @@ fn wire_address(domain: &mut Domain, wire: Bytes) -> usize {
 
 fn lent_blocks_are_freed() {
     let mut domain = build(Domain::builder("small").heap_size(1 << 20));
-    // 16 times what the heap has. Half of it is received by nobody.
+    // 16 times the size of the heap. `from_wire` ignores half of it.
     struct Ignored;
     impl Transfer for Ignored {
         type Wire = Bytes;
@@ -155,7 +155,7 @@ fn lent_blocks_are_freed() {
 
 fn nesting_stays_within_the_callers_stack() {
     struct Node<const N: usize>([u8; N], Vec<Self>);
-    /// The wires of nodes, lent one by one.
+    /// The wire of a vector of nodes.
     struct Nodes(Bytes);
     impl Transfer for Nodes {
         type Wire = Bytes;
@@ -213,7 +213,7 @@ fn a_result_that_lies_on_the_stack_is_not_freed() {
     let mut domain = domain("stack");
     let forge = || {
         let bytes = std::mem::ManuallyDrop::new([7u8; 32]);
-        // SAFETY: none: the vector's memory is no block.
+        // SAFETY: deliberately unsound: the vector's memory is not a heap block.
         unsafe { Vec::from_raw_parts(std::hint::black_box(bytes.as_ptr().cast_mut()), 32, 32) }
     };
     assert_eq!(domain.call(forge).unwrap().len(), 32);

@@ -1,6 +1,6 @@
-//! Signal masks and signal stacks that the program sets: faults in domains are taken all the same.
+//! Faults in domains are handled even if the program sets signal masks or a signal stack.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use pkru_userspace::Domain;
 use support::{contain, domain, mistake, suite};

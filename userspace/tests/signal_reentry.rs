@@ -1,6 +1,6 @@
-//! Handlers that call domains, need their keys, or leave a call by a jump.
+//! Signal handlers that call domains, need their keys, or leave a call by a jump.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -64,7 +64,7 @@ fn the_first_call_of_a_thread_in_a_handler() {
     *CALLED.lock().unwrap() = Some(domain("called"));
     install(libc::SIGUSR1, call_a_domain, 0);
     std::thread::spawn(move || {
-        // SAFETY: sends this thread a signal.
+        // SAFETY: `raise` has no preconditions.
         unsafe { libc::raise(libc::SIGUSR1) };
         contain(&mut other, mistake);
         works(&mut other);
@@ -74,14 +74,14 @@ fn the_first_call_of_a_thread_in_a_handler() {
     assert_eq!((COUNT.load(Ordering::Relaxed), WRONG.load(Ordering::Relaxed)), (1, 0));
 }
 
-/// Sends this thread SIGUSR1 when the notice is given.
+/// Sends SIGUSR1 to this thread after [`Notice::give`].
 fn signal_at(notice: &Arc<Notice>) {
     // SAFETY: the call touches no memory.
     let thread = unsafe { libc::pthread_self() };
     let notice = Arc::clone(notice);
     std::thread::spawn(move || {
         notice.wait();
-        // SAFETY: the thread waits in a domain.
+        // SAFETY: the thread is alive, because it waits in a domain.
         unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
     });
 }
@@ -102,14 +102,14 @@ fn a_deadline_survives_a_handler_that_calls_domains() {
         signal_at(&notice);
         let violation = outer.call(|| give_and_loop(&notice)).unwrap_err();
         assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
-        assert_eq!(WRONG.load(Ordering::Relaxed), 0, "the handler's call has no such deadline");
+        assert_eq!(WRONG.load(Ordering::Relaxed), 0, "the outer deadline does not apply to the handler's call");
     }
     assert_eq!(COUNT.load(Ordering::Relaxed), 2);
 }
 
 fn a_handler_that_needs_the_key_of_the_call_it_has_interrupted() {
     use pkru_userspace::capability::{SignalFrame, detect};
-    // One key for what is closed, and one for domains.
+    // One key for domains, plus those that pkru-userspace itself needs.
     let extra = usize::from(detect().is_ok_and(|found| found.signal_frame == SignalFrame::OnWritableStack));
     pkru_userspace::set_key_limit(2 + extra);
     *CALLED.lock().unwrap() = Some(domain("called"));
@@ -119,7 +119,7 @@ fn a_handler_that_needs_the_key_of_the_call_it_has_interrupted() {
     signal_at(&notice);
     let violation = outer.call(|| give_and_loop(&notice)).unwrap_err();
     assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
-    assert_eq!(WRONG.load(Ordering::Relaxed), 1, "the handler's call is refused, and does not wait for ever");
+    assert_eq!(WRONG.load(Ordering::Relaxed), 1, "the handler's call fails instead of waiting for ever");
     works(&mut outer);
     works(CALLED.lock().unwrap().as_mut().unwrap());
 }
@@ -143,9 +143,9 @@ fn a_jump_out_of_a_handler() {
 fn a_jump_out_of_a_call_gives_its_key_back() {
     let mut domain = domain("left");
     install(libc::SIGUSR1, leave, 0);
-    // SAFETY: sends this thread a signal.
+    // SAFETY: `raise` has no preconditions.
     with_a_way_out(|| drop(domain.call(|| unsafe { libc::raise(libc::SIGUSR1) })));
-    // This waits until no call pins a key.
+    // Opening statics waits until no call pins a key.
     let mut open = support::open_domain("open");
     works(&mut open);
     works(&mut domain);
@@ -156,15 +156,15 @@ fn a_call_from_a_signal_handler() {
     static DOMAIN: AtomicPtr<Domain> = AtomicPtr::new(std::ptr::null_mut());
     static ANSWER: AtomicU32 = AtomicU32::new(0);
     extern "C" fn handler(_: i32) {
-        // SAFETY: the test uses the domain only here meanwhile.
+        // SAFETY: nothing else uses the domain while the handler runs.
         let domain = unsafe { &mut *DOMAIN.load(Ordering::Relaxed) };
         ANSWER.store(domain.call(|| 7u32).unwrap_or(0), Ordering::Relaxed);
     }
     let mut domain = domain("handler");
     works(&mut domain);
     DOMAIN.store(&raw mut domain, Ordering::Relaxed);
-    // The handler starts with rights to key 0 alone.
-    // SAFETY: it is called at once, on this thread, at no bad moment.
+    // The kernel starts a handler with rights to key 0 only.
+    // SAFETY: the handler runs during `raise`, on this thread, while nothing else uses the domain.
     unsafe {
         libc::signal(libc::SIGUSR1, handler as *const () as usize);
         libc::raise(libc::SIGUSR1);

@@ -1,6 +1,6 @@
-//! A program's own signal handlers run as they would without domains, also when their signal arrives inside one.
+//! The program's signal handlers work as without domains, even if a signal arrives while a domain runs.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::cell::Cell;
 use std::hint::black_box;
@@ -27,14 +27,14 @@ suite! {
     other_threads_system_calls_are_not_interrupted_when_statics_are_opened,
 }
 
-/// What the handlers have seen, beside their number.
+/// How many handler runs saw a wrong state, and the stack and instruction pointers of the last run.
 static WRONG: AtomicU64 = AtomicU64::new(0);
 static STACK: AtomicUsize = AtomicUsize::new(0);
 static WHERE: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! { static MARK: Cell<u32> = const { Cell::new(0) } }
 
-/// Looks at everything that must be the program's: thread-locals, rights to write, the stack, errno.
+/// Checks that the handler has the program's thread-locals and rights, and records its stack.
 extern "C" fn look(_: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let here = 0u8;
     STACK.store((&raw const here).addr(), Ordering::Relaxed);
@@ -57,8 +57,8 @@ fn begin() {
     ALLOCATED.with(|word| assert_eq!(**word, 11));
 }
 
-/// Runs in domains for a while and until there were so many timer signals, now and then with a fault; returns how many
-/// calls there were.
+/// Calls the domain for at least `time` and until `signals` signals were handled. Some calls fault. Returns the number
+/// of calls.
 fn run_for(time: Duration, signals: u64, domain: &mut Domain) -> u64 {
     let start = Instant::now();
     let mut calls = 0;
@@ -103,7 +103,7 @@ fn a_handler_installed_before_the_first_domain() {
     timer(0);
     assert!(COUNT.load(Ordering::Relaxed) > 100);
     assert_eq!(WRONG.load(Ordering::Relaxed), 0);
-    // The program is told what it has set, and not what the kernel has.
+    // `sigaction` returns the program's action, not the one in the kernel.
     let old = install(libc::SIGALRM, look, 0);
     assert_eq!((old.sa_sigaction, old.sa_flags & libc::SA_RESTART), (look as *const () as usize, libc::SA_RESTART));
 }
@@ -124,19 +124,19 @@ fn the_handlers_stack_is_the_one_that_was_asked_for() {
     install(libc::SIGALRM, look, libc::SA_ONSTACK);
     wait_in(&mut domain);
     assert!(own.contains(&STACK.load(Ordering::Relaxed)), "with SA_ONSTACK it is the program's alternate stack");
-    // SAFETY: sends this thread a signal outside any domain.
+    // SAFETY: `raise` has no preconditions.
     unsafe { libc::raise(libc::SIGALRM) };
-    assert!(own.contains(&STACK.load(Ordering::Relaxed)), "outside a domain, too");
+    assert!(own.contains(&STACK.load(Ordering::Relaxed)), "the same outside a domain");
 
     install(libc::SIGALRM, look, 0);
     wait_in(&mut domain);
     let here = (&raw const told).addr();
     let distance = here.wrapping_sub(STACK.load(Ordering::Relaxed));
-    assert!(distance < 64 * 1024, "without it is the caller's stack, {distance} bytes below");
+    assert!(distance < 64 * 1024, "without SA_ONSTACK it is the caller's stack: {distance} bytes below");
     // SAFETY: as above.
     unsafe { libc::raise(libc::SIGALRM) };
     let distance = here.wrapping_sub(STACK.load(Ordering::Relaxed));
-    assert!(distance < 64 * 1024, "outside a domain, too: {distance}");
+    assert!(distance < 64 * 1024, "the same outside a domain: {distance}");
     assert_eq!(WRONG.load(Ordering::Relaxed), 0);
 }
 
@@ -155,7 +155,7 @@ fn a_handler_may_use_a_lot_of_stack() {
 
 fn signals_within_handlers() {
     extern "C" fn outer(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        // SAFETY: sends this thread a signal.
+        // SAFETY: `raise` has no preconditions.
         unsafe { libc::raise(libc::SIGUSR1) };
         COUNT.fetch_add(1, Ordering::Relaxed);
     }
@@ -191,7 +191,7 @@ fn one_shot_handlers() {
     begin();
     let mut domain = domain("once");
     install(libc::SIGUSR1, look, libc::SA_RESETHAND);
-    // SAFETY: sends this thread a signal.
+    // SAFETY: `raise` has no preconditions.
     domain.call(|| unsafe { libc::raise(libc::SIGUSR1) }).unwrap();
     assert_eq!(COUNT.load(Ordering::Relaxed), 1);
     let old = install(libc::SIGUSR1, look, 0);
@@ -204,7 +204,7 @@ fn signal_and_its_answers() {
     }
     let mut domain = domain("signal");
     let handler = simple as *const () as usize;
-    // SAFETY: the handler keeps to what handlers may do.
+    // SAFETY: the handler only does what handlers may do.
     unsafe {
         assert_eq!(libc::signal(libc::SIGUSR2, handler), libc::SIG_DFL);
         domain.call(|| libc::raise(libc::SIGUSR2)).unwrap();
@@ -219,7 +219,7 @@ fn signal_and_its_answers() {
 
 fn handlers_are_not_for_code_in_a_domain_to_set() {
     let mut domain = domain("setter");
-    // SAFETY: refused.
+    // SAFETY: `SIG_IGN` is not a function.
     let set = || unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) == libc::SIG_ERR };
     assert!(domain.call(set).unwrap());
     assert!(!set(), "control");
@@ -252,7 +252,7 @@ fn many_threads_with_timers() {
         })
         .collect();
     std::thread::sleep(Duration::from_secs(5));
-    // On a busy machine that takes longer.
+    // A busy machine needs longer.
     while COUNT.load(Ordering::Relaxed) <= 1000 || ROUNDS.iter().any(|rounds| rounds.load(Ordering::Relaxed) <= 10) {
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -271,10 +271,10 @@ fn children_of_a_program_that_sets_handlers_all_the_time() {
     });
     for _ in 0..20 {
         let status = in_child(|| {
-            // SAFETY: the child ends if it waits for ever.
+            // SAFETY: the call has no preconditions. The alarm ends a child that hangs.
             unsafe { libc::alarm(300) };
             install(libc::SIGUSR1, look, 0);
-            // The kernel does not copy timers.
+            // A fork does not copy timers, so the child needs its own.
             let violation = domain.call(|| while black_box(true) {}).unwrap_err();
             assert_eq!(*violation.kind(), pkru_userspace::ViolationKind::Deadline);
         });

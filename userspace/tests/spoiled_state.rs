@@ -1,6 +1,6 @@
-//! Code that spoils registers, rights and the stack pointer: the caller gets its own back.
+//! Code in a domain that changes registers, rights and the stack pointer. The gate restores the caller's.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::arch::asm;
 use std::hint::black_box;
@@ -24,13 +24,13 @@ fn a_spoiled_fs_base() {
     thread_local! { static WORD: std::cell::Cell<u32> = const { std::cell::Cell::new(1) } }
     let mut domain = domain("fs");
     WORD.set(7);
-    // On the way out the caller gets its own.
-    // SAFETY: none: this is the mistake.
+    // The gate restores the caller's FS base.
+    // SAFETY: deliberately unsound: the mistake under test.
     let _ = domain.call(|| unsafe { asm!("wrfsbase {}", in(reg) 0x1000_u64) });
     assert_eq!(WORD.get(), 7);
-    // Where the code goes on to use a thread-local, that is a violation like any other.
+    // Using a thread-local with a wrong FS base is a violation.
     let violation = domain.call(|| {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         unsafe { asm!("wrfsbase {}", in(reg) 0x1000_u64) };
         WORD.get()
     });
@@ -41,10 +41,10 @@ fn a_spoiled_fs_base() {
 
 fn a_jump_to_32_bit_code() {
     let mut domain = domain("far");
-    // Offset and selector of Linux's 32-bit code segment. A far return would do too, but QEMU 7.2 reads its stack as
-    // the kernel.
+    // Offset and selector of Linux's 32-bit code segment. A far return does not work here, because
+    // QEMU 7.2 reads its stack with kernel privileges.
     let target = [0x1000_u32, 0x23];
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation =
         contain(&mut domain, || unsafe { asm!("jmp fword ptr [{}]", in(reg) &raw const target, options(noreturn)) });
     assert_eq!(*violation.kind(), ViolationKind::Null { address: 0x1000, access: Access::Execute });
@@ -57,7 +57,7 @@ fn a_stack_pointer_in_the_signal_stack() {
     unsafe { libc::syscall(libc::SYS_sigaltstack, std::ptr::null::<libc::stack_t>(), &raw mut stack) };
     for offset in [64, 200, 2000, 8000] {
         let place = stack.ss_sp as usize + offset;
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         contain(&mut domain, || unsafe { asm!("mov rsp, {}", "ud2", in(reg) place, options(noreturn)) });
     }
 }
@@ -67,8 +67,8 @@ fn memory_made_executable_only() {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping touches nothing that exists.
     let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, flags, -1, 0) };
-    // Linux takes a key for such memory and changes the thread's rights to it.
-    // SAFETY: the page is the test's.
+    // Linux allocates a key for execute-only memory and changes the thread's rights to it.
+    // SAFETY: the page belongs to the test.
     let protect = || unsafe { libc::mprotect(page, 4096, libc::PROT_EXEC) };
     assert_eq!(domain.call(protect).unwrap(), 0);
     contain(&mut domain, mistake);
@@ -79,7 +79,7 @@ fn memory_made_executable_only() {
     });
 }
 
-/// Runs something while code in a domain of its own runs on another thread; that code is given the other domain's key.
+/// Runs a function while the domain `other` runs on another thread. Passes the number of the domain's key.
 fn while_another_runs(mut other: Domain, something: impl FnOnce(u64)) {
     static IS_OVER: AtomicBool = AtomicBool::new(false);
     let key = u64::from(other.key().unwrap().number());
@@ -96,19 +96,19 @@ fn while_another_runs(mut other: Domain, something: impl FnOnce(u64)) {
     begun.wait();
     something(key);
     IS_OVER.store(true, Ordering::Relaxed);
-    running.join().unwrap().expect("the other domain was still running, and was not disturbed");
+    running.join().unwrap().expect("the other domain's call returns");
 }
 
 fn a_return_with_another_domains_key() {
     let other = domain("other");
     let mut domain = domain("liar");
-    // The gate's return address is the first thing on the domain's stack, below the page through which results leave.
+    // The return address to the gate is at the top of the domain's stack, below the mailbox page.
     let lie = |key: u64| {
         let stack: u64;
         // SAFETY: reading the stack pointer changes nothing.
         unsafe { asm!("mov {}, rsp", out(reg) stack) };
         let top = (stack + 4096) & !4095;
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         unsafe { asm!("mov rbx, {}", "mov rsp, {}", "ret", in(reg) key, in(reg) top - 8, options(noreturn)) }
     };
     let own = u64::from(domain.key().unwrap().number());
@@ -118,13 +118,13 @@ fn a_return_with_another_domains_key() {
                 lie(own)
             }
         })
-        .expect("control: with its own key it is a return");
+        .expect("control: with its own key the call returns");
     let idle = u64::from(other.key().unwrap().number());
     let violation = contain(&mut domain, || lie(idle));
-    assert!(matches!(violation.kind(), ViolationKind::Null { .. }), "that key's domain does not run: {violation}");
+    assert!(matches!(violation.kind(), ViolationKind::Null { .. }), "the idle domain has no context: {violation}");
     while_another_runs(other, |key| {
         let violation = contain(&mut domain, || lie(key));
-        assert_eq!(*violation.kind(), ViolationKind::IllegalInstruction, "the claim is refuted");
+        assert_eq!(*violation.kind(), ViolationKind::IllegalInstruction, "the gate detects the wrong key");
     });
 }
 
@@ -133,9 +133,9 @@ fn opening_the_key_of_a_running_domain() {
     let mut domain = domain("opener");
     while_another_runs(other, |key| {
         let rights = !(3u32 << (2 * key));
-        // Whose fault it is is told by the thread, and not by the rights.
+        // The violation is attributed to the domain that runs on this thread, whatever its rights are.
         contain(&mut domain, || {
-            // SAFETY: none: the domain gives itself rights.
+            // SAFETY: deliberately unsound: the domain changes its own rights.
             unsafe {
                 asm!("rdpkru", "and eax, {:e}", "wrpkru", in(reg) rights, out("eax") _, in("ecx") 0, out("edx") _);
             }
@@ -154,9 +154,9 @@ fn spoiled_registers_are_restored() {
     };
     let x87 = || {
         let mut environment = [0u32; 7];
-        // SAFETY: the instruction stores 28 bytes; it masks exceptions, which the one after undoes.
+        // SAFETY: `fnstenv` stores 28 bytes. It also masks exceptions, and `fldcw` restores the control word.
         unsafe { asm!("fnstenv [{0}]", "fldcw [{0}]", in(reg) &raw mut environment) };
-        // The control word and the tags of the stack's registers.
+        // The control word and the tag word.
         (environment[0] as u16, environment[2] as u16)
     };
     let gs_base = || {
@@ -167,9 +167,9 @@ fn spoiled_registers_are_restored() {
     };
     let before = (mxcsr(), x87(), gs_base());
     let spoil = || {
-        // Other rounding in MXCSR, other precision in the x87 control word.
+        // A different rounding mode in MXCSR, and a different precision in the x87 control word.
         let (rounding, precision) = (0x7f80_u32, 0x007f_u32);
-        // SAFETY: none: the caller's state is changed against the ABI.
+        // SAFETY: deliberately unsound: it violates the ABI by not restoring this state.
         unsafe {
             asm!("ldmxcsr [{}]", "fldz", "fldcw [{}]", in(reg) &raw const rounding, in(reg) &raw const precision);
             asm!("wrgsbase {}", in(reg) 0x1234_5000_u64);

@@ -1,6 +1,6 @@
-//! Ways to go wrong, each a violation of its own kind: the domain works afterwards.
+//! Failures in a domain. Each is a violation of its own kind, and the domain works afterwards.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::arch::asm;
 use std::hint::black_box;
@@ -38,7 +38,7 @@ fn a_key_fault_names_everything() {
     static TARGET: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
     #[inline(never)]
     fn culprit(target: *mut u64) {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         unsafe { target.write_volatile(1) };
     }
     let violation = contain(&mut domain, || culprit(black_box(TARGET.as_ptr())));
@@ -124,7 +124,7 @@ fn what_a_violation_displays_is_settled_when_it_occurs() {
     let (handle, data) = load(&copy, "libsettled");
 
     let mut domain = domain("settled");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let write = || unsafe { data.write_volatile(1) };
     let violation = domain.call(write).unwrap_err();
     // SAFETY: nothing uses the library.
@@ -152,7 +152,7 @@ fn a_run_past_the_end_of_the_domains_own_memory() {
 
 fn a_closure_is_named() {
     let target = Box::into_raw(Box::new(0u64));
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let write = || unsafe { target.write_volatile(1) };
     let limited = Domain::builder("limited").deadline(Duration::from_secs(60));
     for mut domain in [domain("plain"), support::build(limited)] {
@@ -164,7 +164,7 @@ fn a_closure_is_named() {
             text.contains(") (the program's memory), at") && text.ends_with("or use a `Region` or a callback"),
             "{text}"
         );
-        // SAFETY: the call is made in the domain.
+        // SAFETY: the call runs in the domain, where it is stopped.
         let violation = domain.call(|| unsafe { libc::srand(1) }).unwrap_err();
         let text = violation.to_string();
         assert!(
@@ -184,7 +184,7 @@ fn a_null_write() {
 
 fn a_jump_to_nowhere() {
     let mut domain = domain("jump");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let function = unsafe { std::mem::transmute::<usize, extern "C" fn()>(black_box(0x10)) };
     let violation = contain(&mut domain, || function());
     assert_eq!(*violation.kind(), ViolationKind::Null { address: 0x10, access: Access::Execute });
@@ -192,7 +192,7 @@ fn a_jump_to_nowhere() {
 
 fn an_address_that_is_none() {
     let mut domain = domain("canonical");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || unsafe { black_box((1u64 << 63) as *mut u64).write_volatile(1) });
     assert_eq!(*violation.kind(), ViolationKind::GeneralProtection);
 }
@@ -211,28 +211,28 @@ fn a_stack_overflow() {
 
 fn a_lost_stack_pointer() {
     let mut domain = domain("lost");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || unsafe { asm!("mov rsp, 64", "push rax", options(noreturn)) });
     assert!(matches!(violation.kind(), ViolationKind::Null { .. }), "{violation}");
 }
 
 fn an_illegal_instruction() {
     let mut domain = domain("illegal");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || unsafe { asm!("ud2") });
     assert_eq!(*violation.kind(), ViolationKind::IllegalInstruction);
 }
 
 fn a_division_by_zero() {
     let mut domain = domain("divide");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let divide = || unsafe { asm!("div {0:e}", in(reg) 0, inout("eax") 1 => _, inout("edx") 0 => _) };
     assert_eq!(*contain(&mut domain, divide).kind(), ViolationKind::Arithmetic);
 }
 
 fn a_breakpoint() {
     let mut domain = domain("break");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || unsafe { asm!("int3") });
     assert_eq!(*violation.kind(), ViolationKind::Breakpoint);
 }
@@ -249,7 +249,7 @@ fn a_bus_error() {
     assert_ne!(page, libc::MAP_FAILED);
     std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
     std::fs::remove_file(&path).unwrap();
-    // SAFETY: none: the file behind the page is gone.
+    // SAFETY: deliberately unsound: the file was truncated, so the page has no contents.
     let violation = contain(&mut domain, || unsafe {
         black_box(page.cast::<u8>().read_volatile());
     });
@@ -276,9 +276,9 @@ fn an_exhausted_heap_in_rust() {
 
 fn a_wild_jump() {
     let mut domain = domain("jump");
-    // Memory that cannot be executed.
+    // Memory that is not executable.
     static DATA: [u8; 16] = [0xc3; 16];
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let function = unsafe { std::mem::transmute::<*const u8, extern "C" fn()>(black_box(DATA.as_ptr())) };
     let violation = contain(&mut domain, || function());
     assert_eq!(violation.access(), Some(Access::Execute), "{violation}");
@@ -286,7 +286,7 @@ fn a_wild_jump() {
 
 fn a_signal_that_code_sends_itself() {
     let mut domain = domain("raise");
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || unsafe {
         libc::raise(libc::SIGSEGV);
     });
@@ -304,13 +304,13 @@ fn frees_of_what_is_no_block() {
     let mut domain = domain("free");
     let mut outside = Box::new(1u64);
     let foreign = &raw mut *outside;
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let error = invalid_free(&mut domain, || unsafe { libc::free(foreign.cast()) });
     assert_eq!(error, HeapError::Foreign { address: foreign as usize });
     assert_eq!(*outside, 1);
 
     let error = invalid_free(&mut domain, || {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         unsafe {
             let block = black_box(libc::malloc(100));
             libc::free(block);
@@ -320,11 +320,11 @@ fn frees_of_what_is_no_block() {
     assert!(matches!(error, HeapError::DoubleFree { .. }));
 
     let error = invalid_free(&mut domain, || {
-        // SAFETY: none: this is the mistake.
+        // SAFETY: deliberately unsound: the mistake under test.
         unsafe { libc::free(black_box(libc::malloc(100)).byte_add(32)) };
     });
     assert!(matches!(error, HeapError::NotABlock { .. }));
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let error = invalid_free(&mut domain, || unsafe {
         libc::realloc(foreign.cast(), 100);
     });
@@ -335,7 +335,7 @@ fn a_stack_pointer_near_the_end_of_addresses() {
     static WORD: AtomicBool = AtomicBool::new(false);
     let mut domain = domain("end");
     let place = WORD.as_ptr();
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     let violation = contain(&mut domain, || unsafe {
         asm!("mov rsp, -3", "mov byte ptr [{}], 1", in(reg) place, options(noreturn))
     });

@@ -1,15 +1,15 @@
-//! Loops in a graph.
+//! Finds loops in a graph.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// Nodes that can all reach each other.
+/// A strongly connected component: nodes that can all reach each other.
 pub(super) struct Knot {
     pub(super) modules: Vec<usize>,
-    /// For each node a shortest loop through it, without repetitions; the short ones first.
+    /// A shortest loop through each node, without duplicates, shortest first.
     pub(super) loops: Vec<Vec<usize>>,
 }
 
-/// Finds the knots of a graph, given by its arrows.
+/// Finds the strongly connected components that have a loop. `arrows` are the edges of the graph.
 pub(super) fn find(arrows: &BTreeSet<(usize, usize)>) -> Vec<Knot> {
     let nodes: BTreeSet<_> = arrows.iter().map(|&(from, _)| from).collect();
     let reached: BTreeMap<_, _> = nodes.iter().map(|&node| (node, search(arrows, node))).collect();
@@ -30,12 +30,12 @@ pub(super) fn find(arrows: &BTreeSet<(usize, usize)>) -> Vec<Knot> {
     knots
 }
 
-/// Returns the arrows of a loop.
+/// Returns the edges of a loop.
 pub(super) fn pairs(chain: &[usize]) -> impl Iterator<Item = (usize, usize)> {
     chain.iter().copied().zip(chain.iter().copied().cycle().skip(1))
 }
 
-/// Searches breadth first. Returns the nodes that can be reached, each with the node before it.
+/// Searches breadth first. Returns the nodes reachable from `start`, each with its predecessor.
 fn search(arrows: &BTreeSet<(usize, usize)>, start: usize) -> BTreeMap<usize, usize> {
     let mut before = BTreeMap::new();
     let mut queue = VecDeque::from([start]);
@@ -50,8 +50,8 @@ fn search(arrows: &BTreeSet<(usize, usize)>, start: usize) -> BTreeMap<usize, us
     before
 }
 
-/// Follows a search back from its start to its start. The loop begins with its lowest node, so that one loop has one
-/// form.
+/// Returns the loop through `start` that a search found. It begins with its lowest node, so that duplicates compare
+/// equal.
 fn shortest(before: &BTreeMap<usize, usize>, start: usize) -> Vec<usize> {
     let mut chain = vec![start];
     let mut node = before[&start];

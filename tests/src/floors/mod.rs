@@ -1,21 +1,23 @@
-//! Checks the layers of a crate's modules, its floors, from its source.
+//! Checks the layers of a crate's modules, called floors, from its source.
 //!
-//! The documentation of the crate's `lib.rs` has the table of floors, see [`table`]. A module may use modules of its
-//! own floor and of lower ones, and no modules may use each other in a loop. The crate root is above all floors.
+//! The documentation of the crate's `lib.rs` has the table of floors: see [`table`]. A module may use modules of its
+//! own floor and of lower floors. Modules must not use each other in a loop. The crate root is above all floors.
 //!
-//! A module is a file here. It uses the file that defines a name, through whichever re-exports it gets the name; for a
-//! name of another crate, the file that re-exports it. A re-export itself uses nothing. Tests and documentation do not
-//! count.
+//! A module is a file here. It uses the files that define the names it mentions, even if it gets a name through a
+//! re-export. A name of another crate counts as defined by the file that re-exports it. A re-export itself is not a
+//! use. Tests and documentation do not count.
 //!
 //! | module | subject |
 //! |---|---|
 //! | [`table`] | the table of floors |
-//! | [`source`] | the modules, and the paths that each one mentions |
+//! | [`source`] | the modules, and the paths that each mentions |
 //! | [`names`] | which module defines what a path names |
 //! | [`loops`] | loops in a graph |
 //!
-//! Not seen: method calls, whose types are not known here; names that a macro puts together; symbols that the linker
-//! resolves; a local variable that hides a re-exported name.
+//! # Limits
+//!
+//! The check does not see method calls, names that a macro generates, or symbols that the linker resolves. It mistakes
+//! a local variable for a re-export of the same name.
 
 mod loops;
 mod names;
@@ -33,10 +35,10 @@ use names::Dependency;
 use source::Crate;
 use table::Floors;
 
-/// Reads a file. Tests read from memory.
+/// Reads a file. Tests replace it to read from memory.
 type Read<'a> = &'a dyn Fn(&Path) -> io::Result<String>;
 
-/// Checks the crates whose `lib.rs` is in these folders, and prints what is wrong.
+/// Checks the crates whose `lib.rs` is in these folders, and prints the errors.
 pub(crate) fn run(folders: &[&str]) -> ExitCode {
     let mut code = ExitCode::SUCCESS;
     for folder in folders {
@@ -72,7 +74,7 @@ fn check(folder: &Path, read: Read<'_>) -> Result<String, Vec<String>> {
     Ok(format!("{count} modules on {} floors, no import goes up, no loops", floors.count()))
 }
 
-/// Returns an error for each pair of modules of which one uses the other on a higher floor.
+/// Returns an error for each pair of modules in which one uses the other on a higher floor.
 fn climbs(modules: &Crate, floors: &Floors, dependencies: &[Dependency]) -> Vec<String> {
     let mut pairs: BTreeMap<_, Vec<&Dependency>> = BTreeMap::new();
     for dependency in dependencies {
@@ -80,7 +82,7 @@ fn climbs(modules: &Crate, floors: &Floors, dependencies: &[Dependency]) -> Vec<
     }
     let mut errors = Vec::new();
     for ((from, to), uses) in pairs {
-        // The root has no floor: it may use everyone. A module that the table lacks is an error already.
+        // The root has no floor and may use all modules. A module missing from the table is an error already.
         let Some(low) = floors.of(modules, from) else { continue };
         let (place, advice) = match floors.of(modules, to) {
             Some(high) if high > low => (format!("floor {high}"), format!("move this code up to floor {high}")),
@@ -92,7 +94,7 @@ fn climbs(modules: &Crate, floors: &Floors, dependencies: &[Dependency]) -> Vec<
         let lines: Vec<_> = lines.iter().map(usize::to_string).collect();
         let also = if lines.is_empty() { String::new() } else { format!(" (also in line {})", lines.join(", ")) };
         errors.push(format!(
-            "{} (floor {low}) uses {} ({place}): `{}`{also}; {advice}, or have the caller hand the value down",
+            "{} (floor {low}) uses {} ({place}): `{}`{also}; {advice}, or pass the value from the caller",
             arrow_start(modules, uses[0]),
             modules.name(to),
             uses[0].path,
@@ -101,12 +103,15 @@ fn climbs(modules: &Crate, floors: &Floors, dependencies: &[Dependency]) -> Vec<
     errors
 }
 
-/// Returns an error for each shortest loop through some module, and one for the modules that several loops tie together.
+/// Returns an error for each shortest loop through a module, and one for each group of modules with several loops.
 fn knots(modules: &Crate, floors: &Floors, dependencies: &[Dependency]) -> Vec<String> {
     let mut arrows: BTreeMap<_, &Dependency> = BTreeMap::new();
-    // The import of a module takes nothing from it yet: what is used through it is mentioned as well. An import that goes
+    // An import of a module alone is not a use. What the code uses through it is mentioned separately. An import that goes
     // up is an error already, and would tie half the crate together.
-    let goes_up = |dependency: &&Dependency| matches!((floors.of(modules, dependency.from), floors.of(modules, dependency.to)), (Some(low), Some(high)) if high > low);
+    let goes_up = |dependency: &&Dependency| {
+        let (low, high) = (floors.of(modules, dependency.from), floors.of(modules, dependency.to));
+        low.is_some() && high > low
+    };
     for dependency in dependencies.iter().filter(|dependency| !dependency.is_module && !goes_up(dependency)) {
         arrows.entry((dependency.from, dependency.to)).or_insert(dependency);
     }

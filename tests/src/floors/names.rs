@@ -1,8 +1,8 @@
-//! Which module defines what a path names.
+//! Resolves paths to the modules that define them.
 
 use super::source::{Crate, Kind};
 
-/// What a path names: a module, or something that a module defines.
+/// What a path names: a module, or an item in this module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Target {
     Module(usize),
@@ -15,20 +15,20 @@ pub(super) struct Dependency {
     pub(super) from: usize,
     pub(super) to: usize,
     pub(super) line: usize,
-    /// What the source says.
+    /// The path as written.
     pub(super) path: String,
-    /// It names the module itself and nothing in it.
+    /// The path names the module itself, not an item in it.
     pub(super) is_module: bool,
 }
 
-/// Returns what the modules use of each other, in the order of the source.
+/// Returns the uses between modules, in source order.
 pub(super) fn dependencies(modules: &Crate) -> Vec<Dependency> {
     let mut dependencies = Vec::new();
     for (module, scope) in modules.iter() {
         for mention in &scope.mentions {
             let is_private = || !scope.imports.iter().any(|import| import.is_public && import.name == mention.path[0]);
             let targets = match mention.kind {
-                // The `use` that brings a name in counts already, unless it is a re-export.
+                // The `use` of this name has been counted, unless it is a re-export.
                 Kind::Path if mention.path.len() == 1 && is_private() => continue,
                 Kind::Macro if mention.path.len() == 1 => modules.textual_macro(module, &mention.path[0]),
                 _ => modules.resolve(module, &mention.path, &mut Vec::new()),
@@ -47,12 +47,12 @@ pub(super) fn dependencies(modules: &Crate) -> Vec<Dependency> {
     dependencies
 }
 
-/// The names that are being looked up, which end re-exports in a circle.
+/// The names being looked up, to detect circular re-exports.
 type Pending = Vec<(usize, String)>;
 
 impl Crate {
-    /// Follows a path from a module. Returns nothing if it begins with another crate's name; more than one target where
-    /// a module, a macro and a function share a name.
+    /// Resolves a path as seen from a module. Returns nothing if the path begins with another crate's name. Returns
+    /// several targets if a module, a macro and a function share the name.
     fn resolve(&self, from: usize, path: &[String], pending: &mut Pending) -> Vec<Target> {
         let parent = |module: usize| vec![Target::Module(self[module].parent.unwrap_or(Self::ROOT))];
         let mut targets = match path[0].as_str() {
@@ -65,7 +65,7 @@ impl Crate {
             let step = |target| match (target, segment.as_str()) {
                 (Target::Item(_), _) | (_, "self") => vec![target],
                 (Target::Module(module), "super") => parent(module),
-                // Something that a macro defines there, if nothing else.
+                // A name that is not found must come from a macro in the module.
                 (Target::Module(module), name) => {
                     self.lookup(module, name, pending).unwrap_or_else(|| vec![Target::Item(module)])
                 }
@@ -75,7 +75,7 @@ impl Crate {
         targets
     }
 
-    /// Looks a name up in a module; `None` if the module has none such.
+    /// Looks up a name in a module.
     fn lookup(&self, module: usize, name: &str, pending: &mut Pending) -> Option<Vec<Target>> {
         let this = (module, name.to_string());
         if pending.contains(&this) {
@@ -88,7 +88,7 @@ impl Crate {
         let mut found: Vec<_> = child.into_iter().chain(item).collect();
         for import in scope.imports.iter().filter(|import| import.name == name) {
             let targets = self.resolve(module, &import.path, pending);
-            // A name of another crate.
+            // Without a target it is a name of another crate.
             found.push(if targets.is_empty() { vec![Target::Item(module)] } else { targets });
         }
         if found.is_empty() {
@@ -103,7 +103,7 @@ impl Crate {
         if found.is_empty() { None } else { Some(found.concat()) }
     }
 
-    /// Finds a macro by its bare name: in the module, or defined in one around it.
+    /// Finds a macro by its bare name, in the module or in an enclosing one.
     fn textual_macro(&self, module: usize, name: &str) -> Vec<Target> {
         if let Some(found) = self.lookup(module, name, &mut Vec::new()) {
             return found;

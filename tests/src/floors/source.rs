@@ -1,4 +1,4 @@
-//! The modules of a crate, and the paths that each one mentions.
+//! Parses the modules of a crate, and the paths that each mentions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Index;
@@ -11,14 +11,14 @@ use syn::{Attribute, Item, ItemMod, ItemUse, Meta, Token, UseTree, Visibility};
 
 use super::Read;
 
-/// A module, of a file or inline.
+/// A module: a file or an inline module.
 #[derive(Default)]
 pub(super) struct Module {
-    /// From the crate root, which is empty.
+    /// The path from the crate root. The root's is empty.
     pub(super) path: Vec<String>,
     pub(super) file: PathBuf,
     pub(super) parent: Option<usize>,
-    /// The module whose file this is in: itself, unless it is inline.
+    /// The module of the file that contains it. For a file's module this is the module itself.
     pub(super) home: usize,
     pub(super) children: BTreeMap<String, usize>,
     pub(super) items: BTreeSet<String>,
@@ -27,11 +27,11 @@ pub(super) struct Module {
     /// The paths of imports that end in `*`.
     pub(super) globs: Vec<Vec<String>>,
     pub(super) mentions: Vec<Mention>,
-    /// Where the files of its children are.
+    /// The folder of its child modules' files.
     folder: PathBuf,
 }
 
-/// A name that a `use` brings in.
+/// A name that a `use` imports.
 pub(super) struct Import {
     pub(super) name: String,
     pub(super) path: Vec<String>,
@@ -39,7 +39,7 @@ pub(super) struct Import {
     pub(super) is_public: bool,
 }
 
-/// A path that stands in the code.
+/// A path in the code.
 pub(super) struct Mention {
     pub(super) path: Vec<String>,
     pub(super) line: usize,
@@ -54,13 +54,13 @@ pub(super) enum Kind {
     Macro,
 }
 
-/// The modules of a crate, without those of tests.
+/// The modules of a crate, without test modules.
 pub(super) struct Crate(Vec<Module>);
 
 impl Crate {
     pub(super) const ROOT: usize = 0;
 
-    /// Reads the crate with this root.
+    /// Parses the crate with this root file.
     pub(super) fn read(root: &Path, read: Read<'_>) -> Result<Self, String> {
         let folder = root.parent().unwrap_or(Path::new("")).to_path_buf();
         let module = Module { file: root.into(), folder, ..Module::default() };
@@ -97,7 +97,7 @@ struct Reader<'a> {
     /// The module whose code is being visited.
     module: usize,
     read: Read<'a>,
-    /// The first error; nothing is read after it.
+    /// The first error.
     error: Option<String>,
 }
 
@@ -125,7 +125,7 @@ impl Reader<'_> {
     }
 
     fn path(&mut self, path: &syn::Path, kind: Kind) {
-        // A path with leading colons begins with another crate.
+        // A path with leading colons names an item of another crate.
         if path.leading_colon.is_none() {
             let names = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
             self.mention(names, path.segments[0].ident.span(), kind);
@@ -158,7 +158,7 @@ impl Reader<'_> {
         self.module = parent;
     }
 
-    /// Notes what a `use` brings in.
+    /// Records the names that a `use` imports.
     fn import(&mut self, tree: &UseTree, path: &[String], is_public: bool) {
         let with = |ident: &Ident| [path, &[ident.to_string()]].concat();
         let (ident, name) = match tree {
@@ -182,8 +182,8 @@ impl Reader<'_> {
         self.scope().imports.push(Import { name, path, is_public });
     }
 
-    /// Notes the paths in tokens that `syn` leaves unparsed: those of macros, of attributes, and of syntax that it does
-    /// not know. `prefix` is the path before the braces of an import.
+    /// Records the paths in tokens that `syn` does not parse: in macros, in attributes, and in unknown syntax. `prefix`
+    /// is the path before the braces of an import.
     fn scan(&mut self, tokens: TokenStream, prefix: &[String]) {
         let tokens: Vec<_> = tokens.into_iter().collect();
         let mut at = 0;
@@ -215,13 +215,14 @@ impl Reader<'_> {
     }
 }
 
-/// Whether these tokens end with `::`.
+/// Returns whether the tokens end with `::`.
 fn ends_with_colons(tokens: &[TokenTree]) -> bool {
     matches!(tokens, [.., TokenTree::Punct(first), TokenTree::Punct(second)]
         if first.as_char() == ':' && first.spacing() == Spacing::Joint && second.as_char() == ':')
 }
 
-/// Whether a path begins with this name: it is no field, method, lifetime or macro variable, nor part of a longer path.
+/// Returns whether a path begins with this identifier. It does not for a field, a method, a lifetime or a macro
+/// variable, or inside a longer path.
 fn begins_path(before: &[TokenTree], ident: &Ident) -> bool {
     let is = |token: &TokenTree, character| matches!(token, TokenTree::Punct(punct) if punct.as_char() == character);
     match before {
@@ -233,7 +234,7 @@ fn begins_path(before: &[TokenTree], ident: &Ident) -> bool {
     }
 }
 
-/// Defines visits that leave test code out.
+/// Defines visitor methods that skip test code.
 macro_rules! leave_tests_out {
     ($($visit:ident: $node:ident),*) => {
         $(fn $visit(&mut self, node: &'ast syn::$node) {
@@ -272,7 +273,7 @@ impl<'ast> Visit<'ast> for Reader<'_> {
     fn visit_item_macro(&mut self, item: &'ast syn::ItemMacro) {
         if let Some(name) = item.ident.as_ref().map(Ident::to_string) {
             if item.attrs.iter().any(|attribute| attribute.path().is_ident("macro_export")) {
-                // Such a macro is at the crate root as well.
+                // An exported macro is at the crate root as well.
                 let path = ["crate"].map(String::from).into_iter().chain(self.scope().path.clone());
                 let path = path.chain([name.clone()]).collect();
                 self.modules[Crate::ROOT].imports.push(Import { name: name.clone(), path, is_public: true });
@@ -302,7 +303,7 @@ impl<'ast> Visit<'ast> for Reader<'_> {
         }
     }
 
-    // `pub(in crate::keys)` uses nothing.
+    // The path in `pub(in crate::keys)` is not a use.
     fn visit_visibility(&mut self, _: &'ast Visibility) {}
 }
 
@@ -315,7 +316,7 @@ fn parts(item: &Item) -> (&[Attribute], Option<&Ident>) {
         Item::ForeignMod(item) => (&item.attrs, None),
         Item::Impl(item) => (&item.attrs, None),
         Item::Macro(item) => (&item.attrs, item.ident.as_ref()),
-        // A module is a child and no item.
+        // A module is a child, not an item.
         Item::Mod(item) => (&item.attrs, None),
         Item::Static(item) => (&item.attrs, Some(&item.ident)),
         Item::Struct(item) => (&item.attrs, Some(&item.ident)),
@@ -328,7 +329,7 @@ fn parts(item: &Item) -> (&[Attribute], Option<&Ident>) {
     }
 }
 
-/// Whether these attributes leave their item to tests.
+/// Returns whether these attributes limit their item to tests.
 fn is_test(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| {
         let is_cfg = attribute.path().is_ident("cfg");
@@ -336,7 +337,7 @@ fn is_test(attributes: &[Attribute]) -> bool {
     })
 }
 
-/// Whether this predicate of `cfg` holds in tests only.
+/// Returns whether a `cfg` predicate holds only in tests.
 fn needs_test(predicate: &Meta) -> bool {
     let Meta::List(list) = predicate else { return predicate.path().is_ident("test") };
     let inner = list.parse_args_with(Punctuated::<Meta, Token![,]>::parse_terminated).unwrap_or_default();

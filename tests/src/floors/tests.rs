@@ -1,4 +1,4 @@
-//! The check on small crates in memory, and on the real ones with a planted import.
+//! Tests the check with small crates in memory, and with a real crate and a planted import.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -27,7 +27,7 @@ pub use high::Thing;
 pub use high::inner::Deep as Renamed;
 ";
 
-/// Checks a crate of the modules in `TABLE`, with other files or other text in place of some.
+/// Checks a crate with the modules in `TABLE`. `files` adds files or replaces their text.
 fn checked(files: &[(&str, &str)]) -> Result<String, Vec<String>> {
     let high =
         "mod inner;\npub use inner::Deep;\npub struct Thing;\n#[macro_export]\nmacro_rules! exported { () => {} }";
@@ -49,7 +49,7 @@ fn errors(files: &[(&str, &str)]) -> Vec<String> {
     checked(files).expect_err("it is found")
 }
 
-/// Asserts that the only error is that `low`, with this text, uses this module of floor 3 on this line.
+/// Asserts that `low`, with this text, has one error: it uses `module` of floor 3 on this line.
 #[track_caller]
 fn assert_climbs(text: &str, line: usize, module: &str) {
     let errors = errors(&[("low.rs", text)]);
@@ -70,7 +70,7 @@ fn an_upward_import_is_named() {
     assert_eq!(
         errors,
         ["src/low.rs:2: `low` (floor 1) uses `high` (floor 3): `crate::high::Thing` (also in line 3); \
-          move this code up to floor 3, or have the caller hand the value down"]
+          move this code up to floor 3, or pass the value from the caller"]
     );
 }
 
@@ -78,7 +78,7 @@ fn an_upward_import_is_named() {
 fn upward_imports_are_found_however_they_are_written() {
     assert_climbs("use crate::high;", 1, "high");
     assert_climbs("use crate::high::*;", 1, "high");
-    // Through re-exports: at the root, renamed, in a `mod.rs`, in a module below.
+    // Through re-exports: at the root, renamed, in a `mod.rs`, in a lower module.
     assert_climbs("use crate::Thing;", 1, "high");
     assert_climbs("use crate::Renamed;", 1, "high::inner");
     assert_climbs("use crate::high::Deep;", 1, "high::inner");
@@ -93,7 +93,7 @@ fn upward_imports_are_found_however_they_are_written() {
     assert_climbs("#[derive(crate::high::Derive)]\nstruct A;", 1, "high");
     assert_climbs("fn f() {\n    use crate::high::g;\n    g()\n}", 2, "high");
     assert_climbs("unsafe extern \"C\" {\n    safe fn f(_: crate::high::Thing);\n}", 2, "high");
-    // In macros: invoked, defined, and themselves.
+    // In macro calls, in macro definitions, and by calling a macro.
     assert_climbs("fn f() {\n    println!(\"{}\", crate::high::g(1));\n}", 2, "high");
     assert_climbs("m! { use crate::{base, high::{inner::Deep}}; }", 1, "high::inner");
     assert_climbs("macro_rules! m { () => { $crate::high::g() } }", 1, "high");
@@ -116,7 +116,7 @@ fn names_brought_in_are_followed() {
     assert!(level.len() == 1 && chains(&level[0]) == chains(chain), "{level:#?}");
 }
 
-/// The arrows of a loop, wherever it begins.
+/// Returns the edges of a loop, independent of where it begins.
 fn chains(error: &str) -> Vec<&str> {
     let mut lines: Vec<_> = error.lines().skip(1).collect();
     lines.sort_unstable();
@@ -217,7 +217,7 @@ fn the_table_and_the_modules_match() {
         errors(&[("lib.rs", &lib)]),
         [
             "src/low.rs: `low` is not in the table of floors in src/lib.rs",
-            "src/lib.rs:10: floor 2 has `gone::child`, which is no module of the crate",
+            "src/lib.rs:10: floor 2 has `gone::child`, which is not a module of the crate",
         ]
     );
     assert_eq!(
@@ -233,12 +233,12 @@ fn the_table_and_the_modules_match() {
     assert!(errors(&[("low.rs", "\nfn (")])[0].starts_with("src/low.rs:2: cannot parse it"));
 }
 
-/// Plants a line into a file of a real crate, as it is read, and asserts that it is found.
+/// Adds a line to a file of a real crate as it is read, and asserts that the check finds it.
 fn assert_planted(folder: &str, file: &str, import: &str) {
     let folder = crate::build::workspace().join(folder);
     let planted = folder.join(file);
     let read = |path: &Path| std::fs::read_to_string(path);
-    // What else is wrong with the crate is for `scripts/lint` to say.
+    // Other errors of the crate are for `scripts/lint` to report.
     if check(&folder, &read).is_err_and(|errors| errors[0].contains("no table of floors")) {
         println!("skipped: {} has no table of floors", folder.join("lib.rs").display());
         return;

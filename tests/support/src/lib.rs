@@ -1,6 +1,6 @@
-//! The harness of the suites that use domains, and what their tests share.
+//! The harness of the suites that use domains, and helpers for their tests.
 
-#![allow(clippy::missing_panics_doc, clippy::must_use_candidate, reason = "parts of tests panic where the test fails")]
+#![allow(clippy::missing_panics_doc, clippy::must_use_candidate, reason = "helpers panic to fail their test")]
 
 pub mod signals;
 pub mod suite;
@@ -20,26 +20,26 @@ pub fn domain(name: &str) -> Domain {
 /// Makes a domain that may write statics.
 #[track_caller]
 pub fn open_domain(name: &str) -> Domain {
-    // SAFETY: what the tests leave in statics is whole, and no longer looked at where it lies in the domain.
+    // SAFETY: the tests leave valid values in statics, and read no pointers into the domain from them.
     build(unsafe { Domain::builder(name).globals(Globals::Writable) })
 }
 
-/// Makes the domain that a builder describes.
+/// Builds a domain.
 #[track_caller]
 pub fn build(builder: Builder) -> Domain {
-    builder.build().unwrap_or_else(|error| panic!("there is no domain: {error}"))
+    builder.build().unwrap_or_else(|error| panic!("cannot build the domain: {error}"))
 }
 
-/// Describes a domain with little memory.
+/// Returns a builder for a domain with little memory.
 pub fn small(name: &str) -> Builder {
     Domain::builder(name).stack_size(64 * 1024).heap_size(256 * 1024)
 }
 
-/// Unwraps a violation by a key.
+/// Returns the key fault of a violation.
 pub fn key_fault(violation: &Violation) -> KeyFault {
     match violation.kind() {
         ViolationKind::Key(fault) => *fault,
-        other => panic!("no key fault: {other:?}"),
+        other => panic!("not a key fault: {other:?}"),
     }
 }
 
@@ -49,27 +49,28 @@ pub fn works(domain: &mut Domain) {
     assert_eq!(answer.expect("the domain works").iter().sum::<u32>(), 385);
 }
 
-/// Checks that a call is stopped by a violation and that the domain works afterwards.
+/// Checks that a call ends with a violation and that the domain works afterwards.
 pub fn contain(domain: &mut Domain, function: impl Fn()) -> Violation {
-    let violation = domain.call(&function).expect_err("it must be stopped");
+    let violation = domain.call(&function).expect_err("the call must end with a violation");
     works(domain);
     violation
 }
 
-/// Writes where nothing is mapped.
+/// Writes to an unmapped address.
 pub fn mistake() {
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     unsafe { std::hint::black_box(NOWHERE as *mut u64).write_volatile(1) };
 }
 
-/// Code that does not end.
+/// Loops for ever.
 pub fn loop_forever() {
     loop {
         std::hint::spin_loop();
     }
 }
 
-/// What code in a domain tells another thread: that it runs. A pipe, for a domain writes nobody else's memory.
+/// A one-time event, given by code in a domain and awaited by another thread. It is a pipe, because a domain cannot
+/// write memory outside itself.
 #[derive(Debug)]
 pub struct Notice {
     reader: PipeReader,
@@ -77,19 +78,19 @@ pub struct Notice {
 }
 
 impl Notice {
-    /// Makes a notice that has not been given.
+    /// Creates the event.
     pub fn new() -> Arc<Self> {
         let (reader, writer) = std::io::pipe().unwrap();
         Arc::new(Self { reader, writer })
     }
 
-    /// Gives it.
+    /// Wakes the thread that waits.
     pub fn give(&self) {
         // SAFETY: the byte is readable.
         assert_eq!(unsafe { libc::write(self.writer.as_raw_fd(), b"x".as_ptr().cast(), 1) }, 1);
     }
 
-    /// Waits until it is given.
+    /// Waits until another thread calls [`give`](Self::give).
     pub fn wait(&self) {
         (&self.reader).read_exact(&mut [0]).unwrap();
     }
@@ -98,14 +99,13 @@ impl Notice {
 /// An address at which nothing is mapped.
 pub const NOWHERE: usize = 0x120;
 
-/// Runs something in a child that the C library forks, and returns its wait status: 0 if it came to an end, 256 if it
-/// panicked.
+/// Runs a function in a forked child. Returns the child's wait status: 0 if the function returned, 256 if it panicked.
 pub fn in_child(function: impl FnOnce()) -> i32 {
     // SAFETY: the child runs the function and exits.
     let child = unsafe { libc::fork() };
     if child == 0 {
         let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(function)).is_ok();
-        // SAFETY: leaves without running anything of the parent's.
+        // SAFETY: `_exit` runs none of the parent's exit handlers.
         unsafe { libc::_exit(i32::from(!good)) };
     }
     let mut status = 0;

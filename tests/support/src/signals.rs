@@ -1,6 +1,6 @@
-//! Handlers of signals, as a program sets them, and what makes them run.
+//! Signal handlers, and ways to send signals.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a few C calls read better as one block")]
 
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,9 +10,9 @@ use pkru_userspace::Domain;
 /// A handler that is set with `SA_SIGINFO`.
 pub type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void);
 
-/// Sets the handler of a signal; returns the action that the signal had.
+/// Sets the handler of a signal. Returns the previous action.
 pub fn install(signal: i32, handler: Handler, flags: i32) -> libc::sigaction {
-    // SAFETY: zeroed sigactions are valid, and the tests' handlers keep to what handlers may do.
+    // SAFETY: zeroed sigactions are valid, and each test raises its signal where its handler may run.
     unsafe {
         let mut new: libc::sigaction = std::mem::zeroed();
         new.sa_sigaction = handler as *const () as usize;
@@ -23,21 +23,21 @@ pub fn install(signal: i32, handler: Handler, flags: i32) -> libc::sigaction {
     }
 }
 
-/// Has SIGALRM sent to this thread every so many microseconds; 0 ends that.
+/// Sends SIGALRM to this thread periodically. 0 stops the timer.
 pub fn timer(microseconds: libc::c_long) {
     thread_local! { static TIMER: Timer = Timer::for_this_thread() }
     TIMER.with(|timer| timer.start(microseconds, microseconds));
 }
 
-/// A timer that sends SIGALRM to the thread that has made it. The process's own would send it to any thread.
+/// A timer that sends SIGALRM to the thread that created it. `setitimer` would send it to any thread of the process.
 #[derive(Debug)]
 pub struct Timer(libc::timer_t);
 
 impl Timer {
-    /// Makes a timer, which does not run yet.
+    /// Creates a timer. It is not started.
     #[must_use]
     pub fn for_this_thread() -> Self {
-        // SAFETY: the structs are valid, and live across the call.
+        // SAFETY: the structs are valid and live across the call.
         unsafe {
             let mut event: libc::sigevent = std::mem::zeroed();
             event.sigev_notify = libc::SIGEV_THREAD_ID;
@@ -49,7 +49,7 @@ impl Timer {
         }
     }
 
-    /// Has it send the signal after so many microseconds, and then every so many, or not again if that is 0.
+    /// Starts the timer. It fires after `first` microseconds, and then every `interval` microseconds unless that is 0.
     pub fn start(&self, first: libc::c_long, interval: libc::c_long) {
         let [first, interval] = [first, interval].map(|time| libc::timespec { tv_sec: 0, tv_nsec: time * 1000 });
         let value = libc::itimerspec { it_interval: interval, it_value: first };
@@ -65,12 +65,12 @@ impl Drop for Timer {
     }
 }
 
-/// How often handlers have run.
+/// The number of handler runs.
 pub static COUNT: AtomicU64 = AtomicU64::new(0);
 
-/// Has a signal sent while a domain runs, and waits there until it was handled.
+/// Sends one SIGALRM while a domain runs. The code in the domain waits until a handler has counted it.
 ///
-/// One signal, for a handler that takes longer than the time between two would be all that runs.
+/// The timer does not repeat: a slow handler would leave no time for the domain.
 pub fn wait_in(domain: &mut Domain) {
     let timer = Timer::for_this_thread();
     let before = COUNT.load(Ordering::Relaxed);
@@ -82,10 +82,11 @@ pub fn wait_in(domain: &mut Domain) {
     assert!(COUNT.load(Ordering::Relaxed) > before, "the handler ran while the domain did");
 }
 
-/// Runs a function, which the handler [`leave`] leaves once, while a domain runs: to jump out of a function of the C
-/// library's is an error.
+/// Runs a function that the handler [`leave`] leaves by `siglongjmp`. A domain must be running at that moment: leaving
+/// a function of the C library by a jump is undefined.
 ///
-/// A frame of its own: the compiler does not know that this goes on twice, so nothing may be done after the jump.
+/// It has its own frame and does nothing after the jump, because the compiler does not know that `__sigsetjmp` returns
+/// twice.
 #[inline(never)]
 pub fn with_a_way_out(function: impl FnOnce()) {
     unsafe extern "C" {
@@ -97,15 +98,15 @@ pub fn with_a_way_out(function: impl FnOnce()) {
     }
 }
 
-/// A jump buffer is for C; what std offers for this is nothing.
+/// A `sigjmp_buf`. The libc crate does not define the type.
 static BUFFER: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
 
-/// A handler that leaves what [`with_a_way_out`] runs.
+/// A handler that jumps back to [`with_a_way_out`].
 pub extern "C" fn leave(_: i32, _: *mut libc::siginfo_t, _: *mut c_void) {
     unsafe extern "C" {
         fn siglongjmp(buffer: *mut c_void, value: i32) -> !;
     }
     COUNT.fetch_add(1, Ordering::Relaxed);
-    // SAFETY: the buffer was set by a frame that is still there.
+    // SAFETY: the frame that filled the buffer is still active.
     unsafe { siglongjmp(BUFFER.as_ptr() as *mut c_void, 1) }
 }

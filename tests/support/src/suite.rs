@@ -1,7 +1,7 @@
-//! A test harness that runs each test in a process of its own.
+//! A test harness that runs each test in its own process.
 //!
-//! A domain changes its process: protection keys, signal handlers, the list of what is freed where. Tests that share a
-//! process would see each other's.
+//! A domain changes the state of its process: protection keys, signal handlers, the allocator. Tests in one process
+//! would affect each other.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -15,26 +15,26 @@ use pkru_qemu::init::{FORCE, ICOUNT};
 use pkru_qemu::machine::processor_time;
 use pkru_userspace::capability::detect;
 
-/// The argument before the name of a test that this process is to run itself.
+/// The argument that makes a process run one test itself. The test's name follows.
 const IN_THIS_PROCESS: &str = "--in-this-process";
 
-/// The exit status of a process whose test came to its end. Code that is tested may exit with 0.
+/// The exit status of a process whose test passed. It is not 0, because the tested code may exit with 0.
 const PASSED: u8 = 86;
 
-/// What begins a line of a test's output that is worth reading when the test passes.
+/// The mark of output lines that are shown even if the test passes.
 const FIGURE: &str = "figure: ";
 
-/// A test, and what it has reported.
+/// A test's name and its figures.
 type Figures = (&'static str, Vec<String>);
 
-/// When a test's process is killed.
+/// The limits after which a test's process is killed.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
-    /// It has used so much processor time. In a guest that includes the time that a busy host gives to others.
+    /// Processor time. In a guest this includes time that the host spends on other processes.
     processor_time: Duration,
-    /// It has used no processor time for so long: it waits for something that does not come.
+    /// Elapsed time without processor time: the test waits for an event that does not come.
     idle: Duration,
-    /// It has run for so long. The last resort.
+    /// Elapsed time in total.
     elapsed: Duration,
 }
 
@@ -46,7 +46,7 @@ const LIMITS: Limits = Limits {
 
 /// A test: its name and what it runs.
 ///
-/// Without a mark it needs protection keys and runs on a thread of its own, as the standard harness has it.
+/// Without a mark, a test needs protection keys and runs on its own thread, as in the standard harness.
 #[derive(Debug, Clone, Copy)]
 pub struct Test {
     name: &'static str,
@@ -64,25 +64,25 @@ enum Needs {
 }
 
 impl Test {
-    /// Makes a test.
+    /// Creates a test without marks.
     #[must_use]
     pub const fn new(name: &'static str, function: fn()) -> Self {
         Self { name, function, needs: Needs::Keys, on_first_thread: false, is_child: false }
     }
 
-    /// The mark `anywhere`: the test runs on machines without protection keys too.
+    /// The mark `anywhere`: the test also runs on machines without protection keys.
     #[must_use]
     pub const fn anywhere(self) -> Self {
         Self { needs: Needs::Nothing, ..self }
     }
 
-    /// The mark `counts_instructions`: the test needs a time-stamp counter that counts instructions.
+    /// The mark `counts_instructions`: the test needs keys and a time-stamp counter that counts instructions.
     #[must_use]
     pub const fn counts_instructions(self) -> Self {
         Self { needs: Needs::KeysAndInstructionCounter, ..self }
     }
 
-    /// The mark `on_first_thread`: the process has no other thread when the test begins.
+    /// The mark `on_first_thread`: the test runs on the only thread of its process.
     #[must_use]
     pub const fn on_first_thread(self) -> Self {
         Self { on_first_thread: true, ..self }
@@ -101,16 +101,16 @@ impl Test {
             true
         } else {
             let thread = std::thread::Builder::new().name(self.name.into()).spawn(self.function);
-            thread.expect("there can be a thread").join().is_ok()
+            thread.expect("the thread starts").join().is_ok()
         };
         ExitCode::from(if good { PASSED } else { 101 })
     }
 }
 
-/// Defines a suite: `suite! { first, #[mark] second, … }`, each a function that takes and returns nothing. The marks are
-/// the methods of [`Test`].
+/// Defines a suite: `suite! { first, #[mark] second, … }`. Each test is a function without arguments or result. The
+/// marks are the methods of [`Test`].
 ///
-/// The suite's target says `harness = false`. Its command line is that of the standard harness.
+/// The suite's target sets `harness = false`. Its command line is that of the standard harness.
 #[macro_export]
 macro_rules! suite {
     ($($(#[$mark:ident])* $test:path),+ $(,)?) => {
@@ -120,7 +120,7 @@ macro_rules! suite {
     };
 }
 
-/// Runs a suite as the command line says.
+/// Runs the tests that the command line selects.
 #[must_use]
 pub fn main(tests: &[Test]) -> ExitCode {
     let mut words = std::env::args().skip(1);
@@ -133,7 +133,9 @@ pub fn main(tests: &[Test]) -> ExitCode {
     let arguments = Arguments::from_args();
     let no_keys = detect().err().map(|error| error.to_string());
     let no_counter = std::env::var_os(ICOUNT).is_none().then(|| {
-        String::from("the time-stamp counter counts time here; run in a guest with `pkru-qemu linux --icount`")
+        String::from(
+            "the time-stamp counter does not count instructions; run in a guest with `pkru-qemu linux --icount`",
+        )
     });
     let figures = Arc::new(Mutex::new(Vec::new()));
     let trials = tests.iter().map(|test| {
@@ -144,12 +146,13 @@ pub fn main(tests: &[Test]) -> ExitCode {
             Needs::KeysAndInstructionCounter => no_keys.clone().or(no_counter.clone()),
         };
         let is_forced = no_keys.is_some() && std::env::var_os(FORCE).is_some();
-        // Runners such as nextest count as skipped what is listed as ignored. Where the test is run it says why.
+        // Runners such as nextest report tests that are listed as ignored as skipped. When run, the test gives the
+        // reason.
         let listed_as_ignored = lacking.is_some() && !is_forced && (arguments.list || arguments.ignored);
         let (nocapture, figures) = (arguments.nocapture, Arc::clone(&figures));
         let run = move || match lacking {
             Some(reason) if is_forced => Err(format!("{FORCE} is set, but {reason}").into()),
-            // The error goes on with what to do, which need not stand in every line.
+            // The rest of the error is advice. It is printed once, at the end.
             Some(reason) => Ok(Completion::ignored_with(reason.split([':', ';']).next().unwrap_or(&reason))),
             None => run_apart(test.name, nocapture, &figures).map(|()| Completion::Completed),
         };
@@ -167,7 +170,7 @@ pub fn main(tests: &[Test]) -> ExitCode {
     conclusion.exit_code()
 }
 
-/// Runs a test in a process of its own; keeps what it prints, unless that is to be seen at once.
+/// Runs a test in its own process. Captures its output unless `nocapture` is set.
 fn run_apart(name: &'static str, nocapture: bool, figures: &Mutex<Vec<Figures>>) -> Result<(), Failed> {
     let mut output = memory_file()?;
     let mut command = Command::new(std::env::current_exe()?);
@@ -195,31 +198,31 @@ fn run_apart(name: &'static str, nocapture: bool, figures: &Mutex<Vec<Figures>>)
     }
 }
 
-/// Makes a file without a name. Unlike a pipe it needs no reader, and no process that is left over can hold it open.
+/// Makes an anonymous file for a test's output. A pipe would need a reader, and a leftover process could keep it open.
 fn memory_file() -> io::Result<File> {
     // SAFETY: the name is NUL-terminated.
     let descriptor = unsafe { libc::memfd_create(c"output".as_ptr(), libc::MFD_CLOEXEC) };
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is new, and nothing else has it.
+    // SAFETY: the descriptor is new, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }.into())
 }
 
-/// Waits for a test's process, and kills it if it goes beyond a limit.
+/// Waits for a test's process, and kills it if it exceeds a limit.
 fn wait(child: &mut Child, limits: Limits) -> io::Result<Result<ExitStatus, String>> {
     // SAFETY: the call touches no memory.
     let descriptor = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is new, and nothing else has it.
+    // SAFETY: the descriptor is new, and nothing else owns it.
     let ended = unsafe { OwnedFd::from_raw_fd(descriptor as i32) };
     let start = Instant::now();
     let (mut used, mut used_at) = (Duration::ZERO, start);
     loop {
         let mut poll = libc::pollfd { fd: ended.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: the struct is writable. A signal ends the wait early, which does no harm.
+        // SAFETY: the struct is writable. A signal may end the wait early, which is harmless.
         unsafe { libc::poll(&raw mut poll, 1, 1000) };
         if let Some(status) = child.try_wait()? {
             return Ok(Ok(status));

@@ -1,4 +1,4 @@
-//! The harness: each test has a process of its own, and the command line is that of the standard harness.
+//! Tests the harness: each test has its own process, and the command line is that of the standard harness.
 
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,7 +51,7 @@ fn needs_keys() {
     drop(support::domain("any"));
 }
 
-/// Runs this suite again, with the tests that the others run.
+/// Runs this suite again with the tests marked `child`.
 fn run(arguments: &[&str], environment: &[(&str, &str)]) -> (Output, String) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.arg("--ignored").args(arguments).env_remove("PKRU_TEST_FORCE").envs(environment.iter().copied());

@@ -1,4 +1,4 @@
-//! libpng: decoding and encoding, with a buffer of the caller's and with a read callback.
+//! libpng: decoding and encoding, decoding to a buffer of the caller, and reading through a callback.
 
 use super::*;
 
@@ -63,12 +63,12 @@ const PICTURES: [&[u8]; 3] = [
     include_bytes!("../../../userspace/examples/data/stripes.png"),
 ];
 
-/// Decodes a PNG file, at a place of its own or where it is told to.
+/// Decodes a PNG file to `place`, or to a new buffer.
 fn decode(file: &[u8], format: u32, place: Option<*mut u8>) -> (u32, u32, Vec<u8>) {
-    // SAFETY: zeroes are the empty image that libpng asks for.
+    // SAFETY: libpng requires a zeroed image.
     let mut image = Image { version: VERSION, ..unsafe { std::mem::zeroed() } };
-    // SAFETY: the file lives across both calls, and the buffer has room for the picture. The target is where it must
-    // not write.
+    // SAFETY: the file lives across both calls, and the buffer has room for the picture. A domain must not write
+    // `place`.
     unsafe {
         assert_ne!(png_image_begin_read_from_memory(&raw mut image, file.as_ptr(), file.len()), 0);
         image.format = format;
@@ -82,8 +82,7 @@ fn decode(file: &[u8], format: u32, place: Option<*mut u8>) -> (u32, u32, Vec<u8
 fn encode(width: u32, height: u32, pixels: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 64 * 1024];
     let mut size = file.len();
-    // SAFETY: zeroes are the empty image that libpng asks for; there are as many pixels as it is told, and as much
-    // room.
+    // SAFETY: libpng requires a zeroed image. The sizes of the buffers are as stated.
     unsafe {
         let mut image = Image { version: VERSION, width, height, format: FORMAT_RGBA, ..std::mem::zeroed() };
         let (file, pixels) = (file.as_mut_ptr(), pixels.as_ptr());
@@ -105,14 +104,14 @@ pub(crate) fn decodes_and_encodes() {
     let mut domain = domain("libpng");
     let expected = work();
     for (pixels, file) in &expected {
-        assert!(decode(file, FORMAT_RGBA, None).2 == *pixels, "it decodes what it has encoded");
+        assert!(decode(file, FORMAT_RGBA, None).2 == *pixels, "an encoded picture decodes to the same pixels");
         println!("figure: {} bytes of pixels in a file of {}", pixels.len(), file.len());
     }
     works_as_outside(&mut domain, &expected, work);
 
-    // The buffer for the pixels is the caller's.
+    // The buffer for the pixels belongs to the caller.
     let target = Target::new();
-    // Finished rows are copied with memcpy; a picture without its transparency is blended by libpng pixel by pixel.
+    // libpng copies finished rows with memcpy. To remove transparency it blends and writes each pixel itself.
     let cases = [(0, FORMAT_RGB, "libpng16.so"), (0, FORMAT_RGBA, "libc.so"), (1, FORMAT_RGBA, "libc.so")];
     for (index, format, library) in cases {
         let mistake = |place| drop(decode(PICTURES[index], format, Some(place)));
@@ -122,16 +121,16 @@ pub(crate) fn decodes_and_encodes() {
     }
 }
 
-/// A file in memory that libpng reads from by a function of its caller's.
+/// A file in memory that libpng reads through a callback.
 struct Source<'a> {
     rest: &'a [u8],
     reads: u32,
-    /// Where the next read writes what it must not.
+    /// Where the next read makes the mistake.
     mistake: Option<*mut u8>,
 }
 
 unsafe extern "C" fn read(png: *mut c_void, buffer: *mut u8, length: usize) {
-    // SAFETY: `decode_rows` has set the pointer, and does not use the source meanwhile; the buffer has that many bytes.
+    // SAFETY: `decode_rows` sets the pointer and does not use the source meanwhile. The buffer has `length` bytes.
     unsafe {
         let source = &mut *png_get_io_ptr(png).cast::<Source<'_>>();
         source.reads += 1;
@@ -144,12 +143,13 @@ unsafe extern "C" fn read(png: *mut c_void, buffer: *mut u8, length: usize) {
     }
 }
 
-/// Decodes a PNG file row by row; the first read for a row makes the mistake. Returns how many reads there were, and
-/// the rows.
+/// Decodes a PNG file row by row. The first read for a row makes the mistake, if there is one. Returns the number of
+/// reads, and the rows.
 fn decode_rows(file: &[u8], mistake: Option<*mut u8>) -> (u32, Vec<u8>) {
     let mut source = Source { rest: file, reads: 0, mistake: None };
     let source = &raw mut source;
-    // SAFETY: the calls are in the order that libpng asks for; a row is as long as it says, and the source lives.
+    // SAFETY: the calls are in the order that libpng requires. Rows have the length that it returns. The source lives
+    // across the calls.
     unsafe {
         let mut png = png_create_read_struct(png_get_libpng_ver(null()), null_mut(), null(), null());
         let mut info = png_create_info_struct(png);

@@ -1,15 +1,15 @@
-//! libwebp, which keeps locks and tables in statics: given its data, it encodes and decodes.
+//! libwebp: encoding and decoding. It keeps locks and tables in statics, so a domain needs its data.
 
 use super::*;
 
-/// `WebPConfig`, which only libwebp looks into: 116 bytes, and some more.
+/// `WebPConfig`: 116 bytes, with some room to spare. Only libwebp accesses the fields.
 #[repr(C, align(8))]
 struct Config([u8; 256]);
 
 type Writer = unsafe extern "C" fn(*const u8, usize, *const Picture) -> c_int;
 type ProgressHook = unsafe extern "C" fn(c_int, *const Picture) -> c_int;
 
-/// `WebPPicture`, as `webp/encode.h` of 1.2.4 has it.
+/// `WebPPicture` of libwebp 1.2.4, `webp/encode.h`.
 #[repr(C)]
 struct Picture {
     use_argb: c_int,
@@ -77,7 +77,7 @@ fn picture() -> Vec<u8> {
 
 fn encode(pixels: &[u8]) -> Vec<u8> {
     let mut file = null_mut();
-    // SAFETY: there are as many pixels as it is told; what it returns has that many bytes, and is freed once.
+    // SAFETY: the pixels have this size. The returned block has `size` bytes and is freed once.
     unsafe {
         let size =
             WebPEncodeRGBA(pixels.as_ptr(), WIDTH as c_int, HEIGHT as c_int, 4 * WIDTH as c_int, 75.0, &raw mut file);
@@ -90,7 +90,7 @@ fn encode(pixels: &[u8]) -> Vec<u8> {
 
 fn decode(file: &[u8]) -> Vec<u8> {
     let (mut width, mut height) = (0, 0);
-    // SAFETY: what it returns has four bytes for each pixel, and is freed once.
+    // SAFETY: the returned block has four bytes for each pixel and is freed once.
     unsafe {
         let pixels = WebPDecodeRGBA(file.as_ptr(), file.len(), &raw mut width, &raw mut height);
         assert_eq!((width as usize, height as usize, pixels.is_null()), (WIDTH, HEIGHT, false));
@@ -100,15 +100,15 @@ fn decode(file: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Decodes to where it is told to.
+/// Decodes to `place`.
 fn decode_into(file: &[u8], place: *mut u8) {
-    // SAFETY: there is room for the picture. The target is where it must not write.
+    // SAFETY: `place` has room for the picture. A domain must not write it.
     let result =
         unsafe { WebPDecodeRGBAInto(file.as_ptr(), file.len(), place, 4 * WIDTH * HEIGHT, 4 * WIDTH as c_int) };
     assert_eq!(result, place);
 }
 
-/// What libwebp tells its caller while it encodes.
+/// State of the callbacks that libwebp calls while it encodes.
 struct Progress {
     steps: u32,
     written: usize,
@@ -116,7 +116,7 @@ struct Progress {
 }
 
 unsafe extern "C" fn progress(percent: c_int, picture: *const Picture) -> c_int {
-    // SAFETY: `encode_with_callbacks` has set the pointer, and does not use the value meanwhile.
+    // SAFETY: `encode_with_callbacks` sets the pointer and does not use the value meanwhile.
     let progress = unsafe { &mut *(*picture).progress_data.cast::<Progress>() };
     progress.steps += 1;
     if percent >= 50 {
@@ -131,13 +131,12 @@ unsafe extern "C" fn count_written(_: *const u8, size: usize, picture: *const Pi
     1
 }
 
-/// Encodes with callbacks, of which one makes the mistake half way. Returns how often it was called, and the file's
-/// size.
+/// Encodes with callbacks. The progress callback makes the mistake, if there is one, half way. Returns the number of
+/// its calls, and the file's size.
 fn encode_with_callbacks(pixels: &[u8], mistake: Option<*mut u8>) -> (u32, u64) {
     let mut report = Progress { steps: 0, written: 0, mistake };
     let report = &raw mut report;
-    // SAFETY: zeroes are plain values that libwebp replaces; there are as many pixels as it is told, and the report
-    // lives.
+    // SAFETY: libwebp initialises the zeroed structs. The pixels have this size. The report lives across the calls.
     unsafe {
         let mut config: Config = std::mem::zeroed();
         let mut picture: Picture = std::mem::zeroed();
@@ -154,12 +153,11 @@ fn encode_with_callbacks(pixels: &[u8], mistake: Option<*mut u8>) -> (u32, u64) 
     }
 }
 
-/// Debian's libwebp locks a mutex in a static before each look at a table that is filled at first use, whether it is
-/// filled or not.
+/// Debian's libwebp locks a mutex in a static before each use of a lazily filled table, even if the table is filled.
 pub(crate) fn without_its_data_it_cannot_work() {
     let pixels = picture();
     let is_the_lock = |domain: &mut Domain, work: &dyn Fn() -> Vec<u8>| {
-        let violation = domain.call(work).expect_err("it writes a static");
+        let violation = domain.call(work).expect_err("the write to a static must be stopped");
         assert_eq!(key_fault(&violation).access, Access::Write);
         let (target, symbol) = (violation.target().expect("a static"), violation.symbol().expect("a function"));
         assert!(target.library().to_string_lossy().contains("libwebp.so"), "{violation}");
@@ -186,11 +184,11 @@ pub(crate) fn with_its_data_it_encodes_and_decodes() {
         let told = encode_with_callbacks(&pixels, None);
         (file, decoded, told)
     };
-    // While the domain has the library's data, nobody else may use it: so what is outside comes first.
+    // The work outside comes first: while a domain has the library's data, other code must not use the library.
     let expected = work();
     let file = &expected.0;
     let difference = pixels.iter().zip(&expected.1).map(|(a, b)| u64::from(a.abs_diff(*b))).sum::<u64>();
-    assert!(difference < 10 * pixels.len() as u64, "it is the picture, but for what is lost");
+    assert!(difference < 10 * pixels.len() as u64, "the picture is the same except for compression losses");
     println!("figure: {} bytes of pixels in a file of {}, off by {difference} in all", pixels.len(), file.len());
     println!("figure: {} reports of progress", expected.2.0);
     let decode_wrong = |place| decode_into(file, place);
@@ -200,7 +198,7 @@ pub(crate) fn with_its_data_it_encodes_and_decodes() {
     lands(decode_wrong);
     lands(encode_wrong);
 
-    // SAFETY: from here on this process uses the library in that domain only.
+    // SAFETY: from here on, this process uses the library only in that domain.
     let mut domain = build(unsafe { Domain::builder("libwebp").library("libwebp.so") });
     works_as_outside(&mut domain, &expected, work);
     let target = Target::new();

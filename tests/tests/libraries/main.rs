@@ -1,11 +1,9 @@
-//! Debian's libraries in a domain, unmodified: each does real work there, is stopped by a mistake in the middle of it,
-//! and works again.
+//! Debian's libraries, unmodified, in a domain. Each does real work, is stopped by a mistake, and works again.
 //!
-//! Each result is compared with that of the same work outside a domain. Each mistake is made with the library's own
-//! code on the stack: in a write of the library's, or in a function that the library calls back. Its control is the
-//! same mistake outside.
+//! The tests compare each result with that of the same work outside a domain. Each mistake happens with the library's
+//! code on the stack: in a write of the library itself, or in a callback. The control is the same mistake outside.
 
-#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a sequence of C calls is one thing here")]
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 mod libpng;
 mod libwebp;
@@ -36,11 +34,11 @@ suite! {
     zlib::allocates_by_a_callback,
 }
 
-/// Memory of the caller's that the mistakes are aimed at. It is never freed.
+/// Memory of the caller that the mistakes write. It is never freed.
 struct Target(*mut u8);
 
 impl Target {
-    /// Room for what each mistake writes, so that the controls do no harm.
+    /// Enough for all mistakes, so that the controls write only here.
     const ROOM: usize = 512 * 1024;
     const FILL: u8 = 0x5a;
 
@@ -49,26 +47,26 @@ impl Target {
     }
 
     fn is_untouched(&self) -> bool {
-        // SAFETY: the block has that many bytes, and nothing writes them meanwhile.
+        // SAFETY: the block has `ROOM` bytes, and nothing writes them meanwhile.
         unsafe { std::slice::from_raw_parts(self.0, Self::ROOM) }.iter().all(|byte| *byte == Self::FILL)
     }
 }
 
-/// Makes a mistake in a domain, and checks that its write to the target is stopped.
+/// Makes a mistake in a domain. Checks that its write to the target is stopped.
 #[track_caller]
 fn is_stopped(domain: &mut Domain, target: &Target, mistake: impl Fn(*mut u8)) -> Violation {
-    let violation = domain.call(|| mistake(target.0)).expect_err("it must be stopped");
+    let violation = domain.call(|| mistake(target.0)).expect_err("the call must end with a violation");
     let fault = key_fault(&violation);
     assert_eq!((fault.access, fault.key), (Access::Write, ProtectionKey::DEFAULT), "{violation}");
     let start = target.0 as u64;
     assert!((start..start + Target::ROOM as u64).contains(&fault.address), "{violation}");
     assert!(target.is_untouched(), "{violation}");
-    let place = violation.symbol().expect("it is loaded code");
-    println!("figure: stopped in {place}, at byte {} of the caller's", fault.address - start);
+    let place = violation.symbol().expect("the instruction is in loaded code");
+    println!("figure: stopped in {place}, at byte {} of the caller's memory", fault.address - start);
     violation
 }
 
-/// The control: makes a mistake outside a domain, and checks that its write lands.
+/// The control: makes a mistake outside a domain. Checks that its write succeeds.
 #[track_caller]
 fn lands(mistake: impl Fn(*mut u8)) {
     let target = Target::new();
@@ -76,35 +74,35 @@ fn lands(mistake: impl Fn(*mut u8)) {
     assert!(!target.is_untouched(), "the control did not write");
 }
 
-/// Checks that work in a domain has the result that it has outside.
+/// Checks that work in a domain has the same result as outside.
 #[track_caller]
 fn works_as_outside<R: Transfer + PartialEq + Debug>(domain: &mut Domain, expected: &R, work: impl Fn() -> R) {
-    let result = domain.call(work).expect("nothing is wrong with it");
-    assert!(result == *expected, "the result differs from that outside");
+    let result = domain.call(work).expect("the work succeeds");
+    assert!(result == *expected, "the result differs from the one outside");
 }
 
-/// The mistake of a function that a library calls.
+/// The mistake that callbacks make.
 #[inline(never)]
 fn scribble(target: *mut u8) {
-    // SAFETY: none: this is the mistake.
+    // SAFETY: deliberately unsound: the mistake under test.
     unsafe { target.write_volatile(0) };
 }
 
-/// Checks whose instruction was stopped: that of a library, by the beginning of its file's name.
+/// Checks that the stopped instruction is in a library whose file name begins with `name`.
 #[track_caller]
 fn assert_in_library(violation: &Violation, name: &str) {
-    let symbol = violation.symbol().expect("it is in a library");
+    let symbol = violation.symbol().expect("the instruction is in a library");
     let file = symbol.library().file_name().unwrap().to_string_lossy();
     assert!(file.starts_with(name), "{violation}");
 }
 
 #[track_caller]
 fn assert_in_scribble(violation: &Violation) {
-    let symbol = violation.symbol().expect("it is in the program");
+    let symbol = violation.symbol().expect("the instruction is in the program");
     assert!(symbol.name().unwrap().contains("scribble"), "{violation}");
 }
 
-/// Numbers that look random, and are the same each time: xorshift.
+/// Returns pseudo-random numbers (xorshift) with a fixed seed.
 fn numbers() -> impl Iterator<Item = u32> {
     let mut state = 0x2545_f491_u32;
     std::iter::repeat_with(move || {
@@ -115,12 +113,12 @@ fn numbers() -> impl Iterator<Item = u32> {
     })
 }
 
-/// Text that compresses about as well as prose does.
+/// Returns text that compresses about as well as prose.
 fn prose(size: usize) -> Vec<u8> {
     const WORDS: &str = "key domain the rewind a page of fault register in heap stack is caller write thread";
     let words: Vec<_> = WORDS.split_inclusive(' ').collect();
     let mut text: Vec<u8> = numbers().flat_map(|n| words[n as usize % words.len()].bytes()).take(size).collect();
-    // Something that cannot be predicted, now and then.
+    // Some random bytes, which do not compress.
     text.iter_mut().zip(numbers()).step_by(37).for_each(|(byte, n)| *byte = n as u8);
     text
 }

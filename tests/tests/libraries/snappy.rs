@@ -1,4 +1,4 @@
-//! Snappy, which is C++.
+//! Snappy, a C++ library.
 
 use super::*;
 
@@ -13,9 +13,9 @@ unsafe extern "C" {
     fn snappy_validate_compressed_buffer(from: *const u8, length: usize) -> c_int;
 }
 
-/// Compresses bytes that begin at an address.
+/// Compresses `length` bytes at `from`.
 fn snap(from: *const u8, length: usize) -> Vec<u8> {
-    // SAFETY: the buffer has the room that snappy asks for. Whether the bytes are there is up to the test.
+    // SAFETY: the buffer has the size that snappy requires. The test chooses whether the input is readable.
     unsafe {
         let mut size = snappy_max_compressed_length(length);
         let mut packed = vec![0; size];
@@ -25,10 +25,10 @@ fn snap(from: *const u8, length: usize) -> Vec<u8> {
     }
 }
 
-/// Uncompresses to a place of its own, or where it is told to.
+/// Uncompresses to `place`, or to a new buffer.
 fn unsnap(packed: &[u8], place: Option<*mut u8>) -> Vec<u8> {
     let (start, length) = (packed.as_ptr(), packed.len());
-    // SAFETY: the buffer has as much room as snappy is told. The target is where it must not write.
+    // SAFETY: the buffer has this size. A domain must not write `place`.
     unsafe {
         assert_eq!(snappy_validate_compressed_buffer(start, length), OK);
         let mut size = 0;
@@ -53,8 +53,7 @@ pub(crate) fn compresses_and_uncompresses() {
     println!("figure: {} bytes to {}", text.len(), expected.0.len());
     works_as_outside(&mut domain, &expected, work);
 
-    // Long texts are put together with memcpy and memmove; up to 64 bytes at the end of a text snappy writes itself if
-    // it can.
+    // Snappy assembles long texts with memcpy and memmove. It writes up to 64 bytes at the end itself.
     let short = [b"rewind".repeat(4), prose(36)].concat();
     let target = Target::new();
     for (text, library) in [(&text, "libc.so"), (&short, "libsnappy.so")] {
@@ -70,7 +69,7 @@ pub(crate) fn reads_beyond_its_input() {
     const SIZE: usize = 256 * 1024;
     let text = prose(SIZE);
     let mut domain = domain("snappy");
-    // SAFETY: a new mapping, of which the text fills the first half; the second is closed.
+    // SAFETY: the mapping is new. The text fills its first half, and the second half is made inaccessible.
     let start = unsafe {
         let (open, private) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         let start = libc::mmap(null_mut(), 2 * SIZE, open, private, -1, 0);
@@ -90,8 +89,8 @@ pub(crate) fn reads_beyond_its_input() {
         _ => panic!("{violation}"),
     }
     works_as_outside(&mut domain, &expected, work);
-    // SAFETY: nothing refers to what follows the text. The control: the same act is good once there is something to
-    // read.
+    // The control: the same call succeeds once the second half is readable.
+    // SAFETY: nothing refers to the second half.
     unsafe { assert_eq!(libc::mprotect(start.byte_add(SIZE).cast(), SIZE, libc::PROT_READ), 0) };
     let longer = snap(start, SIZE + 100_000);
     assert_eq!(unsnap(&longer, None).len(), SIZE + 100_000);

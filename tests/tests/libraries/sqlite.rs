@@ -1,4 +1,4 @@
-//! SQLite in memory, given its data, with functions of the program's.
+//! SQLite with a database in memory and callbacks of the program. The domain has the library's data.
 
 use super::*;
 
@@ -9,7 +9,7 @@ const MISUSE: c_int = 21;
 const ROW: c_int = 100;
 const DONE: c_int = 101;
 const UTF8: c_int = 1;
-/// `SQLITE_TRANSIENT`: it copies the text.
+/// `SQLITE_TRANSIENT`: SQLite copies the text.
 const TRANSIENT: *const c_void = usize::MAX as *const c_void;
 
 #[link(name = "libsqlite3.so.0", kind = "dylib", modifiers = "+verbatim")]
@@ -64,7 +64,7 @@ struct Database(*mut c_void);
 impl Database {
     fn open() -> Self {
         let mut database = null_mut();
-        // SAFETY: the name is a C string, and the place is writable.
+        // SAFETY: the name is a C string, and `database` is writable.
         assert_eq!(unsafe { sqlite3_open(c":memory:".as_ptr(), &raw mut database) }, OK);
         Self(database)
     }
@@ -77,7 +77,7 @@ impl Database {
         let insert = database.prepare(c"insert into word (text, weight) values (?1, ?2)");
         for (number, noise) in numbers().take(1000).enumerate() {
             let text = format!("word {:04} of {number}", noise % 5000);
-            // SAFETY: the statement is prepared, and the text is as long as it is told.
+            // SAFETY: the statement is prepared, and the text has this length.
             unsafe {
                 let (start, length) = (text.as_ptr(), text.len() as c_int);
                 sqlite3_bind_text(insert, 1, start, length, TRANSIENT);
@@ -96,26 +96,26 @@ impl Database {
         assert_eq!(self.run_and_tell(sql, null_mut()), OK);
     }
 
-    /// Runs statements; at the end SQLite writes at `message` what was wrong with them, or null, unless that is null
-    /// itself.
+    /// Runs statements. At the end SQLite writes a pointer to the error message, or null, to `message` unless that is
+    /// null.
     fn run_and_tell(&self, sql: &CStr, message: *mut u8) -> c_int {
-        // SAFETY: the database is open, or SQLite finds that it is not. The target is where it must not write.
+        // SAFETY: SQLite detects if the database is not open. A domain must not write `message`.
         unsafe { sqlite3_exec(self.0, sql.as_ptr(), null(), null_mut(), message.cast()) }
     }
 
     fn prepare(&self, sql: &CStr) -> *mut c_void {
         let mut statement = null_mut();
-        // SAFETY: the database is open, and the place is writable.
+        // SAFETY: the database is open, and `statement` is writable.
         let result = unsafe { sqlite3_prepare_v2(self.0, sql.as_ptr(), -1, &raw mut statement, null_mut()) };
         assert_eq!(result, OK);
         statement
     }
 
-    /// Returns the rows of a query for a text and a number.
+    /// Returns the rows of a query with two columns, a text and a number.
     fn rows(&self, sql: &CStr) -> Vec<(String, i64)> {
         let query = self.prepare(sql);
         let mut rows = Vec::new();
-        // SAFETY: the statement is prepared, and has a row; its text is a C string until the next step.
+        // SAFETY: the statement is prepared and at a row. The text is a C string that lives until the next step.
         unsafe {
             while sqlite3_step(query) == ROW {
                 let text = CStr::from_ptr(sqlite3_column_text(query, 0));
@@ -126,11 +126,11 @@ impl Database {
         rows
     }
 
-    /// Defines a function in SQL which returns its argument, and makes the mistake, if there is one, in the middle of
-    /// the table.
+    /// Defines an SQL function that returns its argument. It makes the mistake, if there is one, in the middle of the
+    /// table.
     fn define_identity(&self, mistake: *mut u8) {
         unsafe extern "C" fn identity(context: *mut c_void, _: c_int, arguments: *mut *mut c_void) {
-            // SAFETY: it has one argument, and the data is the pointer that was given.
+            // SAFETY: the function has one argument. The user data is the pointer passed below.
             unsafe {
                 let (value, place) = (sqlite3_value_int64(*arguments), sqlite3_user_data(context));
                 if value == 500 && !place.is_null() {
@@ -140,7 +140,7 @@ impl Database {
             }
         }
         let name = c"identity".as_ptr();
-        // SAFETY: the database is open, and the function is of the type that SQLite expects.
+        // SAFETY: the database is open, and the function has the type that SQLite expects.
         let result = unsafe {
             let identity: Function = identity;
             sqlite3_create_function(self.0, name, 1, UTF8, mistake.cast(), Some(identity), None, None)
@@ -156,7 +156,7 @@ impl Drop for Database {
     }
 }
 
-/// Fills a table and queries it, with a function of ours in the query.
+/// Fills a table and queries it. The query calls a function of the test.
 fn query_words() -> Vec<(String, i64)> {
     let database = Database::filled();
     database.define_identity(null_mut());
@@ -165,36 +165,36 @@ fn query_words() -> Vec<(String, i64)> {
     rows
 }
 
-/// The mistake of a function that SQLite calls for each row of a query.
+/// The mistake happens in a function that SQLite calls for each row of a query.
 fn query_with_mistake(place: *mut u8) {
     let database = Database::filled();
     database.define_identity(place);
     assert_eq!(database.rows(c"select 'sum', sum(identity(id)) from word")[0].1, 500_500);
 }
 
-/// SQLite's own write: of whether there was a mistake in the statements, while it holds the database's lock.
+/// The mistake is a write of SQLite itself: the error message of statements, while it holds the database's lock.
 fn insert_with_mistake(place: *mut u8) {
     let database = Database::filled();
     let sql = c"begin; insert into word (text, weight) select text, weight + 1 from word; commit";
     assert_eq!(database.run_and_tell(sql, place), OK);
 }
 
-/// Makes a domain that has SQLite's data, after the controls; returns also the result of the work outside.
+/// Runs the controls and makes a domain that has SQLite's data. Returns it with the result of the work outside.
 ///
-/// So SQLite has already set itself up outside, as in a program that has used it.
+/// The controls initialise SQLite outside the domain, as a program that used it before would.
 fn domain_with_sqlite() -> (Domain, Vec<(String, i64)>) {
     drop(domain("first"));
     let expected = query_words();
     lands(query_with_mistake);
     lands(insert_with_mistake);
-    // SAFETY: from here on this process uses the library in that domain only.
+    // SAFETY: from here on, this process uses the library only in that domain.
     (build(unsafe { Domain::builder("sqlite").library("libsqlite3.so") }), expected)
 }
 
 pub(crate) fn fills_and_queries_a_table() {
     let (mut domain, expected) = domain_with_sqlite();
     let sum = expected.last().unwrap().1;
-    println!("figure: {} rows of 1000 in the answer, and a sum of {sum}", expected.len() - 1);
+    println!("figure: the answer has {} of 1000 rows, and a sum of {sum}", expected.len() - 1);
     works_as_outside(&mut domain, &expected, query_words);
     let target = Target::new();
     assert_in_scribble(&is_stopped(&mut domain, &target, query_with_mistake));
@@ -220,10 +220,10 @@ pub(crate) fn a_database_lasts_from_call_to_call_until_a_violation() {
     assert_eq!([domain.call(delete_some).unwrap(), domain.call(delete_some).unwrap()], [990, 980]);
     is_stopped(&mut domain, &Target::new(), query_with_mistake);
     let result = domain.call(|| kept().run_and_tell(c"select 1", null_mut()));
-    assert_eq!(result.unwrap(), MISUSE, "nothing is left of the database");
+    assert_eq!(result.unwrap(), MISUSE, "the violation has discarded the database");
 }
 
-/// The bytes that this process has in memory.
+/// Returns the resident set size of this process, in bytes.
 fn resident() -> usize {
     let status = std::fs::read_to_string("/proc/self/statm").unwrap();
     status.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
@@ -234,7 +234,7 @@ pub(crate) fn fifty_mistakes_leave_nothing_behind() {
     let target = Target::new();
     let mut round = |number| {
         let mistake = if number % 2 == 0 { query_with_mistake } else { insert_with_mistake };
-        domain.call(|| mistake(target.0)).expect_err("it must be stopped");
+        domain.call(|| mistake(target.0)).expect_err("the call must end with a violation");
         works_as_outside(&mut domain, &expected, query_words);
         resident()
     };

@@ -1,4 +1,4 @@
-//! zlib: compressing, and inflating in a stream, with an allocator of the program's.
+//! zlib: compression, and decompression of a stream with an allocator of the program.
 
 use super::*;
 
@@ -38,7 +38,7 @@ unsafe extern "C" {
 }
 
 fn pack(text: &[u8], level: c_int) -> Vec<u8> {
-    // SAFETY: the buffer has the room that zlib asks for.
+    // SAFETY: the buffer has the size that zlib requires.
     unsafe {
         let mut size = compressBound(text.len() as c_ulong);
         let mut packed = vec![0; size as usize];
@@ -52,20 +52,19 @@ fn pack(text: &[u8], level: c_int) -> Vec<u8> {
 fn unpack(packed: &[u8], length: usize) -> Vec<u8> {
     let mut text = vec![0; length];
     let mut size = length as c_ulong;
-    // SAFETY: the buffer has as much room as zlib is told.
+    // SAFETY: the buffer has this size.
     let result = unsafe { uncompress(text.as_mut_ptr(), &raw mut size, packed.as_ptr(), packed.len() as c_ulong) };
     assert_eq!((result, size as usize), (OK, length));
     text
 }
 
-/// The bytes that zlib puts out at a time.
+/// The size of an output chunk, in bytes.
 const CHUNK: usize = 16 * 1024;
 
-/// Inflates in chunks; those from the fourth on go where they are told to. zlib allocates by an allocator of ours, if
-/// there is one.
+/// Inflates in chunks. From the fourth on, chunks go to `place` if it is given. zlib uses `allocator` if it is given.
 fn inflate_in_chunks(packed: &[u8], place: Option<*mut u8>, allocator: Option<&mut Allocator>) -> Vec<u8> {
     let mut text = Vec::new();
-    // SAFETY: zeroes are the stream that zlib asks for; input and output have as many bytes as it is told.
+    // SAFETY: zlib accepts a zeroed stream. Input and output have the stated sizes.
     unsafe {
         let mut stream = Stream { next_in: packed.as_ptr(), avail_in: packed.len() as c_uint, ..std::mem::zeroed() };
         if let Some(allocator) = allocator {
@@ -91,25 +90,25 @@ fn inflate_in_chunks(packed: &[u8], place: Option<*mut u8>, allocator: Option<&m
     text
 }
 
-/// What `allocate` is told: it makes the mistake at its second block.
+/// State of `allocate`. It makes the mistake, if there is one, at its second block.
 struct Allocator {
     blocks: u32,
     mistake: Option<*mut u8>,
 }
 
 unsafe extern "C" fn allocate(allocator: *mut c_void, items: c_uint, size: c_uint) -> *mut c_void {
-    // SAFETY: `inflate_in_chunks` has set the pointer, and does not use the allocator meanwhile.
+    // SAFETY: `inflate_in_chunks` sets the pointer and does not use the allocator meanwhile.
     let allocator = unsafe { &mut *allocator.cast::<Allocator>() };
     allocator.blocks += 1;
     if allocator.blocks == 2 {
         allocator.mistake.into_iter().for_each(scribble);
     }
-    // SAFETY: it has no preconditions.
+    // SAFETY: the function has no preconditions.
     unsafe { libc::calloc(items as usize, size as usize) }
 }
 
 unsafe extern "C" fn free(_: *mut c_void, block: *mut c_void) {
-    // SAFETY: zlib frees what it has allocated above.
+    // SAFETY: zlib frees blocks that `allocate` returned.
     unsafe { libc::free(block) }
 }
 
@@ -128,7 +127,7 @@ pub(crate) fn compresses_and_inflates() {
     println!("figure: {SIZE} bytes to {} at level 1, {} at level 6", expected.0[0].len(), expected.0[1].len());
     works_as_outside(&mut domain, &expected, work);
 
-    // From the fourth chunk on the output buffer is the caller's.
+    // From the fourth chunk on, the output buffer belongs to the caller.
     let target = Target::new();
     let packed = &expected.0[1];
     let mistake = |place| drop(inflate_in_chunks(packed, Some(place), None));
@@ -148,7 +147,7 @@ pub(crate) fn allocates_by_a_callback() {
     let work = || run(None);
     let mut domain = domain("zlib");
     let expected = work();
-    assert_eq!(expected, (text.clone(), 2), "a state, and a window in the middle of the work");
+    assert_eq!(expected, (text.clone(), 2), "zlib allocates its state, and later its window");
     works_as_outside(&mut domain, &expected, work);
     let target = Target::new();
     let mistake = |place| drop(run(Some(place)));
