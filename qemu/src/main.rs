@@ -69,11 +69,16 @@ struct Options {
 }
 
 fn command() -> Result<u8, Error> {
+    if std::env::args_os().skip(1).take_while(|argument| argument != "--").take(2).any(|argument| argument == "--help")
+    {
+        print!("{HELP}");
+        return Ok(0);
+    }
     let mut parser = lexopt::Parser::from_env();
     match parser.next().map_err(usage)? {
         Some(Value(verb)) if verb == "linux" => run_linux(parse(parser, true)?),
         Some(Value(verb)) if verb == "kernel" => run_kernel(&parse(parser, false)?),
-        Some(Long("help") | Short('h')) => {
+        Some(Short('h')) => {
             print!("{HELP}");
             Ok(0)
         }

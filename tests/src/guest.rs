@@ -2,13 +2,15 @@
 //! instructions.
 
 use std::ffi::OsString;
+use std::process::Command;
 use std::time::Duration;
 
 use pkru_qemu::linux::{self, Guest};
 use pkru_qemu::machine::Machine;
 
 use crate::build::{self, Binary};
-use crate::tally::{Row, Tally, count_suite};
+use crate::stream::stream;
+use crate::tally::{Row, Tally, count, count_suite};
 
 /// The suite that counts instructions. Its guest runs with `icount`.
 pub(crate) const COST: &str = "cost";
@@ -28,6 +30,20 @@ pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
         boot(tally, kernel, &counted, &Machine { icount: true, ..machine() })?;
         examples(tally, kernel)?;
     }
+    doc_tests(tally)
+}
+
+/// Runs the documentation tests on the newest kernel, with `pkru-qemu` as cargo's runner. On a host without keys they
+/// return early.
+fn doc_tests(tally: &mut Tally) -> Result<(), String> {
+    let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
+    let mut runner = program.with_file_name("pkru-qemu").into_os_string();
+    runner.push(" linux");
+    let mut command = Command::new("cargo");
+    command.args(["test", "--release", "--doc", "-p", "pkru-userspace"]).current_dir(build::workspace());
+    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", runner);
+    let newest = linux::KERNELS[linux::KERNELS.len() - 1];
+    tally.add(stream(&format!("Linux {newest}: doc tests"), &mut command, count)?);
     Ok(())
 }
 

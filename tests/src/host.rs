@@ -1,11 +1,11 @@
 //! Runs the tests on this machine: unit tests, documentation tests, and the guest suites if the CPU has keys.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use crate::build;
 use crate::guest;
 use crate::inside::ONE_BY_ONE;
+use crate::stream::stream;
 use crate::tally::{Row, Tally, count, count_suite};
 
 pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
@@ -57,26 +57,6 @@ pub(crate) fn cargo_test(suite: &str, package: &str, kinds: &[&str]) -> Result<R
     stream(suite, command.args(["test", "-p", package]).args(kinds).current_dir(build::workspace()), count)
 }
 
-/// Runs a command, prints its output, and counts the results. A command that fails without a failed test counts as a
-/// failure.
-fn stream(suite: &str, command: &mut Command, count: impl Fn(&str, &str) -> Row) -> Result<Row, String> {
-    println!("\n== {suite} ==");
-    let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
-    let mut child = spawned.map_err(|error| format!("cannot run {command:?}: {error}"))?;
-    let mut output = String::new();
-    if let Some(stdout) = child.stdout.take() {
-        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            println!("{line}");
-            output.push_str(&line);
-            output.push('\n');
-        }
-    }
-    let status = child.wait().map_err(|error| format!("cannot wait for {command:?}: {error}"))?;
-    let row = count(suite, &output);
-    // The status is added unless a failed test explains it.
-    if status.success() || row.failed > 0 && !row.did_not_end() { Ok(row) } else { Ok(row.fail(&status.to_string())) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,15 +68,5 @@ mod tests {
         assert_eq!(runs_here(Some("1"), keys), Ok(()));
         assert!(runs_here(Some("0"), keys).unwrap_err().contains("PKRU_TEST_NATIVE=0 is set"));
         assert!(runs_here(None, "flags : fpu pku fsgsbase").unwrap_err().contains("no PKU"));
-    }
-
-    #[test]
-    fn a_command_that_fails_without_a_failed_test_is_a_failure() {
-        let mut command = Command::new("sh");
-        let row = stream("suite", command.args(["-c", "echo 'test a ... ok'; printf 'test b ... '; exit 3"]), count);
-        let row = row.unwrap();
-        assert_eq!((row.passed, row.failed, row.note.as_str()), (1, 1, "did not end: b (exit status: 3)"));
-        let row = stream("suite", Command::new("sh").args(["-c", "echo 'test a ... ok'; exit 3"]), count).unwrap();
-        assert_eq!((row.passed, row.failed, row.note.as_str()), (1, 1, "exit status: 3"));
     }
 }

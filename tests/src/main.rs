@@ -14,6 +14,7 @@ mod floors;
 mod guest;
 mod host;
 mod inside;
+mod stream;
 mod tally;
 
 #[cfg(test)]

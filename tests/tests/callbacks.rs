@@ -264,6 +264,7 @@ fn a_fork_in_a_callback_keeps_the_deadline() {
         &mut [&mut |_| {
             // SAFETY: the child makes calls and exits.
             child = unsafe { libc::fork() };
+            assert!(child >= 0, "cannot fork");
             0
         }],
         |callbacks| ask(callbacks[0], 0),

@@ -70,6 +70,7 @@ fn read<'a>(path: &str, text: &'a mut [u8]) -> &'a str {
 fn keys_in_use() -> usize {
     // SAFETY: the child only makes system calls.
     let child = unsafe { libc::fork() };
+    assert!(child >= 0, "cannot fork");
     if child == 0 {
         let mut free = 0;
         // SAFETY: the calls touch no memory.

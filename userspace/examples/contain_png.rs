@@ -217,7 +217,7 @@ fn demonstrate(files: &[impl AsRef<Path>]) -> Result<usize, String> {
         }
     }
     let largest = contents.iter().map(|(_, file)| promised_size(file)).max().unwrap_or(0);
-    let builder = Domain::builder("libpng").heap_size((64 << 20) + largest.min(1 << 30));
+    let builder = Domain::builder("libpng").heap_size((64 << 20) + 2 * largest.min(1 << 30));
     let mut domain = builder.build().map_err(|error| error.to_string())?;
 
     let mut good: Vec<(String, Vec<u8>, Picture)> = Vec::new();

@@ -103,6 +103,7 @@ pub const NOWHERE: usize = 0x120;
 pub fn in_child(function: impl FnOnce()) -> i32 {
     // SAFETY: the child runs the function and exits.
     let child = unsafe { libc::fork() };
+    assert!(child >= 0, "cannot fork: {}", std::io::Error::last_os_error());
     if child == 0 {
         let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(function)).is_ok();
         // SAFETY: `_exit` runs none of the parent's exit handlers.

@@ -56,7 +56,7 @@ pub use plain::{Block, Pair, Plain};
 ///
 ///     fn into_wire(self) -> Self::Wire {
 ///         match self {
-///             Self::End => (0, None),
+///             Self::End => (0u8, None),
 ///             Self::Word(word) => (1, Some(word)),
 ///         }
 ///         .into_wire()
