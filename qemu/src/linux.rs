@@ -109,8 +109,10 @@ impl Guest {
                 "-initrd",
                 &format!("/proc/{}/fd/{}", std::process::id(), image.as_raw_fd()),
                 "-append",
-                // The kernel resets the machine on a panic, and -no-reboot turns a reset into an exit.
-                "console=ttyS0 quiet panic=-1 random.trust_cpu=on",
+                // The kernel resets the machine on a panic, and -no-reboot turns a reset into an exit. On a busy host the
+                // emulated timer can be late, which the kernel's check at boot takes for a broken one, and panics
+                // (Linux 6.12, `arch/x86/kernel/apic/io_apic.c`, `check_timer`).
+                "console=ttyS0 quiet panic=-1 random.trust_cpu=on no_timer_check",
             ],
             vec![Sink::Keep { show: machine.verbose }, Sink::Stdout, Sink::Stderr],
         )?;

@@ -84,8 +84,8 @@ pub(crate) fn count(suite: &str, output: &str) -> Row {
         match line.rsplit(" ... ").next().unwrap_or(line).trim() {
             "ok" => row.passed += 1,
             "FAILED" => row.failed += 1,
-            // An ignored test without a reason is one that another test runs.
-            "ignored" => {}
+            // Another test runs it. Harnesses other than the suites' give no reason.
+            "ignored" | "ignored (another test runs it)" => {}
             verdict if verdict.starts_with("ignored") => {
                 row.skipped += 1;
                 let reason = verdict.trim_start_matches("ignored").trim_matches([' ', ',', '(', ')']);
@@ -114,8 +114,8 @@ mod tests {
 
     #[test]
     fn verdicts_are_counted() {
-        let output = "running 5 tests\ntest a  ... ok\ntest b  ... some output\nok\ntest c  ... FAILED\nok\n\
-                      test d ... ignored (no keys)\ntest e ... ignored\nok\ntest result: FAILED. 2 passed";
+        let output = "running 6 tests\ntest a  ... ok\ntest b  ... some output\nok\ntest c  ... FAILED\nok\n\
+                      test d ... ignored (no keys)\ntest e ... ignored\ntest f ... ignored (another test runs it)\nok\ntest result: FAILED. 2 passed";
         let row = count("suite", output);
         assert_eq!((row.passed, row.failed, row.skipped, row.note.as_str()), (2, 1, 1, "skipped: no keys"));
     }

@@ -148,15 +148,18 @@ pub fn main(tests: &[Test]) -> ExitCode {
         let is_forced = no_keys.is_some() && std::env::var_os(FORCE).is_some();
         // Runners such as nextest report tests that are listed as ignored as skipped. When run, the test gives the
         // reason.
+        let lists_ignored = arguments.list || arguments.ignored || arguments.include_ignored;
         let listed_as_ignored = lacking.is_some() && !is_forced && (arguments.list || arguments.ignored);
+        let waits_for_its_parent = test.is_child && !lists_ignored;
         let (nocapture, figures) = (arguments.nocapture, Arc::clone(&figures));
         let run = move || match lacking {
+            _ if waits_for_its_parent => Ok(Completion::ignored_with("another test runs it")),
             Some(reason) if is_forced => Err(format!("{FORCE} is set, but {reason}").into()),
             // The rest of the error is advice. It is printed once, at the end.
             Some(reason) => Ok(Completion::ignored_with(reason.split([':', ';']).next().unwrap_or(&reason))),
             None => run_apart(test.name, nocapture, &figures).map(|()| Completion::Completed),
         };
-        Trial::ignorable_test(test.name, run).with_ignored_flag(test.is_child || listed_as_ignored)
+        Trial::ignorable_test(test.name, run).with_ignored_flag(test.is_child && lists_ignored || listed_as_ignored)
     });
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     for (test, lines) in figures.lock().unwrap_or_else(PoisonError::into_inner).iter() {
