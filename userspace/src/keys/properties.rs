@@ -163,9 +163,15 @@ impl World<'_> {
         if let Some(want) = want {
             return is_pinned(want) || (locked.closed.is_none() && locked.owners[want.index()].is_some());
         }
+        if !locked.free.is_empty() || !locked.owned().any(is_pinned) {
+            return false;
+        }
         let idle = locked.owned().filter(|key| !is_pinned(*key)).count();
-        let closed = usize::from(locked.closed.is_none());
-        locked.free.is_empty() && locked.ours.len() >= locked.limit.min(locked.ours.len()) && idle <= closed
+        let below_limit = locked.limit.saturating_sub(locked.ours.len());
+        let can_allocate = self.table.tagger.0.borrow().keys_left.min(below_limit);
+        // Without a closed key, one of them becomes it.
+        let needed = if locked.closed.is_none() { 2 } else { 1 };
+        idle + can_allocate < needed
     }
 
     fn call(&mut self, memory: usize, thread: usize, want: Option<ProtectionKey>) {
