@@ -181,6 +181,11 @@ impl Thread {
         self.depth.set(self.depth.get().saturating_sub(1));
     }
 
+    /// Returns the addresses of the signal stack.
+    pub(crate) fn signal_stack(&self) -> Range<usize> {
+        self.stack.part(0)
+    }
+
     /// Prepares a jump of the program to a frame with this stack pointer. It may leave handlers, and the calls that
     /// they have interrupted.
     pub(crate) fn before_jump(&self, target: usize) {
@@ -211,8 +216,15 @@ impl Thread {
         AlternateStack { start: stack.start, size: stack.len(), flags: sys::SS_AUTODISARM }.for_kernel()
     }
 
+    /// Sets the signal stack as the alternate stack of the calling thread, which may be running on another one. The caller
+    /// blocks every signal.
+    pub(crate) fn install_first(&self) -> io::Result<()> {
+        // SAFETY: as in `install`.
+        unsafe { sys::replace_alternate_stack(self.stack.part(0)) }
+    }
+
     /// Sets the signal stack as the calling thread's alternate stack.
-    pub(crate) fn install_stack(&self) -> io::Result<()> {
+    fn install_stack(&self) -> io::Result<()> {
         self.install(self.stack.part(0))
     }
 

@@ -29,7 +29,7 @@ pub fn timer(microseconds: libc::c_long) {
     TIMER.with(|timer| timer.start(microseconds, microseconds));
 }
 
-/// A timer that sends SIGALRM to the thread that created it. `setitimer` would send it to any thread of the process.
+/// A timer that sends a signal to the thread that created it. `setitimer` would send it to any thread of the process.
 #[derive(Debug)]
 pub struct Timer(libc::timer_t);
 
@@ -37,11 +37,17 @@ impl Timer {
     /// Creates a timer. It is not started.
     #[must_use]
     pub fn for_this_thread() -> Self {
+        Self::of_this_thread(libc::SIGALRM)
+    }
+
+    /// Creates a timer that sends another signal. It is not started.
+    #[must_use]
+    pub fn of_this_thread(signal: i32) -> Self {
         // SAFETY: the structs are valid and live across the call.
         unsafe {
             let mut event: libc::sigevent = std::mem::zeroed();
             event.sigev_notify = libc::SIGEV_THREAD_ID;
-            event.sigev_signo = libc::SIGALRM;
+            event.sigev_signo = signal;
             event.sigev_notify_thread_id = libc::gettid();
             let mut timer = std::ptr::null_mut();
             assert_eq!(libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer), 0);

@@ -6,7 +6,7 @@ use std::cell::UnsafeCell;
 use std::sync::MutexGuard;
 
 use crate::loader::owned;
-use crate::signal::actions;
+use crate::signal::{actions, stacks};
 use crate::trusted::trusted;
 use crate::violation::symbol_tables::{self, SymbolTables};
 use crate::{keys, rights, sys, thread};
@@ -59,6 +59,7 @@ pub(super) extern "C" fn after_in_child() {
     if rights::is_in_domain() {
         return;
     }
+    stacks::after_fork();
     let thread = thread::current();
     if let Some(thread) = thread {
         thread.after_fork();

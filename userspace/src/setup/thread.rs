@@ -43,7 +43,7 @@ pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
     let thread = Box::new(Thread::new()?);
     // Before the kernel gets the stack, so that a failure leaves nothing behind.
     free_at_thread_end(&thread)?;
-    if let Err(error) = thread.install_stack() {
+    if let Err(error) = thread.install_first() {
         forget_at_thread_end();
         return Err(Error::system("set the thread's alternate signal stack")(error));
     }

@@ -1,8 +1,9 @@
-//! Running the program's own handlers.
+//! The program's actions for signals.
 //!
-//! The kernel delivers a signal on this crate's stack, with every signal blocked. The program's handler then runs as it
-//! would without this crate: with the program's thread-locals and rights, and with the signal mask and stack that the
-//! program has set. If the signal interrupted a domain, the handler runs on the caller's stack, below the call.
+//! The kernel delivers a signal to this crate, with every signal blocked. The program's handler then runs as it would
+//! without this crate: with the program's thread-locals and rights, and with the signal mask and stack that the program
+//! has set. If the signal interrupted the program's code, it is [delivered](super::delivery) anew. If it interrupted a
+//! domain, this module calls the handler, on the caller's stack below the call.
 
 #![expect(unsafe_code, reason = "it calls the program's handlers")]
 
@@ -11,8 +12,9 @@ use std::ffi::{c_int, c_void};
 
 use pkru::{AccessRights, KeyRights, ProtectionKey};
 
+use super::actions;
+use super::delivery::{self, Delivery, RED_ZONE, bit, faults};
 use super::frame::SignalContext;
-use super::{actions, frame};
 use crate::rights;
 use crate::sys::{self, Action, FAULTS};
 use crate::thread::{self, Thread};
@@ -26,62 +28,61 @@ pub(super) struct Origin {
     pub(super) key: Option<ProtectionKey>,
 }
 
-/// Performs the program's action for a signal.
+/// Performs the program's action for a signal. Returns the handler that remains to be called, if any.
 ///
 /// # Safety
 ///
 /// The kernel passed the arguments. The FS base is the program's, and the rights include the program's.
-pub(super) unsafe fn forward(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, from: &Origin) {
+pub(super) unsafe fn forward(
+    signal: c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut c_void,
+    from: &Origin,
+) -> Option<Delivery> {
     let action = actions::get(signal);
     if !action.is_function() {
         // SAFETY: the kernel passes a valid `siginfo_t`.
         default(signal, &action, unsafe { (*info).si_code } <= 0);
-        return;
+        return None;
     }
     // Calls that the handler makes have their own deadlines.
-    let deadline = thread::current().and_then(|thread| thread.timer().get()).and_then(sys::pause_timer);
+    let timer = thread::current().and_then(|thread| thread.timer().get());
+    let deadline = timer.and_then(sys::pause_timer);
     if action.flags & libc::SA_RESETHAND as u64 != 0 {
         actions::reset(signal);
     }
+    let rights = from.rights.with(ProtectionKey::DEFAULT, AccessRights::READ_WRITE);
+    if rights == from.rights && from.key.is_none() && deadline.is_none() {
+        // SAFETY: the caller guarantees this.
+        let delivery = unsafe { delivery::prepare(signal, &action, info, context, from.stack) };
+        // SAFETY: the program ran with these rights, and code that it can run is all that follows.
+        unsafe { rights::write(rights) };
+        return delivery;
+    }
     let here = (&raw const action).addr();
     let thread = thread::current();
-    let stack = stack_for(&action, thread, from, context.addr());
+    let stack = thread.map_or(0, |thread| stack_for(&action, thread, from));
     if let Some(thread) = thread {
         thread.begin_handler(from.stack, here, from.key);
     }
     // SAFETY: the kernel passes a valid frame.
     let interrupted_mask = unsafe { (*context.cast::<SignalContext>()).mask };
     let own = if action.flags & libc::SA_NODEFER as u64 == 0 { bit(signal) } else { 0 };
-    // The handler may call domains, where these signals must not be blocked.
-    let faults = FAULTS.iter().fold(0, |all, signal| all | bit(*signal));
-    sys::set_mask((interrupted_mask | action.mask | own) & !faults);
-    let rights = from.rights.with(ProtectionKey::DEFAULT, AccessRights::READ_WRITE);
+    // The handler may call domains, where the signals of faults must not be blocked.
+    sys::set_mask((interrupted_mask | action.mask | own) & !faults());
     // SAFETY: these are the program's rights, with which it can use its own stack and this one.
     unsafe { rights::write(rights) };
     // SAFETY: the program set this handler for this signal, and the arguments are the kernel's.
     unsafe { call(action.handler, signal, info, context, stack) };
     sys::set_mask(u64::MAX);
-    match (thread, thread::current()) {
-        (Some(thread), _) => thread.end_handler(),
-        // The handler has made this thread ready for domains. The frame still holds the old state.
-        (None, Some(thread)) => {
-            // SAFETY: the kernel passes a valid frame.
-            let context = unsafe { &mut *context.cast::<SignalContext>() };
-            context.stack = thread.kernels_stack();
-            if let Some(key) = thread::signal_stack_key() {
-                frame::grant(context, key);
-            }
-        }
-        (None, None) => {}
+    if let Some(thread) = thread {
+        thread.end_handler();
     }
-    if let (Some(left), Some(timer)) = (deadline, thread::current().and_then(|thread| thread.timer().get())) {
+    if let (Some(left), Some(timer)) = (deadline, timer) {
         // This cannot fail for a timer that exists.
         let _ = sys::set_timer(timer, Some(left));
     }
-}
-
-const fn bit(signal: c_int) -> u64 {
-    1 << (signal - 1)
+    None
 }
 
 /// Performs the default action for a signal, or ignores it. `sent` says whether a process sent it.
@@ -106,23 +107,12 @@ fn default(signal: c_int, action: &Action, sent: bool) {
     }
 }
 
-/// Returns the stack pointer to call a handler with, or 0 for the current stack.
-fn stack_for(action: &Action, thread: Option<&Thread>, from: &Origin, frame: usize) -> usize {
-    /// The bytes below the stack pointer that code may use without moving it.
-    const RED_ZONE: usize = 128;
-    /// More bytes than a frame takes.
-    const FRAME: usize = 32 * 1024;
-    let below = from.stack.wrapping_sub(RED_ZONE) & !15;
+/// Returns the stack pointer to call a handler with.
+fn stack_for(action: &Action, thread: &Thread, from: &Origin) -> usize {
     let wants_alternate = action.flags & libc::SA_ONSTACK as u64 != 0;
-    match thread {
-        Some(thread) => match thread.programs_stack().get().addresses().filter(|_| wants_alternate) {
-            Some(stack) if !stack.contains(&from.stack) => stack.end & !15,
-            _ => below,
-        },
-        // The kernel has put the frame on the program's alternate stack if there is one, whatever the program asked
-        // for.
-        None if wants_alternate || from.stack.wrapping_sub(frame) < FRAME => 0,
-        None => below,
+    match thread.programs_stack().get().addresses().filter(|_| wants_alternate) {
+        Some(stack) if !stack.contains(&from.stack) => stack.end & !15,
+        _ => from.stack.wrapping_sub(RED_ZONE) & !15,
     }
 }
 
@@ -136,8 +126,12 @@ unsafe extern "C" fn call(
     stack: usize,
 ) {
     naked_asm!(
+        ".cfi_startproc",
         "push rbp",
+        ".cfi_def_cfa_offset 16",
+        ".cfi_offset rbp, -16",
         "mov rbp, rsp",
+        ".cfi_def_cfa_register rbp",
         "mov rax, rdi",
         "mov edi, esi",
         "mov rsi, rdx",
@@ -148,6 +142,8 @@ unsafe extern "C" fn call(
         "call rax",
         "mov rsp, rbp",
         "pop rbp",
+        ".cfi_def_cfa rsp, 8",
         "ret",
+        ".cfi_endproc",
     )
 }

@@ -126,6 +126,54 @@ pub(super) fn grant(context: &SignalContext, key: ProtectionKey) {
     }
 }
 
+/// The software-reserved bytes of the FXSAVE area in a frame, `struct _fpx_sw_bytes`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct SoftwareBytes {
+    magic1: u32,
+    /// The size in bytes of all that is saved.
+    extended_size: u32,
+    features: u64,
+    /// The size in bytes of the XSAVE area.
+    state_size: u32,
+}
+
+const _: () = assert!(offset_of!(SoftwareBytes, features) == 8);
+
+impl SoftwareBytes {
+    /// Reads them. Returns `None` if the frame has no XSAVE area.
+    ///
+    /// # Safety
+    ///
+    /// The frame is the kernel's.
+    unsafe fn of(context: &SignalContext) -> Option<Self> {
+        const MAGIC1: u32 = 0x4650_5853;
+        /// Where they lie in the FXSAVE area, which has 512 bytes.
+        const OFFSET: usize = 464;
+        let area = context.machine.fpregs.cast::<u8>();
+        if area.is_null() {
+            return None;
+        }
+        // SAFETY: these bytes are in the FXSAVE area.
+        let bytes = unsafe { area.wrapping_add(OFFSET).cast::<Self>().read() };
+        (bytes.magic1 == MAGIC1).then_some(bytes)
+    }
+}
+
+/// Returns the size in bytes of the FPU's state in a frame, which lies at `machine.fpregs`.
+///
+/// # Safety
+///
+/// The frame is the kernel's.
+pub(super) unsafe fn state_size(context: &SignalContext) -> usize {
+    const FXSAVE: usize = 512;
+    if context.machine.fpregs.is_null() {
+        return 0;
+    }
+    // SAFETY: the caller guarantees this.
+    unsafe { SoftwareBytes::of(context) }.map_or(FXSAVE, |bytes| bytes.extended_size as usize)
+}
+
 /// PKRU in a signal frame.
 struct SavedPkru {
     area: XsaveArea<'static>,
@@ -139,28 +187,12 @@ impl SavedPkru {
     ///
     /// The frame is the kernel's, and outlives the result.
     unsafe fn of(context: &SignalContext) -> Option<Self> {
-        const MAGIC1: u32 = 0x4650_5853;
         const MAGIC2: u32 = 0x4650_5845;
-        /// The software-reserved bytes of the FXSAVE area, `struct _fpx_sw_bytes`.
-        #[derive(Clone, Copy)]
-        #[repr(C)]
-        struct SoftwareBytes {
-            magic1: u32,
-            extended_size: u32,
-            features: u64,
-            state_size: u32,
-        }
-        const SOFTWARE_BYTES: usize = 464;
-        const { assert!(offset_of!(SoftwareBytes, features) == 8) };
-
         let area = context.machine.fpregs.cast::<u8>();
-        if area.is_null() {
-            return None;
-        }
-        // SAFETY: the FXSAVE area has 512 bytes, and these lie within.
-        let software = unsafe { area.wrapping_add(SOFTWARE_BYTES).cast::<SoftwareBytes>().read() };
+        // SAFETY: the caller guarantees this.
+        let software = unsafe { SoftwareBytes::of(context) }?;
         let (offset, size) = (PKRU_OFFSET.load(Ordering::Relaxed), software.state_size as usize);
-        if software.magic1 != MAGIC1 || software.features & XsaveArea::PKRU == 0 || offset + 4 > size {
+        if software.features & XsaveArea::PKRU == 0 || offset + 4 > size {
             return None;
         }
         // SAFETY: with the first magic number the area has this size, and the second magic number follows it.

@@ -1,32 +1,41 @@
 //! The signal handler. It reads the frame, calls [`decide`](super::decide), and applies the decision.
 //!
 //! A handler starts with the kernel's initial rights, which allow key 0 only, and with the FS base of the interrupted
-//! code. The entry is a few instructions that touch no memory and allow all keys. The rest is Rust, which uses no
+//! code. The entry allows all keys by a few instructions that touch no memory. The rest is Rust, which uses no
 //! thread-local until the FS base is the caller's.
 
 #![expect(unsafe_code, reason = "it is the signal handler")]
 
 use std::arch::naked_asm;
 use std::ffi::{c_int, c_void};
+use std::mem::offset_of;
 use std::ptr::NonNull;
 
 use pkru::gate::{Context, Gate};
 use pkru::instructions::{rdfsbase, wrfsbase};
 
 use super::decide::{CallFacts, Decision, Facts, Grantee, decide};
+use super::delivery::Delivery;
 use super::forward::{self, Origin};
 use super::frame::SignalContext;
 use super::trap::{Interrupted, Running, Trap};
-use super::{frame, panics};
+use super::{frame, panics, stacks};
 use crate::inside::abort::AbortReason;
 use crate::keys::{self, statics};
 use crate::sys::{self, FAULTS};
 use crate::thread::{self, Thread};
 
-/// Allows all keys and continues in Rust. Uses registers only. The arguments are in RDI, RSI and RDX.
+/// Allows all keys, runs [`handle`], and then returns to the interrupted code or calls the program's handler.
+///
+/// In a thread that enters domains the frame lies on the thread's signal stack, which has `SS_AUTODISARM`. `handle` runs
+/// there. In other threads it runs on one of the [`stacks`]. There the thread's own stacks are used only as the kernel
+/// would: the program's handler finds the frame above it and nothing else.
+///
+/// The arguments are in RDI, RSI and RDX. The stack pointer is the start of the frame.
 #[unsafe(naked)]
 pub(super) unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
     naked_asm!(
+        ".cfi_startproc",
         "mov r8, rdx",
         "xor eax, eax",
         "xor ecx, ecx",
@@ -34,19 +43,121 @@ pub(super) unsafe extern "C" fn entry(signal: c_int, info: *mut libc::siginfo_t,
         "wrpkru",
         // A domain may have jumped to WRPKRU with other values.
         "test eax, eax",
-        "jne 2f",
+        "jne 9f",
         // Linux leaves the flag AC as it was. With it, a misaligned access here would end the process.
         "pushfq",
         "and dword ptr [rsp], ~0x40000",
         "popfq",
         "mov rdx, r8",
-        "jmp {handle}",
-        "2: ud2",
+        "mov r9, rsp",
+        "mov r10, -1",
+        "bt dword ptr [rdx + {stack_flags}], {autodisarm}",
+        "jc 4f",
+        // Takes one of the stacks: R10 is its number.
+        "lea r11, [rip + {taken}]",
+        "2: xor r10d, r10d",
+        "3: lock bts dword ptr [r11], r10d",
+        "jnc 3f",
+        "inc r10d",
+        "cmp r10d, {count}",
+        "jb 3b",
+        "pause",
+        "jmp 2b",
+        "3: lea eax, [r10 + 1]",
+        "shl rax, {shift}",
+        "mov rsp, [rip + {stacks}]",
+        "add rsp, rax",
+        "4: and rsp, -16",
+        "push r10",
+        "push r9",
+        "sub rsp, {room}",
+        // The frame starts at the word there, and its first word is the return address.
+        ".cfi_escape 0x0f, 6, 0x77, 0x80 | {room}, 0x00, 0x06, 0x23, 0x08",
+        "mov rcx, rsp",
+        "call {handle}",
+        "mov r10, [rsp + {room} + 8]",
+        "lea r11, [rip + {taken}]",
+        "test al, al",
+        "jnz 6f",
+        "mov rsp, [rsp + {room}]",
+        ".cfi_remember_state",
+        ".cfi_def_cfa rsp, 8",
+        "test r10, r10",
+        "js 5f",
+        "lock btr dword ptr [r11], r10d",
+        "5: ret",
+        // Calls the program's handler. Its frame may lie elsewhere, and this stack is free once RSP is there.
+        ".cfi_restore_state",
+        "6: mov ebx, [rsp + {signal}]",
+        "mov r12, [rsp + {info}]",
+        "mov r13, [rsp + {context}]",
+        "mov r14, [rsp + {handler}]",
+        "mov r15, [rsp + {mask}]",
+        "mov ebp, [rsp + {arm}]",
+        "mov rsp, [rsp + {frame}]",
+        ".cfi_def_cfa rsp, 8",
+        "test r10, r10",
+        "js 7f",
+        "lock btr dword ptr [r11], r10d",
+        // Arms the signal stack as it was when the signal arrived: sigaltstack(&context.stack, NULL).
+        "7: test ebp, ebp",
+        "jz 8f",
+        "lea rdi, [r13 + {stack}]",
+        "xor esi, esi",
+        "mov eax, {sigaltstack}",
+        "syscall",
+        // rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8).
+        "8: push r15",
+        "mov edi, {set_mask}",
+        "mov rsi, rsp",
+        "xor edx, edx",
+        "mov r10d, 8",
+        "mov eax, {sigprocmask}",
+        "syscall",
+        "pop r15",
+        "mov edi, ebx",
+        "mov rsi, r12",
+        "mov rdx, r13",
+        "xor ebp, ebp",
+        "xor eax, eax",
+        "jmp r14",
+        "9: ud2",
+        ".cfi_endproc",
+        stack_flags = const offset_of!(SignalContext, stack) + offset_of!(libc::stack_t, ss_flags),
+        stack = const offset_of!(SignalContext, stack),
+        autodisarm = const sys::SS_AUTODISARM.trailing_zeros(),
+        taken = sym stacks::TAKEN,
+        stacks = sym stacks::STACKS,
+        count = const stacks::COUNT,
+        shift = const stacks::SHIFT,
+        room = const ROOM,
         handle = sym handle,
+        signal = const offset_of!(Delivery, signal),
+        info = const offset_of!(Delivery, info),
+        context = const offset_of!(Delivery, context),
+        handler = const offset_of!(Delivery, handler),
+        mask = const offset_of!(Delivery, mask),
+        arm = const offset_of!(Delivery, arm),
+        frame = const offset_of!(Delivery, frame),
+        sigaltstack = const libc::SYS_sigaltstack,
+        sigprocmask = const libc::SYS_rt_sigprocmask,
+        set_mask = const libc::SIG_SETMASK,
     )
 }
 
-unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void) {
+/// The bytes that [`entry`] reserves for a [`Delivery`].
+const ROOM: usize = 64;
+
+// The stack stays aligned. The description of the frame has the number as a signed LEB128 of two bytes.
+const _: () = assert!(size_of::<Delivery>() <= ROOM && ROOM.is_multiple_of(16) && ROOM < 128);
+
+/// Acts on a signal. Returns whether `delivery` was written: the program's handler is to be called.
+unsafe extern "C" fn handle(
+    signal: c_int,
+    info: *mut libc::siginfo_t,
+    frame: *mut c_void,
+    delivery: *mut Delivery,
+) -> bool {
     // SAFETY: the kernel passes a valid frame, and nothing else uses it while the handler runs.
     let context = unsafe { &mut *frame.cast::<SignalContext>() };
     // SAFETY: the kernel passes the arguments.
@@ -60,15 +171,21 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
                 // SAFETY: the signal interrupted this call.
                 unsafe { rewind(context, call, at, reason) };
             }
-            return;
+            return false;
         }
         Decision::SkipPanicWrite => {
             if let Some(call) = &call {
                 call.skip_panic_write(context, &at);
             }
         }
-        // SAFETY: the kernel passes the arguments, the FS base is the program's, and the rights allow all keys.
-        Decision::Forward => unsafe { forward(signal, info, frame, &at, call.as_ref()) },
+        Decision::Forward => {
+            // SAFETY: the kernel passes the arguments, the FS base is the program's, and the rights allow all keys.
+            if let Some(to) = unsafe { forward(signal, info, frame, &at, call.as_ref()) } {
+                // SAFETY: `entry` passes a place for it.
+                unsafe { delivery.write(to) };
+                return true;
+            }
+        }
         Decision::Grant { key, to, acknowledge } => {
             match (to, &call) {
                 (Grantee::Interrupted, _) => frame::grant(context, key),
@@ -90,6 +207,7 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, frame: *m
         // SAFETY: this was the FS base when the signal arrived.
         unsafe { wrfsbase(call.fs_base) };
     }
+    false
 }
 
 /// The call that a signal has interrupted. While it exists, the FS base is the caller's.
@@ -163,7 +281,7 @@ unsafe fn rewind(context: &mut SignalContext, call: &Call, at: Interrupted, reas
     }
 }
 
-/// Performs the program's action for a signal.
+/// Performs the program's action for a signal. Returns what [`entry`] has to do for it.
 ///
 /// # Safety
 ///
@@ -174,12 +292,11 @@ unsafe fn forward(
     frame: *mut c_void,
     at: &Interrupted,
     call: Option<&Call>,
-) {
+) -> Option<Delivery> {
     let Some(call) = call else {
         let from = Origin { stack: at.stack as usize, rights: at.rights, key: None };
         // SAFETY: the caller guarantees this for the arguments, the FS base and the rights.
-        unsafe { forward::forward(signal, info, frame, &from) };
-        return;
+        return unsafe { forward::forward(signal, info, frame, &from) };
     };
     let context = call.context();
     let from =
@@ -188,7 +305,9 @@ unsafe fn forward(
     // SAFETY: the signal interrupted this call.
     unsafe { Gate::Pkru.hide(call.running) };
     // SAFETY: the caller guarantees this for the arguments, the FS base and the rights.
-    unsafe { forward::forward(signal, info, frame, &from) };
+    let delivery = unsafe { forward::forward(signal, info, frame, &from) };
+    debug_assert!(delivery.is_none(), "a handler that interrupts a call is called while the call is hidden");
     // SAFETY: the call was hidden above, and resumes when the handler returns.
     unsafe { Gate::Pkru.show(call.running) };
+    None
 }

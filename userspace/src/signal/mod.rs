@@ -6,7 +6,9 @@
 //! | [`trap`] | an interrupted state and a trap, as plain data |
 //! | [`decide`] | what to do about a signal, as a pure function |
 //! | [`frame`] | reading and writing the kernel's signal frames |
-//! | [`forward`] | running the program's handlers |
+//! | [`stacks`] | stacks for the handler in threads that enter no domains |
+//! | [`forward`] | the program's handlers |
+//! | [`delivery`] | calling a handler as the kernel would |
 //! | [`actions`] | the program's signal actions |
 //! | [`panics`] | the writes with which std records a panic, which the handler skips |
 //!
@@ -27,10 +29,12 @@
 
 pub(crate) mod actions;
 mod decide;
+mod delivery;
 mod forward;
 mod frame;
 mod handler;
 pub(crate) mod panics;
+pub(crate) mod stacks;
 pub(crate) mod trap;
 
 use crate::Error;
@@ -42,6 +46,7 @@ use crate::Error;
 /// [`Error::System`] if a system call fails.
 pub(crate) fn install(pkru_offset: usize) -> Result<(), Error> {
     frame::set_pkru_offset(pkru_offset);
+    stacks::map()?;
     // SAFETY: the entry assumes nothing about the code that it interrupts.
     unsafe { actions::take_over(handler::entry as *const () as usize) }
         .map_err(Error::system("install the signal handlers"))

@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "it makes system calls")]
 
+use std::arch::asm;
 use std::ffi::c_int;
 use std::io;
 use std::mem;
@@ -9,6 +10,7 @@ use std::ops::Range;
 use std::ptr;
 
 use super::assembly::restorer;
+use super::memory::page_size;
 use super::threads::process_id;
 
 /// The action of a signal, as the kernel defines it.
@@ -112,6 +114,17 @@ pub(crate) fn change_mask(how: c_int, mask: Option<u64>, old: *mut u64) -> c_int
     if result == 0 { 0 } else { error }
 }
 
+/// Returns whether the calling thread can write memory, and overwrites some of it; async-signal-safe. A stack grows by
+/// this as by any other access.
+///
+/// `memory` begins at a multiple of 8 and is not empty.
+pub(crate) fn is_writable(memory: Range<usize>) -> bool {
+    let first_page = memory.start & !(page_size() - 1);
+    let mut pages = (first_page..memory.end).step_by(page_size());
+    // The kernel writes the mask, or says that it cannot.
+    pages.all(|page| change_mask(libc::SIG_BLOCK, None, page.max(memory.start) as *mut u64) == 0)
+}
+
 /// Unblocks signals in the calling thread. A fault whose signal is blocked kills the process.
 pub(crate) fn unblock(signals: &[c_int]) -> io::Result<()> {
     // SAFETY: `sigset_t` is a C struct of integers, for which all zeros are valid.
@@ -184,6 +197,11 @@ impl AlternateStack {
         (self.flags & libc::SS_DISABLE == 0).then(|| self.start..self.start + self.size)
     }
 
+    /// Returns the stack that the kernel describes like this.
+    pub(crate) fn of_kernel(stack: &libc::stack_t) -> Self {
+        Self { start: stack.ss_sp.addr(), size: stack.ss_size, flags: stack.ss_flags }
+    }
+
     pub(crate) const fn for_kernel(self) -> libc::stack_t {
         libc::stack_t { ss_sp: ptr::without_provenance_mut(self.start), ss_flags: self.flags, ss_size: self.size }
     }
@@ -202,6 +220,33 @@ pub(crate) unsafe fn set_alternate_stack(stack: Range<usize>) -> io::Result<()> 
     restore_alternate_stack(AlternateStack { start: stack.start, size: stack.len(), flags: SS_AUTODISARM })
 }
 
+/// Does the same in a signal handler that runs on the thread's present alternate stack. The kernel refuses that with
+/// EPERM while the stack pointer lies there, so it is moved to the new stack meanwhile.
+///
+/// # Safety
+///
+/// As for [`set_alternate_stack`]. Every signal is blocked.
+pub(crate) unsafe fn replace_alternate_stack(stack: Range<usize>) -> io::Result<()> {
+    let end = stack.end & !15;
+    let new = AlternateStack { start: stack.start, size: stack.len(), flags: SS_AUTODISARM }.for_kernel();
+    let result: i64;
+    // SAFETY: no code runs on the new stack, because no signal arrives. The stack pointer is restored.
+    unsafe {
+        asm!(
+            "xchg rsp, {stack}",
+            "syscall",
+            "mov rsp, {stack}",
+            stack = inout(reg) end => _,
+            inout("rax") libc::SYS_sigaltstack => result,
+            in("rdi") &raw const new,
+            in("rsi") 0,
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+    if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-result as c_int)) }
+}
+
 /// Sets the calling thread's alternate signal stack to the program's; async-signal-safe.
 pub(crate) fn restore_alternate_stack(stack: AlternateStack) -> io::Result<()> {
     let new = stack.for_kernel();
@@ -217,5 +262,5 @@ pub(crate) fn alternate_stack() -> AlternateStack {
     let mut stack = AlternateStack::NONE.for_kernel();
     // SAFETY: `stack` is writable, and with a null pointer the call changes nothing.
     unsafe { libc::syscall(libc::SYS_sigaltstack, ptr::null::<libc::stack_t>(), &raw mut stack) };
-    AlternateStack { start: stack.ss_sp as usize, size: stack.ss_size, flags: stack.ss_flags }
+    AlternateStack::of_kernel(&stack)
 }
