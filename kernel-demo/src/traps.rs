@@ -78,7 +78,8 @@ fn exception(frame: &mut Frame, rights: &mut Rights) {
     }
     let fence = Fence::current();
     let gate = fence.gate();
-    let Some(context) = gate.running(rights.behind(fence)) else {
+    // SAFETY: the rights were in force at the trap, and the kernel has one CPU.
+    let Some(context) = (unsafe { gate.running(rights.behind(fence)) }) else {
         exit::fail(format_args!("unexpected trap: {trap}\n{frame:#x?}"));
     };
     // SAFETY: the kernel has one CPU, the trap was raised with this context's rights, and `frame` and `rights` below take

@@ -265,7 +265,12 @@ impl Active {
         Self([const { AtomicPtr::new(ptr::null_mut()) }; ProtectionKey::COUNT])
     }
 
-    fn find(&self, rights: KeyRights) -> Option<NonNull<Context>> {
+    /// Finds the call that runs with these rights.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Gate::running`].
+    unsafe fn find(&self, rights: KeyRights) -> Option<NonNull<Context>> {
         // No domain can write under key 0, so these are a caller's rights. They can include the own keys of domains
         // that run on other threads, whose contexts may be freed during the search.
         if rights.get(ProtectionKey::DEFAULT).is_empty() {
@@ -352,9 +357,15 @@ impl Gate {
     ///
     /// A fault handler passes the rights that were in force at the trap. Returns `None` if they are not a running
     /// domain's.
+    ///
+    /// # Safety
+    ///
+    /// The rights are in force on this CPU or thread, or were when the trap interrupted it, and no call has begun or
+    /// ended on it since. The context of another one's call may be freed while this function looks at it.
     #[must_use]
-    pub fn running(self, rights: KeyRights) -> Option<NonNull<Context>> {
-        self.active().find(rights)
+    pub unsafe fn running(self, rights: KeyRights) -> Option<NonNull<Context>> {
+        // SAFETY: the caller guarantees this.
+        unsafe { self.active().find(rights) }
     }
 
     /// Returns the context of the running call of the domain with this own key, on any CPU or thread.

@@ -10,6 +10,8 @@ use support::{contain, domain, key_fault, mistake, suite, works};
 suite! {
     a_vault_is_closed_to_domains,
     a_vault_is_closed_to_a_domain_while_it_is_open_in_the_caller,
+    what_a_vault_lends_can_be_used_on_other_threads,
+    a_thread_has_no_rights_to_a_vault_that_nobody_has_opened,
     a_region_is_shared_with_those_who_are_named,
     a_region_outlives_its_handle_and_gives_its_key_back,
     safe_functions_open_nothing_in_a_domain,
@@ -50,6 +52,49 @@ fn a_vault_is_closed_to_a_domain_while_it_is_open_in_the_caller() {
     let violation = vault.with(|_| domain.call(|| unsafe { address.read_volatile() })).unwrap_err();
     assert_eq!(key_fault(&violation).address, address as u64);
     assert_eq!(vault.with(|value| *value), 7);
+}
+
+fn what_a_vault_lends_can_be_used_on_other_threads() {
+    use rayon::prelude::*;
+    // The pool's threads exist before the vault does.
+    assert_eq!((0..1000u32).into_par_iter().map(|number| number % 3).sum::<u32>(), 999);
+    let mut vault = Vault::new([7u8; 4096]).unwrap();
+    let sum = vault.with(|secret| secret.par_iter().map(|byte| u64::from(*byte)).sum::<u64>());
+    assert_eq!(sum, 7 * 4096);
+    vault.with_mut(|secret| secret.par_iter_mut().for_each(|byte| *byte += 1));
+    assert!(vault.with(|secret| secret.par_iter().all(|byte| *byte == 8)));
+    // A domain called from such a thread has no rights.
+    let address = vault.as_ptr().addr();
+    vault.with(|_| {
+        (0..64).into_par_iter().for_each(|_| {
+            contain(&mut domain("curious"), || {
+                // SAFETY: deliberately unsound: the mistake under test.
+                black_box(unsafe { (address as *const u8).read_volatile() });
+            });
+        });
+    });
+}
+
+fn a_thread_has_no_rights_to_a_vault_that_nobody_has_opened() {
+    let vault = Vault::new(7u64).unwrap();
+    let address = vault.as_ptr().addr();
+    // SAFETY: deliberately unsound: the mistake under test.
+    let read = move || unsafe { (address as *const u64).read_volatile() };
+    let open = std::sync::Barrier::new(2);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            open.wait();
+            read()
+        });
+        vault.with(|_| {
+            open.wait();
+            assert_eq!(reader.join().unwrap(), 7, "control: while it is open");
+        });
+    });
+    let status = support::in_child(|| {
+        black_box(std::thread::spawn(read).join().unwrap());
+    });
+    assert_eq!(status, libc::SIGSEGV);
 }
 
 fn a_region_is_shared_with_those_who_are_named() {

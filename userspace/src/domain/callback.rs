@@ -7,6 +7,7 @@
 
 use std::ffi::c_void;
 use std::fmt;
+use std::marker::PhantomData;
 
 use crate::backend::pku::Memory;
 use crate::inside::callback::{MOST, Reply, Request, function};
@@ -47,15 +48,19 @@ pub(crate) fn pointers(count: usize) -> Vec<Callback> {
 ///
 /// They are the contents of six registers; arguments that the code did not pass are arbitrary. Never dereference one as a
 /// pointer: use [`read`](Self::read) and [`write`](Self::write), which refuse all memory but the domain's own.
+///
+/// They belong to the thread that made the call.
 pub struct CallbackArguments<'a> {
     words: [u64; 6],
     memory: &'a mut Memory,
     caller: Caller,
+    /// The rights to the memory are this thread's.
+    _not_send: PhantomData<*const ()>,
 }
 
 impl<'a> CallbackArguments<'a> {
     pub(crate) const fn new(suspended: &Suspended, memory: &'a mut Memory, caller: Caller) -> Self {
-        Self { words: suspended.words, memory, caller }
+        Self { words: suspended.words, memory, caller, _not_send: PhantomData }
     }
 
     /// Returns an argument, counted from 0.

@@ -17,6 +17,7 @@
 #![expect(unsafe_code, reason = "it tags pages; a key that is handed in comes with a contract")]
 
 mod caller;
+pub(crate) mod lent;
 #[cfg(test)]
 mod model;
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::fmt;
 
 use pkru::ProtectionKey;
 
+use crate::keys::lent::{self, Lent};
 use crate::memory::mapping::Mapping;
 use crate::rights::with_access;
 use crate::setup::process;
@@ -14,8 +15,12 @@ use crate::{Error, keys, rights, thread};
 /// A value that no domain can read, such as a private key.
 ///
 /// It lies in memory with a protection key to which domains have no rights. The calling thread has rights to it within
-/// [`with`](Self::with) and [`with_mut`](Self::with_mut); a thread started there keeps them. All vaults of a process
-/// share one key. What the value points to is not in the vault: keep a secret in an array, not in a `Vec`.
+/// [`with`](Self::with) and [`with_mut`](Self::with_mut). A thread that is started there, or that is passed the reference,
+/// gets them too, and keeps them. All vaults of a process share one key. What the value points to is not in the vault:
+/// keep a secret in an array, not in a `Vec`.
+///
+/// A thread that has never used a vault gets its rights when it first reads the value. A system call that reads it
+/// before that fails with EFAULT.
 ///
 /// # Examples
 ///
@@ -56,6 +61,7 @@ impl<T> Vault<T> {
         }
         process::make_ready()?;
         let key = keys::closed(thread::current_caller())?;
+        lent::set_key(key);
         let mapping = Mapping::new([size_of::<T>().max(1)])?;
         mapping.make_accessible(key)?;
         let place = mapping.part(0).start as *mut T;
@@ -67,13 +73,20 @@ impl<T> Vault<T> {
     /// Calls a function with the value.
     pub fn with<R>(&self, function: impl FnOnce(&T) -> R) -> R {
         // SAFETY: the value is there until this is dropped, and open meanwhile.
-        with_access(self.key, || function(unsafe { &*self.value }))
+        self.open(|| function(unsafe { &*self.value }))
     }
 
     /// Calls a function that may change the value.
     pub fn with_mut<R>(&mut self, function: impl FnOnce(&mut T) -> R) -> R {
+        let value = self.value;
         // SAFETY: as in `with`, and this is the only reference.
-        with_access(self.key, || function(unsafe { &mut *self.value }))
+        self.open(|| function(unsafe { &mut *value }))
+    }
+
+    /// Runs a function with rights to the value, which other threads may get meanwhile. In a domain it runs without.
+    fn open<R>(&self, function: impl FnOnce() -> R) -> R {
+        let _lent = (!rights::is_in_domain()).then(Lent::new);
+        with_access(self.key, function)
     }
 
     /// Returns the address of the value. It can be read within [`with`](Self::with) only.
@@ -85,7 +98,7 @@ impl<T> Vault<T> {
 
 impl<T> Drop for Vault<T> {
     fn drop(&mut self) {
-        with_access(self.key, || {
+        self.open(|| {
             // SAFETY: the value was written by `new` and is not used after this.
             unsafe { self.value.drop_in_place() };
             let size = self.mapping.part(0).len();

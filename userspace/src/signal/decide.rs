@@ -16,6 +16,8 @@ pub(super) struct Facts {
     pub(super) call: Option<CallFacts>,
     /// The key of the statics, if they have one of their own.
     pub(super) statics_key: Option<ProtectionKey>,
+    /// The key of the vaults, if one is open.
+    pub(super) lent_key: Option<ProtectionKey>,
 }
 
 /// Facts about an interrupted call.
@@ -41,7 +43,7 @@ pub(super) enum Decision {
     SkipPanicWrite,
     /// Run the program's handler, or do what it wants instead.
     Forward,
-    /// Give rights to the statics' key, and resume.
+    /// Give rights to a key of the program's, and resume.
     Grant {
         key: ProtectionKey,
         to: Grantee,
@@ -80,7 +82,7 @@ pub(super) fn decide(at: &Interrupted, facts: &Facts) -> Decision {
     }
     match facts.call {
         Some(call) => in_call(at, call),
-        None => outside(at, facts.statics_key),
+        None => outside(at, facts),
     }
 }
 
@@ -117,17 +119,18 @@ fn is_deadline(at: &Interrupted) -> bool {
     at.signal == DEADLINE && at.code == libc::SI_TIMER && at.value == deadline_value()
 }
 
-fn outside(at: &Interrupted, statics_key: Option<ProtectionKey>) -> Decision {
+fn outside(at: &Interrupted, facts: &Facts) -> Decision {
     if is_deadline(at) {
         // Of a call that has just ended, or has not begun.
         return Decision::Resume;
     }
-    if let Some(key) = statics_key.filter(|key| at.key == Some(*key)) {
-        // The grant signal has missed this thread.
+    let programs = at.rights.get(ProtectionKey::DEFAULT).allow(Access::Write);
+    // The grant signal has missed this thread, or another thread has opened a vault and lent what is in it.
+    let is_programs = |key: &ProtectionKey| Some(*key) == facts.statics_key || Some(*key) == facts.lent_key;
+    if let Some(key) = at.key.filter(|key| programs && is_programs(key)) {
         return Decision::Grant { key, to: Grantee::Interrupted, acknowledge: false };
     }
     // With a domain's rights, but in no call of this thread, the program's handler could not run.
-    let programs = at.rights.get(ProtectionKey::DEFAULT).allow(Access::Write);
     if programs || !FAULTS.contains(&at.signal) { Decision::Forward } else { Decision::Default }
 }
 
@@ -195,12 +198,15 @@ mod tests {
         rights: DOMAINS,
     };
 
+    /// The facts where no domain runs and no key is the program's.
+    const NOTHING: Facts = Facts { call: None, statics_key: None, lent_key: None };
+
     const CALL: CallFacts = CallFacts { is_leaving: false, is_copy: false, is_panic_write: false };
 
     /// Checks a signal in a call, and the same signal outside any, with the rights of a domain and of the program.
     #[track_caller]
     fn check(at: Interrupted, in_call: Expected, with_domains_rights: Expected, with_programs_rights: Expected) {
-        let facts = |call| Facts { call, statics_key: None };
+        let facts = |call| Facts { call, ..NOTHING };
         assert_eq!(of(decide(&at, &facts(Some(CALL)))), in_call, "in a call: {at:?}");
         let at = Interrupted { rights: DOMAINS, ..at };
         assert_eq!(of(decide(&at, &facts(None))), with_domains_rights, "outside, with a domain's rights: {at:?}");
@@ -273,7 +279,7 @@ mod tests {
     #[test]
     fn a_copy_of_the_process_exits() {
         let call = Some(CallFacts { is_copy: true, is_panic_write: true, ..CALL });
-        let facts = Facts { call, statics_key: None };
+        let facts = Facts { call, ..NOTHING };
         assert_eq!(of(decide(&SIGNAL, &facts)), Exit(libc::EXIT_FAILURE));
         let instruction = AbortReason::instruction();
         let exit = Interrupted { signal: libc::SIGILL, code: 2, instruction, arguments: [5, 42, 0], ..SIGNAL };
@@ -284,7 +290,7 @@ mod tests {
 
     #[test]
     fn a_write_about_a_panic_is_skipped_in_a_call() {
-        let facts = Facts { call: Some(CallFacts { is_panic_write: true, ..CALL }), statics_key: None };
+        let facts = Facts { call: Some(CallFacts { is_panic_write: true, ..CALL }), ..NOTHING };
         assert_eq!(of(decide(&SIGNAL, &facts)), Skip);
     }
 
@@ -298,7 +304,7 @@ mod tests {
             for (call, to) in
                 [(None, Grantee::Interrupted), (Some(CALL), Grantee::Caller), (Some(leaving), Grantee::Nobody)]
             {
-                assert_eq!(of(decide(&grant, &Facts { call, statics_key: Some(STATICS) })), Grant(to, true));
+                assert_eq!(of(decide(&grant, &Facts { call, statics_key: Some(STATICS), ..NOTHING })), Grant(to, true));
             }
         }
         // Without a key there is nothing to give; with another value, code or signal it is a signal like any other.
@@ -308,17 +314,19 @@ mod tests {
             (Interrupted { code: libc::SI_USER, ..grant }, Some(STATICS)),
             (Interrupted { signal: libc::SIGILL, ..grant }, Some(STATICS)),
         ] {
-            assert_eq!(of(decide(&at, &Facts { call: Some(CALL), statics_key })), Rewind, "{at:?}");
+            assert_eq!(of(decide(&at, &Facts { call: Some(CALL), statics_key, ..NOTHING })), Rewind, "{at:?}");
         }
     }
 
     #[test]
-    fn a_thread_that_the_grant_signal_missed_gets_rights_when_it_faults() {
+    fn a_thread_of_the_program_gets_rights_to_its_keys_when_it_faults() {
         let fault = Interrupted { code: SEGV_PKUERR, key: Some(STATICS), rights: PROGRAMS, ..SIGNAL };
-        let facts = |call| Facts { call, statics_key: Some(STATICS) };
-        assert_eq!(of(decide(&fault, &facts(None))), Grant(Grantee::Interrupted, false));
-        assert_eq!(of(decide(&fault, &facts(Some(CALL)))), Rewind, "a domain may not write statics");
-        let other = Interrupted { key: Some(OWN), ..fault };
-        assert_eq!(of(decide(&other, &facts(None))), Forward);
+        for facts in [Facts { statics_key: Some(STATICS), ..NOTHING }, Facts { lent_key: Some(STATICS), ..NOTHING }] {
+            assert_eq!(of(decide(&fault, &facts)), Grant(Grantee::Interrupted, false));
+            assert_eq!(of(decide(&fault, &Facts { call: Some(CALL), ..facts })), Rewind, "in a domain");
+            assert_eq!(of(decide(&Interrupted { rights: DOMAINS, ..fault }, &facts)), Default, "with its rights");
+            assert_eq!(of(decide(&Interrupted { key: Some(OWN), ..fault }, &facts)), Forward);
+        }
+        assert_eq!(of(decide(&fault, &NOTHING)), Forward);
     }
 }

@@ -21,7 +21,7 @@ use super::frame::SignalContext;
 use super::trap::{Interrupted, Running, Trap};
 use super::{frame, panics, stacks};
 use crate::inside::abort::AbortReason;
-use crate::keys::{self, statics};
+use crate::keys::{self, lent, statics};
 use crate::sys::{self, FAULTS};
 use crate::thread::{self, Thread};
 
@@ -164,7 +164,8 @@ unsafe extern "C" fn handle(
     let at = unsafe { frame::read(signal, info, context) };
     // SAFETY: the kernel passes the frame of this signal.
     let call = unsafe { Call::interrupted_by(&at, frame) };
-    let facts = Facts { call: call.as_ref().map(|call| call.facts), statics_key: statics::key() };
+    let facts =
+        Facts { call: call.as_ref().map(|call| call.facts), statics_key: statics::key(), lent_key: lent::key() };
     match decide(&at, &facts) {
         Decision::Rewind { reason } => {
             if let Some(call) = &call {
