@@ -16,6 +16,8 @@ macro_rules! trusted {
             $(#[$doc])*
             #[allow(unsafe_code, reason = "the section holds statics and nothing else")]
             #[unsafe(link_section = "pkru_trusted")]
+            // Otherwise LLVM may replace it by its parts, and the section then ends within a page.
+            #[used]
             $visibility static $name: crate::trusted::Trusted<$type> = crate::trusted::Trusted($value);
         )*
     };
@@ -46,4 +48,17 @@ pub fn pages() -> [Range<usize>; 2] {
         static STOP: u8;
     }
     [(&raw const START).addr()..(&raw const STOP).addr(), Gate::Pkru.state()]
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::sys;
+
+    #[test]
+    fn they_take_whole_pages() {
+        for pages in super::pages() {
+            assert!(!pages.is_empty());
+            assert_eq!((pages.start % sys::page_size(), pages.end % sys::page_size()), (0, 0), "{pages:#x?}");
+        }
+    }
 }
