@@ -3,8 +3,9 @@
 #![expect(unsafe_code, reason = "it makes domain memory ready and enters the gate")]
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use pkru::domain::{Entry, Platform, Sizes};
@@ -19,7 +20,8 @@ use crate::loader::library_data::LibraryData;
 use crate::memory::mapping::Mapping;
 use crate::memory::tls;
 use crate::signal::trap::{Running, Trap};
-use crate::{Error, rights, sys};
+use crate::sys::{self, Inaccessible};
+use crate::{Error, rights};
 
 /// The size in bytes of the mailbox, the top of a domain's stack, where a call leaves its result.
 pub(crate) const MAILBOX: usize = 4096;
@@ -64,9 +66,14 @@ impl Memory {
             self.mapping.check()?;
             ensure_rights(pin.key());
             // Code may have stored values in thread-locals that hold for its thread only.
-            if let Some(template) = &self.thread_locals {
-                // SAFETY: the template was made for this memory, which is mapped and writable, and no call runs there.
-                unsafe { template.lay_out() };
+            if let Some(template) = &mut self.thread_locals {
+                // SAFETY: the template was made for this domain, in which no call runs.
+                unsafe { template.lay_out() }.or_else(|_| {
+                    // All of them are new, so what their pages are now does not matter.
+                    self.mapping.make_part_accessible(TLS, pin.key())?;
+                    // SAFETY: as above.
+                    unsafe { template.lay_out() }.map_err(inaccessible)
+                })?;
             }
             self.thread = caller.number;
         }
@@ -166,19 +173,22 @@ impl Memory {
             return Vec::new();
         }
         let count = ((end - from) / size_of::<u64>()).min(most);
-        let mut words = vec![0u64; count];
-        // SAFETY: the range lies in the domain's memory, where no code runs.
-        unsafe { std::ptr::copy_nonoverlapping(from as *const u64, words.as_mut_ptr(), count) };
+        let mut words = Vec::with_capacity(count);
+        if sys::copy_from(from, &mut words.spare_capacity_mut()[..count]).is_ok() {
+            // SAFETY: the words were copied.
+            unsafe { words.set_len(count) };
+        }
         words
     }
 
     /// Returns the size in bytes of the last allocation that failed in the domain, as its heap says. The calling thread
     /// has rights to the memory.
     pub(crate) fn failed_allocation(&self) -> usize {
-        let heap = self.heap().start as *const DomainHeap;
-        // SAFETY: the heap's bookkeeping is mapped and no code runs there, and the function reads only an integer, for
-        // which any bytes are valid.
-        unsafe { DomainHeap::last_failed_of(heap) }
+        let mut heap = MaybeUninit::<DomainHeap>::zeroed();
+        // If it is not readable, the size stays 0.
+        let _ = sys::copy_value_from(self.heap().start, &mut heap);
+        // SAFETY: the copy is as large, and the function reads only an integer, for which any bytes are valid.
+        unsafe { DomainHeap::last_failed_of(heap.as_ptr()) }
     }
 
     /// Copies a text from the domain's memory, at most 4,096 bytes. Returns `None` if the text is not all in that
@@ -188,9 +198,10 @@ impl Memory {
         let length = length.min(MOST);
         let end = address.checked_add(length)?;
         self.readable().iter().find(|range| range.start <= address && end <= range.end)?;
-        let mut bytes = vec![0; length];
-        // SAFETY: the range lies in the domain's memory, where no code runs.
-        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), length) };
+        let mut bytes = Vec::with_capacity(length);
+        sys::copy_from(address, &mut bytes.spare_capacity_mut()[..length]).ok()?;
+        // SAFETY: the bytes were copied.
+        unsafe { bytes.set_len(length) };
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 
@@ -203,6 +214,11 @@ impl Memory {
     pub(crate) fn thread_locals(&self) -> Range<usize> {
         self.mapping.part(TLS)
     }
+}
+
+/// The error if memory of a domain cannot be written.
+fn inaccessible(_: Inaccessible) -> Error {
+    Error::System { operation: "write a domain's memory", errno: libc::EFAULT }
 }
 
 /// Ensures that the calling thread has rights to a key.
@@ -253,25 +269,33 @@ unsafe impl Platform for PkuBackend {
 
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
         memory.mapping.check()?;
-        // A signal handler that calls another domain would wait forever for locks that this thread holds.
-        let _quiet = sys::BlockedSignals::new();
-        // A lease pins this key.
-        ensure_rights(memory.running.context.key());
-        drop(bind::bind_all());
-        self.libraries.iter().for_each(LibraryData::restore);
         let range = memory.heap();
         let heap = NonNull::new(range.start as *mut DomainHeap).expect("a heap does not start at 0");
+        let (place, stack) = (memory.thread_locals(), memory.stack());
+        {
+            // A signal handler that calls another domain would wait forever for locks that this thread holds.
+            let _quiet = sys::BlockedSignals::new();
+            drop(bind::bind_all());
+            tls::update(&mut memory.thread_locals, &place, heap, &stack)?;
+        }
+        // A lease pins this key.
+        ensure_rights(memory.running.context.key());
+        self.libraries.iter().try_for_each(LibraryData::restore).map_err(inaccessible)?;
+        // The heap's first bytes are written below by code that expects that it can.
+        // SAFETY: no code runs in the domain.
+        unsafe { sys::copy_to(ptr::from_ref(&0u8), range.start, 1) }.map_err(inaccessible)?;
         let skip = size_of::<DomainHeap>().next_multiple_of(ALIGNMENT);
         // SAFETY: the smallest heap is larger than the bookkeeping.
         let bottom = unsafe { heap.cast::<u8>().add(skip) };
         // SAFETY: the heap's memory is mapped, and nothing else uses it until the domain runs.
         let value = unsafe { DomainHeap::new(bottom, range.len() - skip) };
-        // SAFETY: the heap starts after these bytes, which are mapped and writable.
-        unsafe { heap.write(value) };
-        let (place, stack) = (memory.thread_locals(), memory.stack());
-        // SAFETY: the memory for thread-locals is mapped, it is zeroed because it is new or discarded, and nothing else
-        // uses it.
-        let fs_base = unsafe { tls::lay_out(&mut memory.thread_locals, &place, heap, &stack) }?;
+        // SAFETY: the heap starts after these bytes, which are the domain's.
+        unsafe { sys::copy_to((&raw const value).cast(), range.start, size_of::<DomainHeap>()) }
+            .map_err(inaccessible)?;
+        let template = memory.thread_locals.as_mut().expect("it was just made");
+        // SAFETY: the template was made for this domain, in which no call runs.
+        unsafe { template.lay_out() }.map_err(inaccessible)?;
+        let fs_base = template.fs_base();
         let stack = memory.mailbox().start as u64;
         memory.running.context.set_place(stack, fs_base);
         Ok(())

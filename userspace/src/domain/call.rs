@@ -3,7 +3,6 @@
 #![expect(unsafe_code, reason = "it enters domains and copies their results")]
 
 use std::any::type_name;
-use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use pkru::domain::{Domain as Core, Failure};
@@ -225,16 +224,10 @@ impl Domain {
         // `from_wire` can panic, and a transient domain is to be discarded all the same.
         let core = DiscardedLater(&mut self.core);
         core.0.memory().ensure_rights_after_call();
-        let mut wire = MaybeUninit::<R::Wire>::uninit();
-        // SAFETY: the mailbox is in the domain's memory, which this thread can read; nothing runs in the domain. This is
-        // the only copy: what is checked is what is used.
-        unsafe { std::ptr::copy_nonoverlapping(mailbox as *const R::Wire, wire.as_mut_ptr(), 1) };
-        // SAFETY: any bytes are a value of a plain type.
-        let wire = unsafe { wire.assume_init() };
         let ranges = core.0.memory().readable();
-        // SAFETY: these are the domain's mapped memory, which this thread can read; nothing runs in the domain.
-        let memory = unsafe { DomainMemory::new(&ranges) };
-        let received = R::from_wire(wire, &memory);
+        let memory = DomainMemory::new(&ranges);
+        // This is the only copy: what is checked is what is used.
+        let received = memory.copy_value(mailbox).and_then(|wire| R::from_wire(wire, &memory));
         core.disarm();
         received.map_err(|invalid| {
             self.discard();

@@ -8,10 +8,12 @@
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 use crate::backend::pku::Memory;
 use crate::inside::callback::{MOST, Reply, Request, function};
 use crate::keys::Caller;
+use crate::sys::{self, Inaccessible};
 use crate::transfer::InvalidResult;
 
 /// The closures that code in a domain can call, see [`Domain::call_with`](crate::Domain::call_with).
@@ -78,14 +80,15 @@ impl<'a> CallbackArguments<'a> {
     ///
     /// # Errors
     ///
-    /// [`InvalidResult::OutOfBounds`] if they are not all in one of the two; [`InvalidResult::NoKey`].
+    /// [`InvalidResult::OutOfBounds`] if they are not all in one of the two; [`InvalidResult::Inaccessible`];
+    /// [`InvalidResult::NoKey`].
     pub fn read(&mut self, address: u64, length: usize) -> Result<Vec<u8>, InvalidResult> {
         self.check(address, length)?;
-        let mut bytes = vec![0; length];
-        let target = bytes.as_mut_ptr();
-        // SAFETY: the range is in the domain's memory, which this thread can use while the key is pinned; nothing runs
-        // in the domain.
-        self.with_memory(|| unsafe { std::ptr::copy_nonoverlapping(address as *const u8, target, length) })?;
+        let mut bytes = Vec::with_capacity(length);
+        let target = &mut bytes.spare_capacity_mut()[..length];
+        self.with_memory(|| sys::copy_from(address as usize, target))?;
+        // SAFETY: the bytes were copied.
+        unsafe { bytes.set_len(length) };
         Ok(bytes)
     }
 
@@ -93,11 +96,12 @@ impl<'a> CallbackArguments<'a> {
     ///
     /// # Errors
     ///
-    /// [`InvalidResult::OutOfBounds`] if they do not all fit into one of the two; [`InvalidResult::NoKey`].
+    /// [`InvalidResult::OutOfBounds`] if they do not all fit into one of the two; [`InvalidResult::Inaccessible`], after
+    /// a part of them may have been copied; [`InvalidResult::NoKey`].
     pub fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), InvalidResult> {
         self.check(address, bytes.len())?;
-        // SAFETY: as in `read`; and no Rust value of the caller's is there.
-        self.with_memory(|| unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) })
+        // SAFETY: the range is in the domain's memory, where nothing runs and no value of the caller's is.
+        self.with_memory(|| unsafe { sys::copy_to(bytes.as_ptr(), address as usize, bytes.len()) })
     }
 
     fn check(&self, address: u64, length: usize) -> Result<(), InvalidResult> {
@@ -109,10 +113,9 @@ impl<'a> CallbackArguments<'a> {
     }
 
     /// Runs a function that uses the domain's memory, after giving that its key again.
-    fn with_memory(&mut self, function: impl FnOnce()) -> Result<(), InvalidResult> {
+    fn with_memory(&mut self, function: impl FnOnce() -> Result<(), Inaccessible>) -> Result<(), InvalidResult> {
         let _lease = self.memory.acquire_again(self.caller).map_err(|_| InvalidResult::NoKey)?;
-        function();
-        Ok(())
+        Ok(function()?)
     }
 }
 
@@ -139,13 +142,15 @@ pub(crate) struct Suspended {
 }
 
 impl Suspended {
-    /// Copies a request and checks it; `None` if it is invalid. The calling thread has rights to the domain's memory.
+    /// Copies a request and checks it; `None` if it is invalid or cannot be read. The calling thread has rights to the domain's memory.
     pub(crate) fn read(request: u64, memory: &Memory, count: usize) -> Option<Self> {
         if !is_within(memory, request, size_of::<Request>()) {
             return None;
         }
-        // SAFETY: the range is in the domain's memory, where nothing runs; any bytes are a request.
-        let Request { index, words } = unsafe { (request as *const Request).read_unaligned() };
+        let mut copy = MaybeUninit::<Request>::uninit();
+        sys::copy_value_from(request as usize, &mut copy).ok()?;
+        // SAFETY: it was copied, and any bytes are a request.
+        let Request { index, words } = unsafe { copy.assume_init() };
         let index = usize::try_from(index).ok().filter(|index| *index < count)?;
         Some(Self { request, index, words })
     }

@@ -12,7 +12,7 @@ use pkru::ProtectionKey;
 use super::bind;
 use super::owned::{self, Part, can_be_owned, is_called};
 use crate::Error;
-use crate::sys::{self, BlockedSignals, Library};
+use crate::sys::{self, BlockedSignals, Inaccessible, Library};
 use crate::trusted::trusted;
 
 /// A library's data, owned by a domain.
@@ -73,8 +73,12 @@ impl LibraryData {
     }
 
     /// Restores the contents that the data had when it was taken.
-    pub(crate) fn restore(&self) {
-        self.parts.iter().for_each(|part| part.restore());
+    ///
+    /// # Errors
+    ///
+    /// [`Inaccessible`] if the domain that owns it has made a page inaccessible.
+    pub(crate) fn restore(&self) -> Result<(), Inaccessible> {
+        self.parts.iter().try_for_each(|part| part.restore())
     }
 
     /// Returns the data to the program with the contents that it had when it was taken. Returns `false` if the domain's
@@ -82,9 +86,8 @@ impl LibraryData {
     pub(crate) fn give_back(&self) -> bool {
         for part in &self.parts {
             // SAFETY: the pages are writable data of the library, and were readable and writable before.
-            if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok() {
-                part.restore();
-            } else {
+            let is_accessible = unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok();
+            if !is_accessible || part.restore().is_err() {
                 self.is_lost.set(true);
             }
         }

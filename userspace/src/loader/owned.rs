@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pkru::ProtectionKey;
 
 use crate::rights;
-use crate::sys::{self, BlockedSignals, Library};
+use crate::sys::{self, BlockedSignals, Inaccessible, Library};
 use crate::trusted::trusted;
 
 /// Pages of a library's data, and their contents when a domain got them.
@@ -19,11 +19,10 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// Restores the contents of the pages.
-    pub(super) fn restore(&self) {
-        let (from, to) = (self.contents.as_ptr(), self.addresses.start as *mut u8);
+    /// Restores the contents of the pages. Fails if the domain has made one of them inaccessible.
+    pub(super) fn restore(&self) -> Result<(), Inaccessible> {
         // SAFETY: the pages are as large as the contents, and no code runs in the domain that owns them.
-        unsafe { std::ptr::copy_nonoverlapping(from, to, self.contents.len()) };
+        unsafe { sys::copy_to(self.contents.as_ptr(), self.addresses.start, self.contents.len()) }
     }
 }
 
@@ -52,7 +51,8 @@ pub(super) extern "C" fn return_all() {
         // A call that still runs in the domain that owns the pages faults.
         // SAFETY: the pages are writable data of a library, and were readable and writable before.
         if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok() {
-            part.restore();
+            // They are accessible now.
+            let _ = part.restore();
         }
     }
 }

@@ -53,11 +53,13 @@ impl<const PARTS: usize> Mapping<PARTS> {
 
     /// Makes all parts readable and writable, and tags them with a key.
     pub(crate) fn make_accessible(&self, key: ProtectionKey) -> Result<(), Error> {
-        for part in &self.parts {
-            // SAFETY: the pages are this mapping's, and nothing relies on their protection.
-            unsafe { sys::protect(part.clone(), key) }.map_err(Error::system("tag memory with a protection key"))?;
-        }
-        Ok(())
+        (0..PARTS).try_for_each(|part| self.make_part_accessible(part, key))
+    }
+
+    /// Makes a part readable and writable, and tags it with a key.
+    pub(crate) fn make_part_accessible(&self, index: usize, key: ProtectionKey) -> Result<(), Error> {
+        // SAFETY: the pages are this mapping's, and nothing relies on their protection.
+        unsafe { sys::protect(self.part(index), key) }.map_err(Error::system("tag memory with a protection key"))
     }
 
     /// Returns the addresses of a part.

@@ -30,7 +30,8 @@ use pkru::heap::DomainHeap;
 use pkru::instructions::rdfsbase;
 
 use super::locals::Locals;
-use crate::{Error, sys};
+use crate::Error;
+use crate::sys::{self, Inaccessible};
 
 /// The size in bytes of a domain's memory for thread-locals.
 pub(crate) const SIZE: usize = 256 * 1024;
@@ -44,7 +45,7 @@ const TCB_THREAD: usize = 16;
 /// The size of the thread descriptor in bytes if glibc does not export it.
 const DESCRIPTOR: usize = 0x900;
 
-/// A copy of a domain's thread-locals, to lay them out again after a discard or for another thread.
+/// A domain's thread-locals, to lay them out anew after a discard or for another thread.
 #[derive(Debug)]
 pub(crate) struct Template {
     /// The [count of loaded objects](sys::loaded_count) that it was made for.
@@ -52,7 +53,7 @@ pub(crate) struct Template {
     /// The address that it is laid out at.
     start: usize,
     bytes: Vec<u8>,
-    /// The thread pointer, which is the address of the thread descriptor.
+    /// The thread pointer, which is the address of the thread descriptor. Invariant: `bytes` contains the descriptor.
     pointer: usize,
     /// The size of the descriptor in bytes.
     descriptor: usize,
@@ -64,82 +65,75 @@ impl Template {
         self.loaded
     }
 
+    /// Returns the domain's FS base.
+    pub(crate) const fn fs_base(&self) -> u64 {
+        self.pointer as u64
+    }
+
     /// Lays out the thread-locals for the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// [`Inaccessible`] if the domain has made a page of this memory inaccessible.
     ///
     /// # Safety
     ///
-    /// The memory that it was made for is mapped and writable, and nothing else uses it.
-    pub(crate) unsafe fn lay_out(&self) {
-        let start = self.bytes.as_ptr() as usize;
-        let (before, after) = (self.pointer - self.start, self.pointer - self.start + self.descriptor);
+    /// The memory that it was made for is the domain's, and no code runs there.
+    pub(crate) unsafe fn lay_out(&mut self) -> Result<(), Inaccessible> {
+        let descriptor = self.bytes.as_mut_ptr().wrapping_add(self.pointer - self.start) as usize;
         let heads = [TCB_SELF, TCB_VECTOR, TCB_THREAD].map(|head| {
             // SAFETY: `bytes` contains the whole descriptor.
-            (head, unsafe { load(start + before + head) })
+            (head, unsafe { load(descriptor + head) })
         });
-        // SAFETY: `bytes` was copied from this memory, which the caller guarantees is writable.
-        unsafe { copy(start, self.start, before) };
         // The thread's ID, its stack canary and its pointer guard hold in the domain too.
-        // SAFETY: the calling thread's descriptor has this size, and so has the one in the domain.
-        unsafe { copy(sys::thread_pointer(), self.pointer, self.descriptor) };
-        // SAFETY: as for the first copy.
-        unsafe { copy(start + after, self.start + after, self.bytes.len() - after) };
+        // SAFETY: the calling thread's descriptor has this size, and so has the one in `bytes`.
+        unsafe { copy(sys::thread_pointer(), descriptor, self.descriptor) };
         for (head, value) in heads {
-            // SAFETY: the head lies in this memory.
-            unsafe { store(self.pointer + head, value) };
+            // SAFETY: the head lies in `bytes`.
+            unsafe { store(descriptor + head, value) };
         }
+        // SAFETY: the caller guarantees that the memory is a domain's in which no code runs.
+        unsafe { sys::copy_to(self.bytes.as_ptr(), self.start, self.bytes.len()) }
     }
 }
 
-/// Lays out a domain's thread-locals and returns its FS base. Uses the template if it is up to date, and replaces it
-/// otherwise.
+/// Makes a template of the thread-locals for a domain whose memory for them has these addresses, unless it is up to
+/// date. Touches no memory of the domain's.
 ///
 /// # Errors
 ///
 /// [`Error::ThreadLocals`] if they do not fit.
-///
-/// # Safety
-///
-/// As for [`build`], and the template was made for the same memory.
-pub(crate) unsafe fn lay_out(
+pub(crate) fn update(
     template: &mut Option<Template>,
     memory: &Range<usize>,
     heap: NonNull<DomainHeap>,
     stack: &Range<usize>,
-) -> Result<u64, Error> {
+) -> Result<(), Error> {
     let loaded = sys::loaded_count();
-    if let Some(template) = template.as_ref().filter(|template| template.loaded == loaded) {
-        // SAFETY: the caller guarantees that the memory is mapped, writable and otherwise unused.
-        unsafe { template.lay_out() };
-        return Ok(template.pointer as u64);
+    if template.as_ref().is_some_and(|template| template.loaded == loaded) {
+        return Ok(());
     }
+    let mut new = build(memory, heap, stack, loaded)?;
     if let Some(old) = template.take() {
-        // The memory may still hold what was laid out for another thread.
-        // SAFETY: the caller guarantees that the memory is mapped, writable and otherwise unused.
-        unsafe { ptr::write_bytes(old.start as *mut u8, 0, old.bytes.len()) };
+        // What was laid out for another thread may still be in the domain.
+        let length = new.bytes.len().max(old.bytes.len());
+        new.bytes.resize(length, 0);
     }
-    // SAFETY: the caller guarantees that the memory is mapped, writable and otherwise unused.
-    let (pointer, length) = unsafe { build(memory, heap, stack) }?;
-    // SAFETY: the memory is mapped, and `build` returns a length within it.
-    let bytes = unsafe { std::slice::from_raw_parts(memory.start as *const u8, length) }.to_vec();
-    *template = Some(Template { loaded, start: memory.start, bytes, pointer, descriptor: descriptor_size() });
-    Ok(pointer as u64)
+    *template = Some(new);
+    Ok(())
 }
 
-/// Lays out the thread-locals of a new thread in zeroed memory of a domain. Returns the thread pointer and the number
-/// of bytes used.
+/// Lays out the thread-locals of a new thread.
 ///
 /// # Errors
 ///
 /// [`Error::ThreadLocals`] if they do not fit.
-///
-/// # Safety
-///
-/// `memory` is mapped, zeroed and writable, and nothing else uses it.
-unsafe fn build(
+fn build(
     memory: &Range<usize>,
     heap: NonNull<DomainHeap>,
     stack: &Range<usize>,
-) -> Result<(usize, usize), Error> {
+    loaded: u64,
+) -> Result<Template, Error> {
     let caller = sys::thread_pointer();
     // Kept until the end, because the initialisation images are read.
     let libraries = sys::libraries();
@@ -178,11 +172,15 @@ unsafe fn build(
         return Err(Error::ThreadLocals { needed: end - memory.start, limit: memory.len() });
     }
 
-    // SAFETY: the calling thread's descriptor has this size, and the copy lies in the domain's memory.
-    unsafe { copy(caller, pointer, descriptor_size()) };
+    let mut bytes = vec![0u8; end - memory.start];
+    let base = bytes.as_mut_ptr() as usize;
+    // Where an address of the domain's lies in `bytes`.
+    let here = |address: usize| address - memory.start + base;
+    // SAFETY: the calling thread's descriptor has this size, and `bytes` contains its copy.
+    unsafe { copy(caller, here(pointer), descriptor_size()) };
     for (module, block) in &blocks {
-        // SAFETY: the image is loaded, and the block lies in the domain's memory and is at least as large.
-        unsafe { copy(module.image.0, *block, module.image.1) };
+        // SAFETY: the image is loaded, and the block in `bytes` is at least as large.
+        unsafe { copy(module.image.0, here(*block), module.image.1) };
     }
 
     // The vector holds its length, the loader's generation number, and two words for each module: the block's address,
@@ -196,19 +194,19 @@ unsafe fn build(
         .chain(blocks.iter().map(|(module, block)| (vector + 16 + 16 * module.id, *block)))
         .chain([(pointer + TCB_SELF, pointer), (pointer + TCB_VECTOR, vector + 16), (pointer + TCB_THREAD, pointer)]);
     for (address, value) in words {
-        // SAFETY: the vector and the head of the descriptor lie in the domain's memory.
-        unsafe { store(address, value) };
+        // SAFETY: `bytes` contains the vector and the head of the descriptor.
+        unsafe { store(here(address), value) };
     }
 
-    let counterpart = |address: usize| address.wrapping_sub(caller).wrapping_add(pointer);
-    // SAFETY: the executable's variables are in the static TLS block, so this one's copy is in the domain's memory.
+    let counterpart = |address: usize| here(address.wrapping_sub(caller).wrapping_add(pointer));
+    // SAFETY: the executable's variables are in the static TLS block, so `bytes` contains this one's copy.
     unsafe { store(counterpart(Locals::address()), Locals::new(heap, stack)) };
     for table in character_tables() {
         // The C library sets these three before a new thread runs any other code.
-        // SAFETY: the C library's variables are in the static TLS block, so their copies are in the domain's memory.
+        // SAFETY: the C library's variables are in the static TLS block, so `bytes` contains their copies.
         unsafe { copy(table, counterpart(table), size_of::<usize>()) };
     }
-    Ok((pointer, end - memory.start))
+    Ok(Template { loaded, start: memory.start, bytes, pointer, descriptor: descriptor_size() })
 }
 
 /// Returns the addresses of the calling thread's pointers to the tables of `isalpha`, `toupper` and `tolower`.
@@ -245,10 +243,10 @@ unsafe fn load(address: usize) -> usize {
 ///
 /// # Safety
 ///
-/// The address is writable and aligned, has room for the value, and nothing else uses it.
+/// The address is writable, has room for the value, and nothing else uses it.
 unsafe fn store<T>(address: usize, value: T) {
     // SAFETY: the caller guarantees that the address is writable.
-    unsafe { (address as *mut T).write(value) };
+    unsafe { (address as *mut T).write_unaligned(value) };
 }
 
 /// Copies bytes.

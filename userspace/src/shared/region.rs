@@ -10,7 +10,8 @@ use pkru::{AccessRights, ProtectionKey};
 
 use crate::memory::mapping::Mapping;
 use crate::setup::process;
-use crate::{Error, keys, rights, sys, thread};
+use crate::sys::{self, Inaccessible};
+use crate::{Error, keys, rights, thread};
 
 /// Memory with a protection key of its own, shared by named domains. Each of them may read it, or read and write it.
 ///
@@ -107,31 +108,33 @@ impl Region {
     ///
     /// # Panics
     ///
-    /// If they are not all in it.
+    /// If they are not all in it, or a domain has unmapped them.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) {
-        let from = self.place(offset, bytes.len()) as *const u8;
-        // SAFETY: the range is mapped, and this thread has rights to it. Bytes that a domain changes meanwhile come as
-        // they come.
-        self.with_rights(|| unsafe { sys::copy_shared(from, bytes.as_mut_ptr(), bytes.len()) });
+        let from = self.place(offset, bytes.len());
+        self.with_rights(|| sys::copy_bytes_from(from, bytes));
     }
 
     /// Copies bytes into the region.
     ///
     /// # Panics
     ///
-    /// If they do not all fit.
+    /// If they do not all fit, or a domain has unmapped the place.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
-        let to = self.place(offset, bytes.len()) as *mut u8;
-        // SAFETY: as in `read`.
-        self.with_rights(|| unsafe { sys::copy_shared(bytes.as_ptr(), to, bytes.len()) });
+        let to = self.place(offset, bytes.len());
+        // SAFETY: the range is the region's, which is only ever copied from and to.
+        self.with_rights(|| unsafe { sys::copy_to(bytes.as_ptr(), to, bytes.len()) });
     }
 
     pub(crate) fn key(&self) -> ProtectionKey {
         self.0.key
     }
 
+    fn mapping(&self) -> &Mapping<1> {
+        self.0.mapping.as_ref().expect("it is there until it is dropped")
+    }
+
     fn addresses(&self) -> Range<usize> {
-        self.0.mapping.as_ref().expect("it is there until it is dropped").part(0)
+        self.mapping().part(0)
     }
 
     fn place(&self, offset: usize, length: usize) -> usize {
@@ -141,11 +144,15 @@ impl Region {
         range.start + offset
     }
 
-    fn with_rights(&self, function: impl FnOnce()) {
+    fn with_rights(&self, mut copy: impl FnMut() -> Result<(), Inaccessible>) {
         if !rights::has(self.0.key) {
             rights::allow(self.0.key);
         }
-        function();
+        if copy().is_err() {
+            // A domain may have changed the protection of the pages.
+            let again = self.mapping().make_accessible(self.0.key).map(|()| copy());
+            assert!(matches!(again, Ok(Ok(()))), "a domain has unmapped the region");
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use pkru::rights::Access;
 use super::trap::{DEADLINE, Interrupted, deadline_value};
 use crate::inside::abort::AbortReason;
 use crate::keys::statics::{GRANT_SIGNAL, grant_value};
-use crate::sys::FAULTS;
+use crate::sys::{self, FAULTS};
 
 /// What else a decision depends on.
 #[derive(Debug, Clone, Copy)]
@@ -52,6 +52,8 @@ pub(super) enum Decision {
     },
     /// Resume what was interrupted.
     Resume,
+    /// Have a copy from or to a domain's memory fail: resume at this instruction.
+    FailCopy { resume: u64 },
     /// Exit: a copy of the process must not continue as the program.
     Exit { status: i32 },
     /// Leave the fault to the kernel: it happens again and ends the process.
@@ -130,8 +132,18 @@ fn outside(at: &Interrupted, facts: &Facts) -> Decision {
     if let Some(key) = at.key.filter(|key| programs && is_programs(key)) {
         return Decision::Grant { key, to: Grantee::Interrupted, acknowledge: false };
     }
+    if let Some(resume) = failed_copy(at).filter(|_| programs) {
+        return Decision::FailCopy { resume };
+    }
     // With a domain's rights, but in no call of this thread, the program's handler could not run.
     if programs || !FAULTS.contains(&at.signal) { Decision::Forward } else { Decision::Default }
+}
+
+/// Returns where to resume, if this crate was copying from or to a domain's memory and that memory is not accessible.
+fn failed_copy(at: &Interrupted) -> Option<u64> {
+    // The kernel's own codes are positive.
+    let is_access = matches!(at.signal, libc::SIGSEGV | libc::SIGBUS) && at.code > 0;
+    is_access.then(|| sys::resume_failed_copy(at.instruction, at.arguments, at.address)).flatten()
 }
 
 #[cfg(test)]
@@ -156,6 +168,7 @@ mod tests {
         Forward,
         Grant(Grantee, bool),
         Resume,
+        FailCopy,
         Exit(i32),
         Default,
     }
@@ -172,6 +185,7 @@ mod tests {
                 Grant(to, acknowledge)
             }
             Decision::Resume => Resume,
+            Decision::FailCopy { .. } => FailCopy,
             Decision::Exit { status } => Exit(status),
             Decision::Default => Default,
         }
@@ -274,6 +288,27 @@ mod tests {
         check(Interrupted { arguments: [12, 0, 0], ..invalid }, Rewind, Default, Forward);
         check(Interrupted { instruction: at + 1, ..invalid }, Rewind, Default, Forward);
         check(Interrupted { signal: libc::SIGSEGV, ..invalid }, Rewind, Default, Forward);
+    }
+
+    #[test]
+    fn a_copy_from_memory_that_is_not_accessible_fails() {
+        let (address, end) = (0x1000, 0x1008);
+        let [instruction, ..] = sys::reading_instructions();
+        let read = Interrupted { instruction, arguments: [0x7000, address, end], address: address + 1, ..SIGNAL };
+        for (signal, code) in [(libc::SIGSEGV, SEGV_MAPERR), (libc::SIGSEGV, SEGV_PKUERR), (libc::SIGBUS, 2)] {
+            // A domain that jumps to the instruction only ends its call.
+            check(Interrupted { signal, code, ..read }, Rewind, Default, FailCopy);
+        }
+        // At another address or instruction, or from another source, it is the program's.
+        for at in [
+            Interrupted { address: end, ..read },
+            Interrupted { address: 0x7000, ..read },
+            Interrupted { instruction: read.instruction + 1, ..read },
+            Interrupted { signal: libc::SIGILL, code: 2, ..read },
+        ] {
+            check(at, Rewind, Default, Forward);
+        }
+        check(Interrupted { code: libc::SI_USER, ..read }, Forward, Default, Forward);
     }
 
     #[test]

@@ -118,6 +118,12 @@ pub(super) fn write(context: &mut SignalContext, rewind: Rewind) -> bool {
     true
 }
 
+/// Has a [copy](sys::resume_failed_copy) that faulted at an address resume as failed.
+pub(super) const fn fail_copy(context: &mut SignalContext, resume: u64, address: u64) {
+    context.machine.gregs[libc::REG_RIP as usize] = resume as i64;
+    context.machine.gregs[libc::REG_RAX as usize] = address as i64;
+}
+
 /// Gives the interrupted code all rights to a key.
 pub(super) fn grant(context: &SignalContext, key: ProtectionKey) {
     // SAFETY: the frame is the kernel's, and outlives the result.

@@ -198,6 +198,7 @@ unsafe extern "C" fn handle(
             }
         }
         Decision::Resume => {}
+        Decision::FailCopy { resume } => frame::fail_copy(context, resume, at.address),
         Decision::Exit { status } => sys::exit_with(status),
         Decision::Default => {
             // SAFETY: the default action calls no function.

@@ -58,25 +58,6 @@ pub(crate) fn thread_pointer() -> usize {
     pointer
 }
 
-/// Copies bytes that another thread may be writing.
-///
-/// # Safety
-///
-/// Both ranges are mapped and do not overlap, `to` is writable, and this thread has rights to both.
-pub(crate) unsafe fn copy_shared(from: *const u8, to: *mut u8, length: usize) {
-    // The bytes may change during the copy. In Rust that would be a data race.
-    // SAFETY: the caller guarantees that the ranges are accessible.
-    unsafe {
-        asm!(
-            "rep movsb",
-            inout("rsi") from => _,
-            inout("rdi") to => _,
-            inout("rcx") length => _,
-            options(nostack, preserves_flags)
-        );
-    }
-}
-
 /// Returns the pointer guard of the calling thread, which glibc mixes into the addresses of jump buffers (2.36,
 /// `sysdeps/unix/sysv/linux/x86_64/pointer_guard.h`).
 pub(crate) fn pointer_guard() -> u64 {

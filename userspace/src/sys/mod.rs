@@ -3,6 +3,7 @@
 //! It holds no policy: the modules above decide what to call and when.
 
 mod assembly;
+mod copy;
 mod fork;
 mod loader;
 mod memory;
@@ -12,7 +13,10 @@ mod signals;
 mod threads;
 mod timers;
 
-pub(crate) use assembly::{answer_yes, copy_shared, pointer_guard, thread_id, thread_pointer, write_with};
+pub(crate) use assembly::{answer_yes, pointer_guard, thread_id, thread_pointer, write_with};
+#[cfg(test)]
+pub(crate) use copy::reading_instructions;
+pub(crate) use copy::{Inaccessible, copy_bytes_from, copy_from, copy_to, copy_value_from, resume_failed_copy};
 pub(crate) use fork::{around_forks, begin_fork, end_fork, is_forking};
 pub(crate) use loader::{
     Library, TlsModule, function_at, libraries, loaded_count, lock_loader, lookup, lookup_next, next_symbol,

@@ -4,9 +4,11 @@
 
 use std::cell::Cell;
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::plain::{Block, Plain};
+use crate::sys::{self, Inaccessible};
 
 /// What is wrong with a result that comes from a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +20,11 @@ pub enum InvalidResult {
         address: u64,
         /// Its size in bytes.
         length: u64,
+    },
+    /// It lies on a page that the caller cannot read: code in the domain has changed the page's protection or unmapped it.
+    Inaccessible {
+        /// The address.
+        address: u64,
     },
     /// Its parts take more memory together than the domain has.
     TooLarge,
@@ -42,6 +49,9 @@ impl fmt::Display for InvalidResult {
             Self::OutOfBounds { address, length } => {
                 write!(f, "memory at {address:#x}, {length} bytes long, is not the domain's")
             }
+            Self::Inaccessible { address } => {
+                write!(f, "{address:#x} is in the domain's memory, but on a page that is not accessible any more")
+            }
             Self::TooLarge => f.write_str("its parts take more memory than the domain has"),
             Self::NoKey => f.write_str("no protection key was free to access the domain's memory"),
             Self::TooDeep => f.write_str("its vectors are nested too deep"),
@@ -52,6 +62,12 @@ impl fmt::Display for InvalidResult {
 }
 
 impl std::error::Error for InvalidResult {}
+
+impl From<Inaccessible> for InvalidResult {
+    fn from(Inaccessible { address }: Inaccessible) -> Self {
+        Self::Inaccessible { address: address as u64 }
+    }
+}
 
 /// A domain's memory, as the caller reads it: it checks every range and copies.
 #[derive(Debug)]
@@ -66,22 +82,33 @@ pub struct DomainMemory<'a> {
 }
 
 impl<'a> DomainMemory<'a> {
-    /// # Safety
-    ///
-    /// The ranges are mapped, the calling thread can read them, and nothing writes them while the result exists.
+    /// `ranges` are the addresses that results may lie in.
     #[inline]
-    pub(crate) unsafe fn new(ranges: &'a [Range<usize>]) -> Self {
+    pub(crate) fn new(ranges: &'a [Range<usize>]) -> Self {
         /// Reading takes eight to ten times the size of the parts, and a thread of std has a stack of 2 MiB.
         const STACK: usize = 64 * 1024;
         let size = ranges.iter().map(Range::len).sum();
         Self { ranges, budget: Cell::new(size), depth: Cell::new(0), stack: Cell::new(STACK) }
     }
 
+    /// Copies the wire at an address.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidResult::Inaccessible`].
+    #[inline]
+    pub(crate) fn copy_value<W: Plain>(&self, address: usize) -> Result<W, InvalidResult> {
+        let mut value = MaybeUninit::uninit();
+        sys::copy_value_from(address, &mut value)?;
+        // SAFETY: it was copied, and any bytes are a value of a plain type.
+        Ok(unsafe { value.assume_init() })
+    }
+
     /// Copies the elements of a block that the domain has allocated for its result.
     ///
     /// # Errors
     ///
-    /// [`InvalidResult::OutOfBounds`] and [`InvalidResult::TooLarge`].
+    /// [`InvalidResult::OutOfBounds`], [`InvalidResult::Inaccessible`] and [`InvalidResult::TooLarge`].
     pub(super) fn copy_block<W: Plain>(&self, block: Block) -> Result<Vec<W>, InvalidResult> {
         let out_of_bounds = InvalidResult::OutOfBounds {
             address: block.address,
@@ -101,9 +128,7 @@ impl<'a> DomainMemory<'a> {
 
         let mut values = Vec::<W>::new();
         values.try_reserve_exact(length).map_err(|_| InvalidResult::TooLarge)?;
-        let target = values.as_mut_ptr().cast::<u8>();
-        // SAFETY: the source is in the domain's memory, which is readable and not written meanwhile; the target has room.
-        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, target, bytes) };
+        sys::copy_from(address, &mut values.spare_capacity_mut()[..length])?;
         // SAFETY: all elements were copied, and any bytes are a value.
         unsafe { values.set_len(length) };
         Ok(values)

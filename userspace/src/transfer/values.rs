@@ -202,7 +202,6 @@ impl<T: Transfer, const N: usize> Transfer for [T; N] {
 }
 
 #[cfg(test)]
-#[expect(unsafe_code, reason = "the tests stand in for a domain's memory")]
 mod tests {
     use std::ops::Range;
 
@@ -223,8 +222,7 @@ mod tests {
 
         fn receive<T: Transfer>(&self, wire: T::Wire) -> Result<T, InvalidResult> {
             let range = self.range();
-            // SAFETY: the range is the vector's, which nothing writes.
-            T::from_wire(wire, &unsafe { DomainMemory::new(std::slice::from_ref(&range)) })
+            T::from_wire(wire, &DomainMemory::new(std::slice::from_ref(&range)))
         }
 
         fn block(&self, first: usize, length: u64) -> Block {
@@ -327,9 +325,7 @@ mod tests {
         let wire = value.clone().into_wire();
         // The blocks lie anywhere on this test's heap, and are never freed.
         let everywhere = std::slice::from_ref(&(1..usize::MAX));
-        // SAFETY: the wire refers to blocks that were just made.
-        let memory = unsafe { DomainMemory::new(everywhere) };
-        let back = Transfer::from_wire(wire, &memory);
+        let back = Transfer::from_wire(wire, &DomainMemory::new(everywhere));
         assert_eq!(back, Ok(value));
     }
 }
