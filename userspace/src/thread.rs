@@ -210,6 +210,13 @@ impl Thread {
         }
     }
 
+    /// Prepares the end of the thread. Returns whether it is in a handler that has interrupted a call.
+    pub(crate) fn leave_handlers(&self) -> bool {
+        let is_in_handler = self.depth.get() != 0;
+        self.before_jump(usize::MAX);
+        is_in_handler
+    }
+
     /// The signal stack as the kernel has it while no handler runs.
     pub(crate) fn kernels_stack(&self) -> libc::stack_t {
         let stack = self.stack.part(0);

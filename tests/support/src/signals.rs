@@ -74,6 +74,11 @@ impl Drop for Timer {
 /// The number of handler runs.
 pub static COUNT: AtomicU64 = AtomicU64::new(0);
 
+/// A handler that counts its runs.
+pub extern "C" fn count(_: i32, _: *mut libc::siginfo_t, _: *mut c_void) {
+    COUNT.fetch_add(1, Ordering::Relaxed);
+}
+
 /// Sends one SIGALRM while a domain runs. The code in the domain waits until a handler has counted it.
 ///
 /// The timer does not repeat: a slow handler would leave no time for the domain.

@@ -33,6 +33,8 @@ pub(crate) enum AbortReason {
     Panic { text: usize, length: usize },
     /// A callback that the call does not have.
     Callback { index: usize },
+    /// A signal that it has sent itself, which would end the program.
+    Raised { signal: i32 },
 }
 
 /// Ends the call that runs in the domain.
@@ -58,6 +60,7 @@ pub(crate) fn abort_call(reason: AbortReason) -> ! {
         AbortReason::Jump { target } => (9, target, 0),
         AbortReason::Panic { text, length } => (10, text, length),
         AbortReason::Callback { index } => (11, index, 0),
+        AbortReason::Raised { signal } => (12, signal as u32 as usize, 0),
     };
     // SAFETY: the instruction raises an exception and does not return.
     unsafe { raise(code, a, b) }
@@ -91,6 +94,7 @@ impl AbortReason {
             9 => Self::Jump { target: address },
             10 => Self::Panic { text: address, length: b as usize },
             11 => Self::Callback { index: address },
+            12 => Self::Raised { signal: a as i32 },
             _ => return None,
         })
     }

@@ -109,6 +109,11 @@ pub(crate) fn exit(status: c_int) -> ! {
     abort_call(AbortReason::Exit { status })
 }
 
+/// raise(3) with a signal that would end the program.
+pub(crate) fn raise(signal: c_int) -> ! {
+    abort_call(AbortReason::Raised { signal })
+}
+
 /// The function that code calls whose stack canary has changed.
 pub(crate) fn stack_chk_fail() -> ! {
     abort_call(AbortReason::StackSmashed)

@@ -2,12 +2,14 @@
 
 #![expect(unsafe_code, reason = "it defines C functions")]
 
+use std::arch::naked_asm;
 use std::ffi::{c_char, c_int, c_void};
 use std::mem;
 
 use super::Next;
 use crate::inside::libc as inside;
-use crate::{rights, sys, thread};
+use crate::thread::{self, Thread};
+use crate::{rights, sys};
 
 /// abort(3).
 ///
@@ -56,6 +58,47 @@ exits! {
     _Exit;
     /// quick_exit(3).
     quick_exit;
+}
+
+/// pthread_exit(3).
+///
+/// Within a signal handler that has interrupted a call of a domain, the call ends with the thread.
+///
+/// # Safety
+///
+/// None.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C-unwind" fn pthread_exit(value: *mut c_void) -> ! {
+    if rights::is_in_domain() {
+        inside::exit(0);
+    }
+    let next = Next::pthread_exit.get();
+    if thread::current().is_some_and(Thread::leave_handlers) {
+        // SAFETY: this is the address of the C library's function of this name.
+        unsafe { call_at_end(next, value) }
+    }
+    // SAFETY: as above.
+    let next = unsafe { mem::transmute::<usize, unsafe extern "C-unwind" fn(*mut c_void) -> !>(next) };
+    // SAFETY: this function has the same contract, which the caller fulfils.
+    unsafe { next(value) }
+}
+
+/// Calls a function as if nothing had called this one: an unwinder ends here.
+///
+/// `pthread_exit` unwinds the stack. Below a signal handler that has interrupted a domain lies the domain's stack, which
+/// code in the domain can have written.
+#[unsafe(naked)]
+unsafe extern "C" fn call_at_end(function: usize, argument: *mut c_void) -> ! {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_undefined rip",
+        "push rbp",
+        "mov rax, rdi",
+        "mov rdi, rsi",
+        "call rax",
+        "ud2",
+        ".cfi_endproc",
+    )
 }
 
 /// The function that compiled code calls when a stack canary has changed.

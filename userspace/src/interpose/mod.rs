@@ -11,9 +11,10 @@
 //! | [`thread_exit`] | `__cxa_thread_atexit_impl` | In a domain it registers nothing. |
 //! | [`signals`] | `sigaction`, `signal` and its variants, `sigaltstack`, `sigprocmask`, `pthread_sigmask` | The program's handlers run with the program's rights. |
 //! | [`signals`] | `pthread_kill` | In a domain the C library's would fault with all signals blocked. |
+//! | [`signals`] | `raise` | In a domain a signal that would end the program ends the call. |
 //! | [`old_signals`] | `sigset`, `sigignore`, `sighold`, `sigblock`, `sigsetmask` | As for `sigaction` and `sigprocmask`. |
-//! | [`endings`] | `abort`, `exit` and `longjmp` with their variants, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate` | In a domain they end the call. |
-//! | [`processes`] | `fork`, `posix_spawn`, `posix_spawnp`, `system`, `popen` | In a domain they fail with EPERM. |
+//! | [`endings`] | `abort`, `exit` and `longjmp` with their variants, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`, `pthread_exit` | In a domain they end the call. |
+//! | [`processes`] | `fork`, `_Fork`, `posix_spawn`, `posix_spawnp`, `system`, `popen` | In a domain they fail with EPERM. |
 
 pub(crate) mod endings;
 pub(crate) mod malloc;
@@ -64,6 +65,9 @@ next! {
     fork = c"fork",
     system = c"system",
     pthread_kill = c"pthread_kill",
+    raise = c"raise",
+    pthread_exit = c"pthread_exit",
+    _Fork = c"_Fork",
     popen = c"popen",
     malloc_usable_size = c"malloc_usable_size",
     __cxa_thread_atexit_impl = c"__cxa_thread_atexit_impl",

@@ -12,7 +12,8 @@ use std::mem;
 
 use super::Next;
 use crate::inside::libc::not_permitted;
-use crate::rights;
+use crate::signal::stacks;
+use crate::{rights, thread};
 
 macro_rules! spawns {
     ($($(#[$doc:meta])* $name:ident;)*) => {
@@ -76,6 +77,34 @@ pub(crate) unsafe extern "C" fn fork() -> libc::pid_t {
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> libc::pid_t>(Next::fork.get()) };
     // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { next() }
+}
+
+/// `_Fork`, which runs no fork handlers.
+///
+/// # Safety
+///
+/// None.
+///
+/// # References
+///
+/// glibc 2.36, `posix/_Fork.c`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn _Fork() -> libc::pid_t {
+    if rights::is_in_domain() {
+        return not_permitted();
+    }
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
+    let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> libc::pid_t>(Next::_Fork.get()) };
+    // SAFETY: this function has the same contract, which the caller fulfils.
+    let child = unsafe { next() };
+    if child == 0 {
+        stacks::after_fork();
+        // The child may call domains if the parent has no other thread.
+        if let Some(thread) = thread::current() {
+            thread.after_fork();
+        }
+    }
+    child
 }
 
 /// system(3).

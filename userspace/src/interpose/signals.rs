@@ -13,9 +13,9 @@ use std::ffi::c_int;
 use std::mem;
 
 use super::{Next, fail};
-use crate::inside::libc::not_permitted;
+use crate::inside::libc::{self as inside, not_permitted};
 use crate::signal::actions;
-use crate::sys::{self, Action, AlternateStack, FAULTS};
+use crate::sys::{self, Action, AlternateStack, FAULTS, LIMITS};
 use crate::{rights, thread};
 
 fn checked(result: std::io::Result<()>) -> c_int {
@@ -226,11 +226,40 @@ pub(crate) unsafe extern "C" fn sigprocmask(how: c_int, new: *const libc::sigset
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn pthread_kill(target: libc::pthread_t, signal: c_int) -> c_int {
     type Function = unsafe extern "C" fn(libc::pthread_t, c_int) -> c_int;
-    if rights::is_in_domain() && target as usize != sys::thread_handle() {
-        return libc::EPERM;
+    if rights::is_in_domain() {
+        if target as usize != sys::thread_handle() {
+            return libc::EPERM;
+        }
+        end_call_if_fatal(signal);
     }
     // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, Function>(Next::pthread_kill.get()) };
     // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { next(target, signal) }
+}
+
+/// In a domain: ends the call if a signal would end the program.
+///
+/// Those of faults and limits reach this crate's handler, which ends the call.
+fn end_call_if_fatal(signal: c_int) {
+    let is_handled = FAULTS.contains(&signal) || LIMITS.contains(&signal);
+    if sys::ends_process(signal) && !is_handled && actions::is_default(signal) {
+        inside::raise(signal);
+    }
+}
+
+/// raise(3).
+///
+/// # Safety
+///
+/// None.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn raise(signal: c_int) -> c_int {
+    if rights::is_in_domain() {
+        end_call_if_fatal(signal);
+    }
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
+    let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn(c_int) -> c_int>(Next::raise.get()) };
+    // SAFETY: this function has the same contract, which the caller fulfils.
+    unsafe { next(signal) }
 }

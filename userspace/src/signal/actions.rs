@@ -9,7 +9,7 @@ use std::ffi::c_int;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
-use crate::sys::{self, Action, BlockedSignals, FAULTS, is_forking};
+use crate::sys::{self, Action, BlockedSignals, FAULTS, LIMITS, is_forking};
 use crate::trusted::trusted;
 
 const SIGNALS: usize = 65;
@@ -161,11 +161,17 @@ pub(super) fn reset(signal: c_int) {
     unlock();
 }
 
-/// Sets the kernel's action for a signal. It is this crate's handler if the program has a handler or a fault raises the
-/// signal.
+/// Returns whether the program leaves it to the kernel what a signal does; async-signal-safe.
+pub(crate) fn is_default(signal: c_int) -> bool {
+    get(signal).handler == libc::SIG_DFL
+}
+
+/// Sets the kernel's action for a signal. It is this crate's handler if the program has a handler, or if the signal is
+/// about what the running code did: a fault, or a limit that would end the process.
 fn put_in_force(signal: c_int, action: &Action) -> io::Result<()> {
     const KEPT: c_int = libc::SA_RESTART | libc::SA_NOCLDSTOP | libc::SA_NOCLDWAIT;
-    let kernels = if action.is_function() || FAULTS.contains(&signal) {
+    let is_about_code = FAULTS.contains(&signal) || (LIMITS.contains(&signal) && action.handler == libc::SIG_DFL);
+    let kernels = if action.is_function() || is_about_code {
         // If the program has no handler, its system calls must not fail with EINTR.
         let restart = if action.is_function() { 0 } else { libc::SA_RESTART as u64 };
         let flags = action.flags & KEPT as u64 | restart | (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64;

@@ -6,7 +6,7 @@ use pkru::rights::Access;
 use super::trap::{DEADLINE, Interrupted, deadline_value};
 use crate::inside::abort::AbortReason;
 use crate::keys::statics::{GRANT_SIGNAL, grant_value};
-use crate::sys::{self, FAULTS};
+use crate::sys::{self, FAULTS, LIMITS};
 
 /// What else a decision depends on.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +18,8 @@ pub(super) struct Facts {
     pub(super) statics_key: Option<ProtectionKey>,
     /// The key of the vaults, if one is open.
     pub(super) lent_key: Option<ProtectionKey>,
+    /// The program leaves it to the kernel what the signal does.
+    pub(super) is_default: bool,
 }
 
 /// Facts about an interrupted call.
@@ -25,7 +27,7 @@ pub(super) struct Facts {
 pub(super) struct CallFacts {
     /// The gate is on its way out: the FS base is the caller's.
     pub(super) is_leaving: bool,
-    /// This process is a copy that code in the domain has made. Looked at only for signals in [`FAULTS`].
+    /// This process is a copy that code in the domain has made. Looked at only for signals in [`FAULTS`] and [`LIMITS`].
     pub(super) is_copy: bool,
     /// The instruction is one by which std notes a panic in a static, and the handler can skip it.
     pub(super) is_panic_write: bool,
@@ -83,13 +85,13 @@ pub(super) fn decide(at: &Interrupted, facts: &Facts) -> Decision {
         return Decision::Grant { key, to, acknowledge: true };
     }
     match facts.call {
-        Some(call) => in_call(at, call),
+        Some(call) => in_call(at, call, facts.is_default),
         None => outside(at, facts),
     }
 }
 
-fn in_call(at: &Interrupted, call: CallFacts) -> Decision {
-    if !ends_call(at) {
+fn in_call(at: &Interrupted, call: CallFacts, is_default: bool) -> Decision {
+    if !ends_call(at, is_default) {
         return Decision::Forward;
     }
     let is_abort = at.signal == libc::SIGILL && at.instruction == AbortReason::instruction();
@@ -104,9 +106,13 @@ fn in_call(at: &Interrupted, call: CallFacts) -> Decision {
     Decision::Rewind { reason }
 }
 
-/// Returns whether a signal that struck in a domain is about the code there: a fault, one that it has sent itself, or
-/// its deadline.
-fn ends_call(at: &Interrupted) -> bool {
+/// Returns whether a signal that struck in a domain is about the code there: a fault, one that it has sent itself, its
+/// deadline, or a limit of the process that would end it.
+fn ends_call(at: &Interrupted, is_default: bool) -> bool {
+    if LIMITS.contains(&at.signal) {
+        // Of the kernel's own signals some have the code and the sender of kill(2).
+        return is_default && (at.code > 0 || at.is_own);
+    }
     if !FAULTS.contains(&at.signal) {
         return false;
     }
@@ -213,7 +219,7 @@ mod tests {
     };
 
     /// The facts where no domain runs and no key is the program's.
-    const NOTHING: Facts = Facts { call: None, statics_key: None, lent_key: None };
+    const NOTHING: Facts = Facts { call: None, statics_key: None, lent_key: None, is_default: false };
 
     const CALL: CallFacts = CallFacts { is_leaving: false, is_copy: false, is_panic_write: false };
 
@@ -285,7 +291,7 @@ mod tests {
             Forward,
         );
         // A domain that jumps there with other values, or raises the exception elsewhere, only ends its call.
-        check(Interrupted { arguments: [12, 0, 0], ..invalid }, Rewind, Default, Forward);
+        check(Interrupted { arguments: [13, 0, 0], ..invalid }, Rewind, Default, Forward);
         check(Interrupted { instruction: at + 1, ..invalid }, Rewind, Default, Forward);
         check(Interrupted { signal: libc::SIGSEGV, ..invalid }, Rewind, Default, Forward);
     }
@@ -309,6 +315,23 @@ mod tests {
             check(at, Rewind, Default, Forward);
         }
         check(Interrupted { code: libc::SI_USER, ..read }, Forward, Default, Forward);
+    }
+
+    #[test]
+    fn limits_end_the_call_if_they_would_end_the_program() {
+        let facts = |is_default| Facts { call: Some(CALL), is_default, ..NOTHING };
+        for at in [
+            Interrupted { signal: libc::SIGPIPE, code: libc::SI_USER, is_own: true, ..SIGNAL },
+            Interrupted { signal: libc::SIGXFSZ, code: libc::SI_USER, is_own: true, ..SIGNAL },
+            Interrupted { signal: libc::SIGXCPU, code: SI_KERNEL, ..SIGNAL },
+        ] {
+            assert_eq!(of(decide(&at, &facts(true))), Rewind, "{at:?}");
+            assert_eq!(of(decide(&at, &facts(false))), Forward, "the program has a handler: {at:?}");
+            let outside = Facts { is_default: true, ..NOTHING };
+            assert_eq!(of(decide(&at, &outside)), Forward, "outside: {at:?}");
+            let others = Interrupted { code: libc::SI_USER, is_own: false, ..at };
+            assert_eq!(of(decide(&others, &facts(true))), Forward, "another process sent it: {others:?}");
+        }
     }
 
     #[test]

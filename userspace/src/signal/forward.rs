@@ -89,8 +89,10 @@ pub(super) unsafe fn forward(
 fn default(signal: c_int, action: &Action, sent: bool) {
     let is_ignored = action.handler == libc::SIG_IGN;
     if !FAULTS.contains(&signal) {
-        // The program has removed its handler since the signal arrived, and has set the kernel's action too.
+        // The program has removed its handler since the signal arrived, or never had one.
         if !is_ignored {
+            // SAFETY: the default action calls no function.
+            let _ = unsafe { sys::set_action(signal, Action::DEFAULT) };
             sys::resend(signal);
         }
         return;
@@ -127,6 +129,8 @@ unsafe extern "C" fn call(
 ) {
     naked_asm!(
         ".cfi_startproc",
+        // 0x1b: a difference to this place, of four bytes.
+        ".cfi_personality 0x1b, {refuse}",
         "push rbp",
         ".cfi_def_cfa_offset 16",
         ".cfi_offset rbp, -16",
@@ -145,5 +149,15 @@ unsafe extern "C" fn call(
         ".cfi_def_cfa rsp, 8",
         "ret",
         ".cfi_endproc",
+        refuse = sym refuse,
     )
+}
+
+/// Ends an unwinding that would leave a handler. A backtrace does not ask.
+///
+/// The next frames are those of a domain, on its stack. Code in the domain can have written what an unwinder would run.
+extern "C" fn refuse(_: c_int, _: c_int, _: u64, _: *mut c_void, _: *mut c_void) -> c_int {
+    /// `_URC_FATAL_PHASE1_ERROR` (Itanium C++ ABI, "Exception Handling", section "Reason Codes").
+    const FATAL: c_int = 3;
+    FATAL
 }

@@ -19,10 +19,10 @@ use super::delivery::Delivery;
 use super::forward::{self, Origin};
 use super::frame::SignalContext;
 use super::trap::{Interrupted, Running, Trap};
-use super::{frame, panics, stacks};
+use super::{actions, frame, panics, stacks};
 use crate::inside::abort::AbortReason;
 use crate::keys::{self, lent, statics};
-use crate::sys::{self, FAULTS};
+use crate::sys::{self, FAULTS, LIMITS};
 use crate::thread::{self, Thread};
 
 /// Allows all keys, runs [`handle`], and then returns to the interrupted code or calls the program's handler.
@@ -164,8 +164,12 @@ unsafe extern "C" fn handle(
     let at = unsafe { frame::read(signal, info, context) };
     // SAFETY: the kernel passes the frame of this signal.
     let call = unsafe { Call::interrupted_by(&at, frame) };
-    let facts =
-        Facts { call: call.as_ref().map(|call| call.facts), statics_key: statics::key(), lent_key: lent::key() };
+    let facts = Facts {
+        call: call.as_ref().map(|call| call.facts),
+        statics_key: statics::key(),
+        lent_key: lent::key(),
+        is_default: actions::is_default(signal),
+    };
     match decide(&at, &facts) {
         Decision::Rewind { reason } => {
             if let Some(call) = &call {
@@ -237,12 +241,12 @@ impl Call {
         unsafe { wrfsbase(caller) };
         // SAFETY: every context that this crate enters is the first field of a `Running`, which outlives its call.
         let call = unsafe { running.cast::<Running>().as_ref() };
-        let is_fault = FAULTS.contains(&at.signal);
+        let is_about_code = FAULTS.contains(&at.signal) || LIMITS.contains(&at.signal);
         // SAFETY: the signal interrupted this call.
         let skip = unsafe { panics::recognize(at, call.learning.get()) };
         let facts = CallFacts {
             is_leaving: fs_base == caller,
-            is_copy: is_fault && !thread::current().is_some_and(Thread::is_original),
+            is_copy: is_about_code && !thread::current().is_some_and(Thread::is_original),
             is_panic_write: skip.is_some(),
         };
         Some(Self { running, fs_base, facts, skip })

@@ -16,13 +16,22 @@ use pkru::fault::ErrorCode;
 use pkru::rights::Access;
 
 use super::frame::SignalContext;
-use super::trap::Interrupted;
+use super::trap::{Interrupted, Trap};
 use crate::inside::panic::{PANIC_WRITES, PanicWrite};
 use crate::keys::statics;
 
 /// Forgets the instructions, because the trial call did not end as expected.
 pub(crate) fn forget() {
     PANIC_WRITES.iter().for_each(|write| write.instruction.store(0, Ordering::Relaxed));
+}
+
+/// Returns whether a trap is a write to one of the statics in which std records panics. A panic without a hook, as by
+/// `resume_unwind`, writes them by other instructions.
+pub(crate) fn is_noted_by(trap: &Trap) -> bool {
+    let is_target = |write: &PanicWrite| {
+        write.instruction.load(Ordering::Relaxed) != 0 && write.target.load(Ordering::Relaxed) == trap.at.address
+    };
+    trap.at.key.is_some_and(statics::is_programs) && PANIC_WRITES.iter().any(is_target)
 }
 
 /// A write that the handler skips.

@@ -55,6 +55,13 @@ pub(crate) struct Trap {
     pub(crate) in_panic: bool,
 }
 
+impl Trap {
+    /// Returns whether the call has exceeded its deadline.
+    pub(crate) const fn is_deadline(&self) -> bool {
+        self.at.signal == DEADLINE && self.at.code == libc::SI_TIMER
+    }
+}
+
 /// A call that runs in a domain, as the handler sees it. Domains can read it and not write it.
 #[derive(Debug)]
 #[repr(C)]

@@ -31,9 +31,9 @@ pub(crate) use probe::{
 };
 pub(crate) use rseq::{rseq_area, unregister_rseq};
 pub(crate) use signals::{
-    Action, AlternateStack, BlockedSignals, FAULTS, SS_AUTODISARM, action, alternate_stack, change_mask, is_writable,
-    replace_alternate_stack, resend, restore_alternate_stack, send_value, set_action, set_alternate_stack, set_mask,
-    unblock,
+    Action, AlternateStack, BlockedSignals, FAULTS, LIMITS, SS_AUTODISARM, action, alternate_stack, change_mask,
+    ends_process, is_writable, replace_alternate_stack, resend, restore_alternate_stack, send_value, set_action,
+    set_alternate_stack, set_mask, unblock,
 };
 pub(crate) use threads::{
     abort_with, at_exit, auxiliary, exit_with, keep_errno, process_id, set_errno, set_for_thread, start_a_thread,

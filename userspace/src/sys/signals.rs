@@ -47,6 +47,25 @@ impl Action {
 pub(crate) const FAULTS: [c_int; 6] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGABRT];
 
+/// The signals by which the kernel ends a process that writes to a closed pipe or exceeds a limit.
+pub(crate) const LIMITS: [c_int; 3] = [libc::SIGPIPE, libc::SIGXCPU, libc::SIGXFSZ];
+
+/// Returns whether a signal ends a process that neither handles nor ignores it (signal(7)).
+pub(crate) const fn ends_process(signal: c_int) -> bool {
+    let is_harmless = matches!(
+        signal,
+        libc::SIGCHLD
+            | libc::SIGCONT
+            | libc::SIGURG
+            | libc::SIGWINCH
+            | libc::SIGSTOP
+            | libc::SIGTSTP
+            | libc::SIGTTIN
+            | libc::SIGTTOU
+    );
+    signal > 0 && signal <= 64 && !is_harmless
+}
+
 /// The size of the kernel's signal sets in bytes.
 const SET: usize = 8;
 

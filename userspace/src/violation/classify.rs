@@ -11,8 +11,9 @@ use crate::backend::pku::Memory;
 use crate::inside::abort::AbortReason;
 use crate::keys::statics;
 use crate::loader::landmarks::{ABORT, ABORT_MESSAGE, FAILED_CHECKS, LIBRARY_CODE, PROGRAM_DATA, TERMINATE};
-use crate::signal::trap::{DEADLINE, Trap};
-use crate::sys;
+use crate::signal::panics;
+use crate::signal::trap::Trap;
+use crate::sys::{self, LIMITS};
 
 /// Returns the kind of violation that a trap is, and the instruction to blame, if there is one. The calling thread has
 /// rights to the domain's memory.
@@ -23,8 +24,11 @@ pub(crate) fn classify(memory: &Memory, trap: &Trap) -> (ViolationKind, Option<u
             (ViolationKind::InvalidFree(error), Some(caller.wrapping_sub(1)))
         }
         Some(reason) => (of_reason(memory, reason), None),
-        // On its way to a hook that is not this crate's, or in that hook.
-        None if trap.in_panic => (ViolationKind::Panic { message: None }, Some(trap.at.instruction)),
+        None if trap.is_deadline() => (ViolationKind::Deadline, None),
+        // On its way to a hook that is not this crate's, or in that hook; or without a hook.
+        None if trap.in_panic || panics::is_noted_by(trap) => {
+            (ViolationKind::Panic { message: None }, Some(trap.at.instruction))
+        }
         None => (of_signal(memory, trap), Some(trap.at.instruction)),
     }
 }
@@ -37,10 +41,9 @@ fn of_signal(memory: &Memory, trap: &Trap) -> ViolationKind {
     let access = ErrorCode::from_bits_retain(trap.at.error_code).access();
     let address = trap.at.address;
     match trap.at.signal {
-        DEADLINE if trap.at.code == libc::SI_TIMER => ViolationKind::Deadline,
         libc::SIGABRT => ViolationKind::Abort,
         // The kernel's own codes are positive.
-        signal if trap.at.code <= 0 => ViolationKind::Raised { signal },
+        signal if trap.at.code <= 0 || LIMITS.contains(&signal) => ViolationKind::Raised { signal },
         libc::SIGBUS => ViolationKind::Bus { address },
         libc::SIGILL => ViolationKind::IllegalInstruction,
         libc::SIGFPE => ViolationKind::Arithmetic,
@@ -76,6 +79,7 @@ fn of_reason(memory: &Memory, reason: AbortReason) -> ViolationKind {
         AbortReason::Jump { target } => ViolationKind::Jump { target: target as u64 },
         AbortReason::Panic { text, length } => ViolationKind::Panic { message: memory.text(text, length) },
         AbortReason::Callback { .. } => ViolationKind::Callback,
+        AbortReason::Raised { signal } => ViolationKind::Raised { signal },
     }
 }
 

@@ -61,15 +61,15 @@ pub enum ViolationKind {
         /// The expression and its place in the source, if they are readable.
         message: Option<String>,
     },
-    /// It called exit(3) or one of its variants.
+    /// It called exit(3), one of its variants, or pthread_exit(3).
     Exit {
         /// The status, if it is known.
         status: Option<i32>,
     },
     /// Rust code panicked.
     Panic {
-        /// The message with its place in the source. `None` if the program has set a panic hook after its first domain:
-        /// that hook gets the message instead, in the domain.
+        /// The message with its place in the source. `None` if there is none, as with `resume_unwind`, or if the program has
+        /// set a panic hook after its first domain: that hook gets the message instead, in the domain.
         message: Option<String>,
     },
     /// A C++ exception was not caught in the domain, or C++ code called `std::terminate`.
@@ -81,7 +81,8 @@ pub enum ViolationKind {
     },
     /// It exceeded the domain's [deadline](crate::Builder::deadline).
     Deadline,
-    /// This process, possibly another of its threads, sent it a signal that otherwise means a fault.
+    /// It got a signal that would have ended the program: one that it sent itself, a signal of faults that another thread
+    /// sent it, SIGPIPE, SIGXCPU or SIGXFSZ.
     Raised {
         /// The signal's number.
         signal: i32,
@@ -143,7 +144,7 @@ impl fmt::Display for ViolationKind {
                 None => write!(f, "panicked: {}", Escaped(message)),
             },
             Self::Panic { message: None } => {
-                f.write_str("panic (the message went to a panic hook that the program set after its first domain)")
+                f.write_str("panic (without a message, or the message went to a panic hook that the program set after its first domain)")
             }
             Self::Exception => f.write_str("uncaught C++ exception, or std::terminate"),
             Self::Jump { target } => write!(f, "longjmp out of the domain, to stack pointer {target:#x}"),
@@ -152,11 +153,21 @@ impl fmt::Display for ViolationKind {
             Self::Retired => {
                 f.write_str("nothing ran: the domain is retired after too many violations (Domain::reinstate)")
             }
-            Self::Raised { signal } => write!(f, "signal {signal}, sent by this process"),
+            Self::Raised { signal } => write!(f, "signal {signal}{}, which would have ended the program", name(*signal)),
             Self::InvalidFree(error) => write!(f, "invalid free or resize: {error}"),
             Self::InvalidResult(error) => write!(f, "invalid result: {error}"),
             Self::NotReady(error) => write!(f, "nothing ran, or the call was not resumed: {error}"),
         }
+    }
+}
+
+/// Returns the name of a signal that ends a call, in brackets.
+const fn name(signal: i32) -> &'static str {
+    match signal {
+        libc::SIGPIPE => " (SIGPIPE, a write to a closed pipe or socket)",
+        libc::SIGXCPU => " (SIGXCPU, a limit on processor time)",
+        libc::SIGXFSZ => " (SIGXFSZ, a limit on the size of files)",
+        _ => "",
     }
 }
 
