@@ -128,6 +128,17 @@ int helper_vfork(int status)
     return result;
 }
 
+/* As above, with the status that a function returns in the child. */
+int helper_vfork_and(int (*function)(void))
+{
+    int result = -1;
+    pid_t child = vfork();
+    if (child == 0)
+        _exit(function());
+    waitpid(child, &result, 0);
+    return result;
+}
+
 static int cleaned;
 
 static void clean(int *unused)

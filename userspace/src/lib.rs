@@ -58,7 +58,7 @@
 //! | 5 | `inside`, `transfer` | `inside` runs with a domain's rights: it takes no lock and writes no static, and nothing outside relies on it. `transfer` checks what comes out. |
 //! | 6 | `thread`, `signal` | The record of a thread; signals and faults. What runs in a handler is async-signal-safe. |
 //! | 7 | `backend`, `interpose` | What isolates a domain; the C library's functions that this crate replaces, which only dispatch. |
-//! | 8 | `setup`, `violation` | Making process and threads ready; what a trap was. |
+//! | 8 | `setup`, `service`, `violation` | Making process and threads ready; system calls for code in a domain; what a trap was. |
 //! | 9 | `shared`, `domain` | The public face. |
 //!
 //! # What linking this crate does
@@ -98,6 +98,7 @@ mod keys;
 mod loader;
 mod memory;
 mod rights;
+mod service;
 mod setup;
 mod shared;
 mod signal;

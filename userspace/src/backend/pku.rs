@@ -17,7 +17,9 @@ use crate::keys::statics::{self, Globals};
 use crate::keys::{Caller, Pin, Tagged};
 use crate::loader::bind;
 use crate::loader::library_data::LibraryData;
-use crate::memory::mapping::Mapping;
+use crate::memory::layout::Layout;
+use crate::memory::locals::Locals;
+use crate::memory::mapping::{Mapping, Use};
 use crate::memory::tls;
 use crate::signal::trap::{Running, Trap};
 use crate::sys::{self, Inaccessible};
@@ -35,12 +37,20 @@ pub(crate) struct PkuBackend {
     pub(crate) libraries: Vec<LibraryData>,
     /// The domain's rights to all other statics.
     pub(crate) globals: Globals,
+    /// The size in bytes of the addresses for what code in the domain maps.
+    pub(crate) mapped: usize,
 }
 
 /// The memory of one domain.
 pub(crate) struct Memory {
-    mapping: Mapping<3>,
+    pub(super) mapping: Mapping<4>,
     tagged: Arc<Tagged>,
+    /// What is mapped there, and in the libraries that the domain owns.
+    pub(super) layout: Layout,
+    /// The layout of the domain when it is new.
+    initial: Layout,
+    /// What a discard undoes in each part of the mapping.
+    pub(super) uses: [Use; 4],
     /// Boxed, because the gate and the fault handler rely on its address. Invariant: while the domain has a key, the
     /// context has the same key.
     running: Box<Running>,
@@ -51,9 +61,13 @@ pub(crate) struct Memory {
     thread: u64,
 }
 
-const STACK: usize = 0;
+pub(super) const STACK: usize = 0;
 const TLS: usize = 1;
-const HEAP: usize = 2;
+pub(super) const HEAP: usize = 2;
+/// What code in the domain maps.
+pub(super) const MAPPED: usize = 3;
+
+const UNCHANGED: [Use; 4] = [Use::Contents, Use::Contents, Use::Contents, Use::None];
 
 // SAFETY: during a call only its thread uses `Running`, and between calls only the owner of the memory does.
 unsafe impl Send for Memory {}
@@ -119,14 +133,15 @@ impl Memory {
         self.tagged.key()
     }
 
-    /// Returns the number of the key of the current or last call.
-    pub(crate) const fn key_in_call(&self) -> u64 {
-        self.running.context.key().number() as u64
+    /// Returns the key of the current or last call.
+    pub(super) const fn key_in_call(&self) -> ProtectionKey {
+        self.running.context.key()
     }
 
-    /// Returns the stack pointer that code in the domain starts with.
-    pub(crate) const fn stack_end(&self) -> u64 {
-        self.running.context.stack()
+    /// Replaces the record of what is mapped, after a change of the mappings.
+    pub(super) fn set_layout(&mut self, layout: Layout) {
+        self.tagged.set_runs(layout.runs().into());
+        self.layout = layout;
     }
 
     /// Returns the addresses of the mailbox.
@@ -138,8 +153,8 @@ impl Memory {
 
     /// Returns the memory that results may lie in.
     #[inline]
-    pub(crate) fn readable(&self) -> [Range<usize>; 2] {
-        [self.mapping.part(STACK), self.mapping.part(HEAP)]
+    pub(crate) fn readable(&self) -> [Range<usize>; 3] {
+        [STACK, HEAP, MAPPED].map(|part| self.mapping.part(part))
     }
 
     /// Returns whether an address lies in a guard page of the domain.
@@ -149,7 +164,7 @@ impl Memory {
 
     /// Returns the name of the part of the domain's memory that ends before a guard page, if the address is in one.
     pub(crate) fn ends_before(&self, address: u64) -> Option<&'static str> {
-        const NAMES: [&str; 3] = ["stack", "thread-locals", "heap"];
+        const NAMES: [&str; 4] = ["stack", "thread-locals", "heap", "mapped memory"];
         self.mapping.part_before_guard(address as usize).map(|part| NAMES[part])
     }
 
@@ -238,7 +253,7 @@ unsafe impl Platform for PkuBackend {
     type Lease = Pin;
 
     fn map(&self, sizes: Sizes) -> Result<Memory, Error> {
-        let mapping = Mapping::new([sizes.stack, tls::SIZE, sizes.heap])?;
+        let mapping = Mapping::new([sizes.stack, tls::SIZE, sizes.heap, self.mapped])?;
         let running = Running {
             context: Context::without_key(0, 0),
             stack: mapping.part(STACK),
@@ -247,10 +262,14 @@ unsafe impl Platform for PkuBackend {
             learning: Cell::new(false),
         };
         let own = [STACK, TLS, HEAP].map(|part| mapping.part(part));
-        let ranges = own.into_iter().chain(self.libraries.iter().flat_map(LibraryData::ranges)).collect();
+        let ranges = own.into_iter().chain(self.libraries.iter().flat_map(LibraryData::ranges));
+        let layout = Layout::new(ranges);
         Ok(Memory {
             mapping,
-            tagged: Tagged::new(ranges),
+            tagged: Tagged::new(layout.runs().into()),
+            initial: layout.clone(),
+            layout,
+            uses: UNCHANGED,
             running: Box::new(running),
             rights: self.rights,
             globals: self.globals,
@@ -276,7 +295,11 @@ unsafe impl Platform for PkuBackend {
             // A signal handler that calls another domain would wait forever for locks that this thread holds.
             let _quiet = sys::BlockedSignals::new();
             drop(bind::bind_all());
-            tls::update(&mut memory.thread_locals, &place, heap, &stack)?;
+            tls::update(
+                &mut memory.thread_locals,
+                &place,
+                Locals::new(heap, &stack, &raw const memory.running.context),
+            )?;
         }
         // A lease pins this key.
         ensure_rights(memory.running.context.key());
@@ -317,7 +340,12 @@ unsafe impl Platform for PkuBackend {
     }
 
     fn discard(&self, memory: &mut Memory) {
-        if memory.mapping.discard() && memory.tagged.tag_again().is_err() {
+        let uses = std::mem::replace(&mut memory.uses, UNCHANGED);
+        let is_mapped_again = memory.mapping.discard(&uses);
+        if uses.contains(&Use::Mappings) {
+            memory.set_layout(memory.initial.clone());
+        }
+        if is_mapped_again && memory.tagged.tag_again().is_err() {
             memory.mapping.set_lost();
         }
     }

@@ -120,7 +120,7 @@ fn fault_as_a_domain(frame: SignalFrame, rseq: Option<usize>) -> io::Result<u8> 
         }
     };
     // SAFETY: the pages were just mapped.
-    unsafe { sys::protect(stack.clone(), of_stack) }?;
+    unsafe { sys::protect(stack.clone(), sys::Protection::READ_WRITE, of_stack) }?;
     // SAFETY: the stack stays mapped until the child ends.
     unsafe { sys::set_alternate_stack(stack) }?;
     let flags = (libc::SA_SIGINFO | libc::SA_ONSTACK) as u64;

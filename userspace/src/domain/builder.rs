@@ -41,6 +41,7 @@ pub struct Builder {
     name: Arc<str>,
     stack: usize,
     heap: usize,
+    mapped: usize,
     limits: Limits,
     hook: Option<Hook>,
     libraries: Vec<String>,
@@ -59,6 +60,7 @@ impl Builder {
             name: name.into(),
             stack: 1 << 20,
             heap: 64 << 20,
+            mapped: 64 << 20,
             limits: Limits::default(),
             hook: None,
             libraries: Vec::new(),
@@ -79,6 +81,16 @@ impl Builder {
     /// Give it twice the size of what it is to hold. Like other allocators, it cannot always use the space between blocks.
     pub const fn heap_size(mut self, bytes: usize) -> Self {
         self.heap = bytes;
+        self
+    }
+
+    /// Sets the size in bytes, rounded up to pages, of the addresses that are reserved for what code in the domain maps with
+    /// mmap(2). The default is 64 MiB. Beyond that, and with a size of 0, mmap fails with `ENOMEM`.
+    ///
+    /// Mappings that are not fixed lie there. They are the domain's, count for nothing until they are made, and are gone
+    /// after a discard. A file can be mapped too.
+    pub const fn mapped_size(mut self, bytes: usize) -> Self {
+        self.mapped = bytes;
         self
     }
 
@@ -205,9 +217,11 @@ impl Builder {
             return Err(Error::InDomain);
         }
         let limit = sys::physical_memory();
-        for (part, requested, minimum) in
-            [("stack", self.stack, Self::MINIMUM_STACK), ("heap", self.heap, Self::MINIMUM_HEAP)]
-        {
+        for (part, requested, minimum) in [
+            ("stack", self.stack, Self::MINIMUM_STACK),
+            ("heap", self.heap, Self::MINIMUM_HEAP),
+            ("mapped memory", self.mapped, 0),
+        ] {
             if requested < minimum || requested > limit {
                 return Err(Error::Size { part, requested, minimum, limit });
             }
@@ -219,7 +233,7 @@ impl Builder {
         }
         let libraries = self.libraries.iter().map(|name| LibraryData::take(name)).collect::<Result<_, _>>()?;
         let sizes = Sizes { stack: self.stack + MAILBOX, heap: self.heap };
-        let core = Core::new(PkuBackend { rights, libraries, globals: self.globals }, sizes)?;
+        let core = Core::new(PkuBackend { rights, libraries, globals: self.globals, mapped: self.mapped }, sizes)?;
         let regions = self.regions.iter().cloned().map(|(region, _)| region).collect();
         let mut domain = Domain::new(core, self.name.clone(), regions);
         domain.try_an_allocation()?;
@@ -274,6 +288,7 @@ impl fmt::Debug for Builder {
             .field("name", &self.name)
             .field("stack", &self.stack)
             .field("heap", &self.heap)
+            .field("mapped", &self.mapped)
             .field("limits", &self.limits)
             .field("libraries", &self.libraries)
             .finish_non_exhaustive()

@@ -12,8 +12,11 @@ use super::callback::{self, Callback, CallbackArguments, Callbacks, Suspended};
 use super::deadline::{Deadline, DeadlineError};
 use crate::Error;
 use crate::backend::pku::{MAILBOX, PkuBackend};
-use crate::inside::callback::{Head, RESUME};
+use crate::inside::callback::Head;
 use crate::inside::entry::{self, Call};
+use crate::inside::request::RESUME;
+use crate::keys::Pin;
+use crate::service;
 use crate::setup;
 use crate::signal::trap::Trap;
 use crate::thread::{self, Thread};
@@ -88,7 +91,8 @@ impl Domain {
         // cannot write them.
         let result = unsafe { self.core.enter(&lease, entry::run::<F, R>, &raw const call as u64) };
         let received = match result {
-            Ok(_) => self.receive(mailbox),
+            Ok(0) => self.receive(mailbox),
+            Ok(request) => self.serve(request, &lease, mailbox, type_name::<F>()),
             Err(failure) => Err(self.failed(failure, type_name::<F>())),
         };
         drop(lease);
@@ -134,6 +138,29 @@ impl Domain {
         self.call_with_name(callbacks, function, type_name::<F>())
     }
 
+    /// Provides the services that a call without callbacks asks for, until it ends.
+    #[cold]
+    fn serve<R: Transfer>(
+        &mut self,
+        mut request: u64,
+        lease: &Pin,
+        mailbox: usize,
+        closure: &'static str,
+    ) -> Result<R, Violation> {
+        while request != 0 {
+            self.core.memory().ensure_rights_after_call();
+            let Some(reply) = service::provide(request, self.core.memory_mut()) else {
+                self.core.discard();
+                return Err(self.violation(ViolationKind::Callback));
+            };
+            self.core.suspended();
+            // SAFETY: as in `call`; the entry point continues on the domain's stack where the call left it.
+            let result = unsafe { self.core.resume(lease, RESUME, &raw const reply as u64) };
+            request = result.map_err(|failure| self.failed(failure, closure))?;
+        }
+        self.receive(mailbox)
+    }
+
     fn call_with_name<F: Fn(&[Callback]) -> R, R: Transfer>(
         &mut self,
         callbacks: Callbacks<'_, '_>,
@@ -171,12 +198,11 @@ impl Domain {
         // SAFETY: this call drops it, before it acquires the next and before it ends.
         let mut lease = unsafe { self.core.acquire(caller) }.map_err(|error| not_ready(error, self))?;
         let deadline = Deadline::start(self.limits.deadline, thread).map_err(|error| self.violation(error.into()))?;
-        let memory = self.core.memory();
-        let mailbox = memory.mailbox().start;
+        let mailbox = self.core.memory().mailbox().start;
         let pointers = callback::pointers(callbacks.len());
         let function = || function(&pointers);
         let call = Call { function: &function, mailbox };
-        let head = Head::new(&raw const call as u64, callbacks.len(), memory.key_in_call(), memory.stack_end());
+        let head = Head::new(&raw const call as u64, callbacks.len());
         let entry = entry::with_callbacks(&function);
         // SAFETY: as in `call`.
         let mut result = unsafe { self.core.enter(&lease, entry, &raw const head as u64) };
@@ -188,6 +214,13 @@ impl Domain {
                 Err(failure) => return Err(self.failed(failure, name)),
             };
             self.core.memory().ensure_rights_after_call();
+            if let Some(reply) = service::provide(request, self.core.memory_mut()) {
+                self.core.suspended();
+                self.go_on(&deadline)?;
+                // SAFETY: as in `call`; the entry point continues on the domain's stack where the call left it.
+                result = unsafe { self.core.resume(&lease, RESUME, &raw const reply as u64) };
+                continue;
+            }
             let Some(suspended) = Suspended::read(request, self.core.memory(), callbacks.len()) else {
                 self.core.discard();
                 return Err(self.violation(ViolationKind::Callback));
@@ -200,14 +233,19 @@ impl Domain {
                 callbacks[suspended.index](&mut arguments)
             };
             lease = self.core.memory_mut().acquire_again(caller).map_err(|error| not_ready(error, self))?;
-            if let Err(error) = deadline.go_on() {
-                self.core.discard();
-                return Err(self.violation(error.into()));
-            }
+            self.go_on(&deadline)?;
             let reply = suspended.reply(value);
             // SAFETY: as in `call`; the entry point continues on the domain's stack where the call left it.
             result = unsafe { self.core.resume(&lease, RESUME, &raw const reply as u64) };
         }
+    }
+
+    /// Continues the deadline of a call that was suspended.
+    fn go_on(&mut self, deadline: &Deadline<'_>) -> Result<(), Violation> {
+        deadline.go_on().map_err(|error| {
+            self.core.discard();
+            self.violation(error.into())
+        })
     }
 
     #[cold]

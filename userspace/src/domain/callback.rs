@@ -8,11 +8,12 @@
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 
 use crate::backend::pku::Memory;
-use crate::inside::callback::{MOST, Reply, Request, function};
+use crate::inside::callback::{MOST, function};
+use crate::inside::request::{Reply, Request};
 use crate::keys::Caller;
+use crate::service;
 use crate::sys::{self, Inaccessible};
 use crate::transfer::InvalidResult;
 
@@ -144,14 +145,8 @@ pub(crate) struct Suspended {
 impl Suspended {
     /// Copies a request and checks it; `None` if it is invalid or cannot be read. The calling thread has rights to the domain's memory.
     pub(crate) fn read(request: u64, memory: &Memory, count: usize) -> Option<Self> {
-        if !is_within(memory, request, size_of::<Request>()) {
-            return None;
-        }
-        let mut copy = MaybeUninit::<Request>::uninit();
-        sys::copy_value_from(request as usize, &mut copy).ok()?;
-        // SAFETY: it was copied, and any bytes are a request.
-        let Request { index, words } = unsafe { copy.assume_init() };
-        let index = usize::try_from(index).ok().filter(|index| *index < count)?;
+        let Request { number, words } = service::read(request, memory)?;
+        let index = usize::try_from(number).ok().filter(|index| *index < count)?;
         Some(Self { request, index, words })
     }
 

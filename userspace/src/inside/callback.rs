@@ -1,18 +1,14 @@
-//! Asking the caller for a callback in the middle of a call.
+//! The callbacks of a call, as code in the domain calls them.
 //!
-//! A callback's C function leaves the domain through the gate as if the call had ended. Its result is the address of a
-//! [`Request`] on the domain's stack. The caller checks it, runs the closure, and enters the domain again at
-//! [`RESUME`], which continues on that stack.
+//! A callback's C function [asks](super::request) the caller to run the closure.
 
-#![expect(unsafe_code, reason = "it saves and restores registers around a callback")]
+#![expect(unsafe_code, reason = "it reads the call that the caller passes by address")]
 
 use std::arch::naked_asm;
 use std::ffi::c_void;
 
-use pkru::domain::Entry;
-use pkru::gate;
-
 use super::abort::{AbortReason, abort_call};
+use super::request::{self, Request};
 use crate::memory::locals;
 
 /// The most callbacks that a call can have.
@@ -23,15 +19,12 @@ pub(crate) const MOST: usize = 64;
 pub(crate) struct Head {
     call: u64,
     count: usize,
-    key: u64,
-    stack: u64,
 }
 
 impl Head {
-    /// `call` is the address of the call, `count` the number of its callbacks, `key` the number of the domain's key,
-    /// and `stack` the end of the stack that the domain starts on.
-    pub(crate) const fn new(call: u64, count: usize, key: u64, stack: u64) -> Self {
-        Self { call, count, key, stack }
+    /// `call` is the address of the call, and `count` the number of its callbacks.
+    pub(crate) const fn new(call: u64, count: usize) -> Self {
+        Self { call, count }
     }
 
     pub(super) const fn call(&self) -> u64 {
@@ -47,44 +40,6 @@ pub(super) fn begin(head: &Head) {
 /// Ends it.
 pub(super) fn end() {
     locals::set_call(std::ptr::null());
-}
-
-/// A request as it lies on the domain's stack, followed by the saved registers.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub(crate) struct Request {
-    pub(crate) index: u64,
-    /// The six argument registers.
-    pub(crate) words: [u64; 6],
-}
-
-/// What a suspended call resumes with. It lies in the caller's memory.
-#[derive(Debug)]
-#[repr(C)]
-pub(crate) struct Reply {
-    /// The domain's stack pointer, as its request gave it.
-    pub(crate) stack: u64,
-    pub(crate) value: u64,
-}
-
-/// The entry point at which a suspended call continues. Its argument is the address of a [`Reply`].
-pub(crate) const RESUME: Entry = resume;
-
-#[unsafe(naked)]
-unsafe extern "C" fn resume(reply: u64) -> u64 {
-    naked_asm!(
-        "mov rsp, [rdi]",
-        "mov rax, [rdi + 8]",
-        "add rsp, {request}",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbx",
-        "pop rbp",
-        "ret",
-        request = const size_of::<Request>(),
-    )
 }
 
 /// Returns the address of the C function of a callback.
@@ -111,39 +66,20 @@ unsafe extern "C" fn thunks() {
     )
 }
 
-/// Saves the callee-saved registers, and the arguments in the order of [`Request`].
 #[unsafe(naked)]
 unsafe extern "C" fn ask() {
-    naked_asm!(
-        "push rbp",
-        "push rbx",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
-        "push r9",
-        "push r8",
-        "push rcx",
-        "push rdx",
-        "push rsi",
-        "push rdi",
-        "push rax",
-        "mov rdi, rsp",
-        "call {suspend}",
-        "ud2",
-        suspend = sym suspend,
-    )
+    request::ask!(suspend)
 }
 
 unsafe extern "C" fn suspend(request: *const Request) -> ! {
     assert!(locals::says_in_domain(), "a callback was called outside the call that it belongs to");
     // SAFETY: `ask` passes its own stack.
-    let index = unsafe { (*request).index } as usize;
+    let index = unsafe { (*request).number } as usize;
     let head = locals::call().cast::<Head>();
     // SAFETY: the pointer is null, or the running call's.
-    let Some(head) = (unsafe { head.as_ref() }).filter(|head| index < head.count) else {
-        abort_call(AbortReason::Callback { index })
-    };
-    // SAFETY: this is the domain that was entered with this head.
-    unsafe { gate::suspend(head.key, request as u64, head.stack) }
+    if unsafe { head.as_ref() }.is_none_or(|head| index >= head.count) {
+        abort_call(AbortReason::Callback { index });
+    }
+    // SAFETY: this is the running call's stack.
+    unsafe { request::suspend(request) }
 }

@@ -6,10 +6,12 @@
 //! | module | subject |
 //! |---|---|
 //! | [`entry`] | the function that a call enters |
-//! | [`callback`] | asking the caller for a callback |
+//! | [`request`] | asking the caller for something |
+//! | [`callback`] | callbacks |
+//! | [`service`] | system calls that the caller makes |
 //! | [`abort`] | ending the call |
 //! | [`exported`] | blocks that results refer to |
-//! | [`libc`] | functions of the C library, as they act in a domain |
+//! | [`libc`], [`mappings`] | functions of the C library, as they act in a domain |
 //! | `panic` | the panic hook |
 //!
 //! One function writes statics: the panic hook undoes std's writes in a domain that may write statics.
@@ -22,4 +24,7 @@ pub(crate) mod callback;
 pub(crate) mod entry;
 pub(crate) mod exported;
 pub(crate) mod libc;
+pub(crate) mod mappings;
 pub(crate) mod panic;
+pub(crate) mod request;
+pub(crate) mod service;

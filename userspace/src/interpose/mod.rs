@@ -15,9 +15,11 @@
 //! | [`old_signals`] | `sigset`, `sigignore`, `sighold`, `sigblock`, `sigsetmask` | As for `sigaction` and `sigprocmask`. |
 //! | [`endings`] | `abort`, `exit` and `longjmp` with their variants, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`, `pthread_exit` | In a domain they end the call. |
 //! | [`processes`] | `fork`, `_Fork`, `posix_spawn`, `posix_spawnp`, `system`, `popen` | In a domain they fail with EPERM. |
+//! | [`mappings`] | `mmap`, `munmap`, `mprotect`, `mremap`, `madvise`, `mlock`, `munlock` | In a domain its caller changes the domain's own memory. |
 
 pub(crate) mod endings;
 pub(crate) mod malloc;
+pub(crate) mod mappings;
 pub(crate) mod old_signals;
 pub(crate) mod processes;
 pub(crate) mod signals;
@@ -69,6 +71,9 @@ next! {
     pthread_exit = c"pthread_exit",
     _Fork = c"_Fork",
     popen = c"popen",
+    posix_madvise = c"posix_madvise",
+    brk = c"brk",
+    sbrk = c"sbrk",
     malloc_usable_size = c"malloc_usable_size",
     __cxa_thread_atexit_impl = c"__cxa_thread_atexit_impl",
 }

@@ -36,7 +36,8 @@ use std::sync::{Arc, Mutex};
 use pkru::ProtectionKey;
 use pkru::gate::{Context, Gate};
 
-use crate::sys::{self, BlockedSignals};
+use crate::memory::layout::Run;
+use crate::sys::{self, BlockedSignals, Protection};
 use crate::trusted::trusted;
 use crate::{Error, rights};
 use slots::{Pin as TablePin, Slot, Slots};
@@ -69,9 +70,9 @@ impl Tagger for Linux {
         }
     }
 
-    unsafe fn tag(&self, pages: Range<usize>, key: ProtectionKey) -> io::Result<()> {
+    unsafe fn tag(&self, pages: Range<usize>, protection: Protection, key: ProtectionKey) -> io::Result<()> {
         // SAFETY: the caller answers for the pages.
-        unsafe { sys::protect(pages, key) }
+        unsafe { sys::protect(pages, protection, key) }
     }
 }
 
@@ -103,9 +104,9 @@ impl Pin {
 }
 
 impl Tagged {
-    /// Describes memory that has no key yet: whole pages, private and writable, which nothing else tags.
-    pub(crate) fn new(ranges: Box<[Range<usize>]>) -> Arc<Self> {
-        TABLE.describe(ranges)
+    /// Describes memory that has no key yet: whole pages, which nothing else tags.
+    pub(crate) fn new(runs: Box<[Run]>) -> Arc<Self> {
+        TABLE.describe(runs)
     }
 
     /// Returns the key that it has at the moment.
@@ -130,6 +131,11 @@ impl Tagged {
     /// key is lost.
     pub(crate) fn release(&self, unmap: impl FnOnce() -> bool) {
         TABLE.release(self, unmap);
+    }
+
+    /// Replaces the pages that it consists of. Those have its key, if it has one.
+    pub(crate) fn set_runs(&self, runs: Box<[Run]>) {
+        TABLE.set_runs(self, runs);
     }
 
     /// Tags it again after pages of it were mapped anew.

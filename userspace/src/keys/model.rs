@@ -37,6 +37,9 @@ use slots::{Slot, Slots};
 use sync::{Arc, AtomicU64, AtomicUsize, Mutex};
 use table::{Keys, Table, Tagged, Tagger};
 
+use crate::memory::layout::Run;
+use crate::sys::Protection;
+
 impl Slots {
     fn new() -> Self {
         let slot = |_| Slot { owner: AtomicU64::new(0), used: AtomicU64::new(0), signal_stack: AtomicUsize::new(0) };
@@ -70,7 +73,7 @@ impl Tagger for Simulated {
         Ok(ProtectionKey::new(system.allocated))
     }
 
-    unsafe fn tag(&self, pages: Range<usize>, key: ProtectionKey) -> io::Result<()> {
+    unsafe fn tag(&self, pages: Range<usize>, _: Protection, key: ProtectionKey) -> io::Result<()> {
         let mut system = self.0.lock().unwrap();
         for page in pages {
             system.failure_in = system.failure_in.wrapping_sub(1);
@@ -89,8 +92,8 @@ fn table(keys: u8, failure_in: usize) -> Arc<Table<Simulated>> {
 }
 
 /// One page.
-fn pages(page: usize) -> Box<[Range<usize>]> {
-    std::iter::once(page..page + 1).collect()
+fn pages(page: usize) -> Box<[Run]> {
+    std::iter::once(Run::new(page..page + 1)).collect()
 }
 
 /// Calls into a domain once, with this page of memory: while the call runs, its page alone carries its key.

@@ -13,6 +13,8 @@ use proptest::prelude::*;
 use super::caller::Caller;
 use super::slots::{Pin, Slots};
 use super::table::{Keys, Table, Tagged, Tagger};
+use crate::memory::layout::Run;
+use crate::sys::Protection;
 
 /// Keys and page tables, simulated.
 #[derive(Default)]
@@ -53,7 +55,7 @@ impl Tagger for Simulated {
         Ok(ProtectionKey::new(system.allocated))
     }
 
-    unsafe fn tag(&self, pages: Range<usize>, key: ProtectionKey) -> io::Result<()> {
+    unsafe fn tag(&self, pages: Range<usize>, _: Protection, key: ProtectionKey) -> io::Result<()> {
         let mut system = self.0.borrow_mut();
         for page in pages {
             // Like the kernel, it can fail in the middle of a range.
@@ -196,10 +198,10 @@ impl World<'_> {
             Step::NewMemory => {
                 let start = self.next_page;
                 self.next_page += PAGES;
-                let ranges = Box::new([start..start + 1, start + 1..start + PAGES]);
+                let runs = Box::new([start..start + 1, start + 1..start + PAGES].map(Run::new));
                 let mut system = self.table.tagger.0.borrow_mut();
                 system.pages.extend((start..start + PAGES).map(|page| (page, ProtectionKey::DEFAULT)));
-                self.memories.push(self.table.describe(ranges));
+                self.memories.push(self.table.describe(runs));
             }
             Step::Call { memory, thread } => self.call(memory, thread, None),
             Step::CallWithKey { memory, thread, key } => self.call(memory, thread, ProtectionKey::new(key)),
@@ -225,7 +227,7 @@ impl World<'_> {
                 self.table.release(&memory, || {
                     if is_clean {
                         let mut system = self.table.tagger.0.borrow_mut();
-                        memory.ranges.iter().cloned().flatten().for_each(|page| {
+                        memory.runs().iter().flat_map(|run| run.pages.clone()).for_each(|page| {
                             system.pages.remove(&page);
                         });
                     }
@@ -236,7 +238,7 @@ impl World<'_> {
                 let Some(memory) = choose(&self.memories, memory) else { return };
                 {
                     let mut system = self.table.tagger.0.borrow_mut();
-                    for page in memory.ranges.iter().cloned().flatten() {
+                    for page in memory.runs().iter().flat_map(|run| run.pages.clone()) {
                         system.pages.insert(page, ProtectionKey::DEFAULT);
                     }
                 }
@@ -328,7 +330,7 @@ impl World<'_> {
             let key = self.table.pinned_key(pin);
             assert!(self.table.slots.of(key).is_pinned_by(caller(*thread)));
             for (page, found) in &system.pages {
-                let is_its = memory.ranges.iter().any(|range| range.contains(page));
+                let is_its = memory.runs().iter().any(|run| run.pages.contains(page));
                 assert!(is_its || *found != key || self.lost.contains(key), "page {page} carries key {key} of another");
             }
         }

@@ -15,6 +15,8 @@ use super::caller::Caller;
 use super::slots::{Number, Pin, Slot, Slots};
 use super::sync::{Arc, AtomicPtr, AtomicU16, Mutex, MutexGuard, Ordering, PoisonError, pause};
 use crate::Error;
+use crate::memory::layout::Run;
+use crate::sys::Protection;
 
 /// What the table needs of the system.
 pub(super) trait Tagger {
@@ -27,20 +29,20 @@ pub(super) trait Tagger {
     /// Allocates a key that tags nothing; `None` if the system has none left.
     fn allocate(&self) -> io::Result<Option<ProtectionKey>>;
 
-    /// Gives pages a key. On failure some of them may have it.
+    /// Gives pages a key, and the protection that they have. On failure some of them may have the key.
     ///
     /// # Safety
     ///
-    /// The pages are whole, private and writable, and belong to the caller.
-    unsafe fn tag(&self, pages: Range<usize>, key: ProtectionKey) -> io::Result<()>;
+    /// The pages are whole, and belong to the caller.
+    unsafe fn tag(&self, pages: Range<usize>, protection: Protection, key: ProtectionKey) -> io::Result<()>;
 }
 
 /// Memory that carries one key: a domain's.
 #[derive(Debug)]
 pub(crate) struct Tagged {
     number: Number,
-    /// Whole pages, private and writable, which nothing else tags.
-    pub(super) ranges: Box<[Range<usize>]>,
+    /// Whole pages, which nothing else tags. Changed under the table's lock.
+    runs: Mutex<Box<[Run]>>,
     /// The slot of its key, in the table that it belongs to. Changed under that table's lock.
     slot: AtomicPtr<Slot>,
     /// Keys that some pages may carry because tagging them failed half-way. No one else gets such a key until all
@@ -119,9 +121,10 @@ impl<T: Tagger> Table<T> {
     }
 
     /// Describes memory that has no key yet. It belongs to this table from now on.
-    pub(super) fn describe(&self, ranges: Box<[Range<usize>]>) -> Arc<Tagged> {
+    pub(super) fn describe(&self, runs: Box<[Run]>) -> Arc<Tagged> {
         let slot = AtomicPtr::new(ptr::from_ref(self.slots.none()).cast_mut());
-        Arc::new(Tagged { number: self.slots.next_number(), ranges, slot, tainted: AtomicU16::new(0) })
+        let runs = Mutex::new(runs);
+        Arc::new(Tagged { number: self.slots.next_number(), runs, slot, tainted: AtomicU16::new(0) })
     }
 
     #[inline]
@@ -206,11 +209,18 @@ impl<T: Tagger> Table<T> {
     }
 
     fn tag(&self, memory: &Tagged, key: ProtectionKey) -> io::Result<()> {
-        for range in &memory.ranges {
-            // SAFETY: the ranges are private pages of one owner, as `Tagged` promises.
-            unsafe { self.tagger.tag(range.clone(), key) }?;
+        for run in memory.runs().iter() {
+            // SAFETY: the pages have one owner, as `Tagged` promises.
+            unsafe { self.tagger.tag(run.pages.clone(), run.protection, key) }?;
         }
         Ok(())
+    }
+
+    /// Replaces the pages that memory consists of, which its owner has mapped and tagged.
+    pub(super) fn set_runs(&self, memory: &Tagged, runs: Box<[Run]>) {
+        // The lock that is held across forks.
+        let _locked = self.lock();
+        *memory.runs() = runs;
     }
 
     /// Runs a function while no domain has a key. Each domain then learns what the function has done to rights when it
@@ -313,6 +323,10 @@ impl<T: Tagger> Table<T> {
 }
 
 impl Tagged {
+    pub(super) fn runs(&self) -> MutexGuard<'_, Box<[Run]>> {
+        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn take_tainted(&self) -> KeySet {
         KeySet::from_bits(self.tainted.swap(0, Ordering::Relaxed))
     }

@@ -86,7 +86,9 @@ impl LibraryData {
     pub(crate) fn give_back(&self) -> bool {
         for part in &self.parts {
             // SAFETY: the pages are writable data of the library, and were readable and writable before.
-            let is_accessible = unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok();
+            let is_accessible =
+                unsafe { sys::protect(part.addresses.clone(), sys::Protection::READ_WRITE, ProtectionKey::DEFAULT) }
+                    .is_ok();
             if !is_accessible || part.restore().is_err() {
                 self.is_lost.set(true);
             }

@@ -50,7 +50,8 @@ pub(super) extern "C" fn return_all() {
     for part in lock().iter() {
         // A call that still runs in the domain that owns the pages faults.
         // SAFETY: the pages are writable data of a library, and were readable and writable before.
-        if unsafe { sys::protect(part.addresses.clone(), ProtectionKey::DEFAULT) }.is_ok() {
+        if unsafe { sys::protect(part.addresses.clone(), sys::Protection::READ_WRITE, ProtectionKey::DEFAULT) }.is_ok()
+        {
             // They are accessible now.
             let _ = part.restore();
         }

@@ -8,6 +8,7 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 
+use pkru::gate::Context;
 use pkru::heap::DomainHeap;
 
 /// The values. All are zero outside domains.
@@ -15,6 +16,8 @@ pub(crate) struct Locals {
     heap: Cell<*mut DomainHeap>,
     /// The start and the end of the stack.
     stack: Cell<(usize, usize)>,
+    /// The gate's record of calls, outside the domain.
+    context: Cell<*const Context>,
     /// The call that is running, if it has callbacks.
     call: Cell<*const c_void>,
 }
@@ -24,17 +27,20 @@ thread_local! {
         Locals {
             heap: Cell::new(ptr::null_mut()),
             stack: Cell::new((0, 0)),
+            context: Cell::new(ptr::null()),
             call: Cell::new(ptr::null()),
         }
     };
 }
 
 impl Locals {
-    /// Returns the values for a domain with this heap and stack.
-    pub(crate) const fn new(heap: NonNull<DomainHeap>, stack: &Range<usize>) -> Self {
+    /// Returns the values for a domain with this heap and stack. The gate keeps its calls in `context`, which lives as
+    /// long as the domain.
+    pub(crate) const fn new(heap: NonNull<DomainHeap>, stack: &Range<usize>, context: *const Context) -> Self {
         Self {
             heap: Cell::new(heap.as_ptr()),
             stack: Cell::new((stack.start, stack.end)),
+            context: Cell::new(context),
             call: Cell::new(ptr::null()),
         }
     }
@@ -63,6 +69,11 @@ pub(crate) fn says_in_domain() -> bool {
 pub(crate) fn is_on_own_stack(address: usize) -> bool {
     let (start, end) = LOCALS.with(|locals| locals.stack.get());
     (start..end).contains(&address)
+}
+
+/// In a domain: returns the gate's record of its calls.
+pub(crate) fn context() -> *const Context {
+    LOCALS.with(|locals| locals.context.get())
 }
 
 /// In a domain: returns the call that is running, or null if it has no callbacks.

@@ -8,7 +8,19 @@ use std::ptr::NonNull;
 
 use pkru::ProtectionKey;
 
+use crate::sys::Protection;
 use crate::{Error, sys};
+
+/// What code did to a part of memory since it was new.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// It has mapped nothing there.
+    None,
+    /// It may have written there.
+    Contents,
+    /// It may also have changed mappings: protections, holes, locks, files.
+    Mappings,
+}
 
 /// Parts of memory with guard pages before each and after the last.
 ///
@@ -59,7 +71,8 @@ impl<const PARTS: usize> Mapping<PARTS> {
     /// Makes a part readable and writable, and tags it with a key.
     pub(crate) fn make_part_accessible(&self, index: usize, key: ProtectionKey) -> Result<(), Error> {
         // SAFETY: the pages are this mapping's, and nothing relies on their protection.
-        unsafe { sys::protect(self.part(index), key) }.map_err(Error::system("tag memory with a protection key"))
+        unsafe { sys::protect(self.part(index), Protection::READ_WRITE, key) }
+            .map_err(Error::system("tag memory with a protection key"))
     }
 
     /// Returns the addresses of a part.
@@ -85,16 +98,25 @@ impl<const PARTS: usize> Mapping<PARTS> {
     /// Returns whether pages were mapped again. Those have no access and no key. The cost is proportional to the number
     /// of touched pages.
     #[must_use]
-    pub(crate) fn discard(&mut self) -> bool {
+    pub(crate) fn discard(&mut self, uses: &[Use; PARTS]) -> bool {
         let mut anew = false;
         // Part by part, because one call that spans the guard pages costs about 2,600 instructions more (Linux 6.12).
-        for part in &self.parts {
+        for (part, used) in self.parts.iter().zip(uses) {
             let pages = sys::DontNeed { start: pointer(part.start), size: part.len() };
-            // SAFETY: the pages are this mapping's, and its owner, which has exclusive access, discards their contents.
-            if unsafe { sys::discard(pages) }.is_err() {
+            let is_discarded = match used {
+                Use::None => true,
                 // MADV_DONTNEED fails for locked pages, as after mlockall(2).
+                // SAFETY: the pages are this mapping's, and its owner, which has exclusive access, discards their
+                // contents.
+                Use::Contents => unsafe { sys::discard(pages) }.is_ok(),
+                // MADV_DONTNEED restores neither protections nor mappings.
+                Use::Mappings => false,
+            };
+            if !is_discarded {
                 // SAFETY: as above.
                 self.lost |= unsafe { sys::map_again(pages) }.is_err();
+                // SAFETY: the pages were just reserved.
+                unsafe { sys::use_small_pages(pages.start, pages.size) };
                 anew = true;
             }
         }

@@ -24,9 +24,8 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::ptr::{self, NonNull};
+use std::ptr;
 
-use pkru::heap::DomainHeap;
 use pkru::instructions::rdfsbase;
 
 use super::locals::Locals;
@@ -103,17 +102,12 @@ impl Template {
 /// # Errors
 ///
 /// [`Error::ThreadLocals`] if they do not fit.
-pub(crate) fn update(
-    template: &mut Option<Template>,
-    memory: &Range<usize>,
-    heap: NonNull<DomainHeap>,
-    stack: &Range<usize>,
-) -> Result<(), Error> {
+pub(crate) fn update(template: &mut Option<Template>, memory: &Range<usize>, locals: Locals) -> Result<(), Error> {
     let loaded = sys::loaded_count();
     if template.as_ref().is_some_and(|template| template.loaded == loaded) {
         return Ok(());
     }
-    let mut new = build(memory, heap, stack, loaded)?;
+    let mut new = build(memory, locals, loaded)?;
     if let Some(old) = template.take() {
         // What was laid out for another thread may still be in the domain.
         let length = new.bytes.len().max(old.bytes.len());
@@ -128,12 +122,7 @@ pub(crate) fn update(
 /// # Errors
 ///
 /// [`Error::ThreadLocals`] if they do not fit.
-fn build(
-    memory: &Range<usize>,
-    heap: NonNull<DomainHeap>,
-    stack: &Range<usize>,
-    loaded: u64,
-) -> Result<Template, Error> {
+fn build(memory: &Range<usize>, locals: Locals, loaded: u64) -> Result<Template, Error> {
     let caller = sys::thread_pointer();
     // Kept until the end, because the initialisation images are read.
     let libraries = sys::libraries();
@@ -200,7 +189,7 @@ fn build(
 
     let counterpart = |address: usize| here(address.wrapping_sub(caller).wrapping_add(pointer));
     // SAFETY: the executable's variables are in the static TLS block, so `bytes` contains this one's copy.
-    unsafe { store(counterpart(Locals::address()), Locals::new(heap, stack)) };
+    unsafe { store(counterpart(Locals::address()), locals) };
     for table in character_tables() {
         // The C library sets these three before a new thread runs any other code.
         // SAFETY: the C library's variables are in the static TLS block, so `bytes` contains their copies.

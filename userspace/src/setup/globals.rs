@@ -52,7 +52,7 @@ pub(crate) fn open_statics(thread: &Thread) -> Result<(), Error> {
         for pages in static_pages() {
             // SAFETY: the pages are writable data of loaded objects and stay writable, and every thread has rights to
             // the key.
-            unsafe { sys::protect(pages, key) }
+            unsafe { sys::protect(pages, sys::Protection::READ_WRITE, key) }
                 .map_err(Error::system("tag the program's statics with a protection key"))?;
         }
         Ok(())

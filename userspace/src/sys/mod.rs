@@ -23,7 +23,8 @@ pub(crate) use loader::{
     prepare_unwinding, touch_module,
 };
 pub(crate) use memory::{
-    DontNeed, discard, map_again, map_reserved, page_size, physical_memory, pkey_alloc, protect, unmap, use_small_pages,
+    DontNeed, Protection, advise, can_map, discard, lock, map_again, map_file, map_reserved, page_size,
+    physical_memory, pkey_alloc, protect, unlock, unmap, use_small_pages,
 };
 pub(crate) use probe::{
     Outcome, RSEQ_NONE, RSEQ_UNREGISTERED, fork_probe, free_all_keys, fsgsbase, kernel_release, keys_in_all, keys_left,
