@@ -53,7 +53,7 @@
 //! |---|---|---|
 //! | 1 | `error`, `trusted`, `rights` | They know no other module. |
 //! | 2 | `sys` | Every system call and every call of the dynamic loader; no policy. |
-//! | 3 | `fork_lock`, `keys`, `memory` | Keys and memory; they know no threads and no domains. |
+//! | 3 | `fork_lock`, `keys`, `memory`, `descriptors` | Keys, memory and descriptors; they know no threads and no domains. |
 //! | 4 | `loader`, `capability` | What is loaded, and what the machine offers. |
 //! | 5 | `inside`, `transfer` | `inside` runs with a domain's rights: it takes no lock and writes no static, and nothing outside relies on it. `transfer` checks what comes out. |
 //! | 6 | `thread`, `signal` | The record of a thread; signals and faults. What runs in a handler is async-signal-safe. |
@@ -89,6 +89,7 @@ compile_error!(
 
 mod backend;
 pub mod capability;
+mod descriptors;
 mod domain;
 mod error;
 mod fork_lock;

@@ -69,7 +69,7 @@ fn memory_made_executable_only() {
     let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, flags, -1, 0) };
     // Linux allocates a key for execute-only memory and changes the thread's rights to it.
     // SAFETY: the page belongs to the test.
-    let protect = || unsafe { libc::mprotect(page, 4096, libc::PROT_EXEC) };
+    let protect = || unsafe { libc::syscall(libc::SYS_mprotect, page, 4096, libc::PROT_EXEC) };
     assert_eq!(domain.call(protect).unwrap(), 0);
     contain(&mut domain, mistake);
     assert_eq!(domain.call(protect).unwrap(), 0);
@@ -109,7 +109,9 @@ fn a_return_with_another_domains_key() {
         unsafe { asm!("mov {}, rsp", out(reg) stack) };
         let top = (stack + 4096) & !4095;
         // SAFETY: deliberately unsound: the mistake under test.
-        unsafe { asm!("mov rbx, {}", "mov rsp, {}", "ret", in(reg) key, in(reg) top - 8, options(noreturn)) }
+        unsafe {
+            asm!("mov rbx, {}", "mov rsp, {}", "xor eax, eax", "ret", in(reg) key, in(reg) top - 8, options(noreturn));
+        }
     };
     let own = u64::from(domain.key().unwrap().number());
     domain

@@ -13,6 +13,7 @@ use pkru::gate::{Context, Exit, Gate};
 use pkru::heap::{ALIGNMENT, DomainHeap};
 use pkru::{AccessRights, KeyRights, ProtectionKey};
 
+use crate::descriptors::Descriptors;
 use crate::keys::statics::{self, Globals};
 use crate::keys::{Caller, Pin, Tagged};
 use crate::loader::bind;
@@ -57,6 +58,8 @@ pub(crate) struct Memory {
     rights: KeyRights,
     globals: Globals,
     thread_locals: Option<tls::Template>,
+    /// The descriptors that code in the domain has opened.
+    pub(crate) descriptors: Descriptors,
     /// The [number](Caller::number) of the thread that the thread-locals were laid out for.
     thread: u64,
 }
@@ -274,6 +277,7 @@ unsafe impl Platform for PkuBackend {
             rights: self.rights,
             globals: self.globals,
             thread_locals: None,
+            descriptors: Descriptors::default(),
             thread: 0,
         })
     }
@@ -340,6 +344,7 @@ unsafe impl Platform for PkuBackend {
     }
 
     fn discard(&self, memory: &mut Memory) {
+        memory.descriptors.close_all();
         let uses = std::mem::replace(&mut memory.uses, UNCHANGED);
         let is_mapped_again = memory.mapping.discard(&uses);
         if uses.contains(&Use::Mappings) {
@@ -351,7 +356,8 @@ unsafe impl Platform for PkuBackend {
     }
 
     fn unmap(&self, memory: Memory) {
-        let Memory { mapping, tagged, .. } = memory;
+        let Memory { mapping, tagged, mut descriptors, .. } = memory;
+        descriptors.close_all();
         tagged.release(|| {
             let is_unmapped = mapping.unmap().is_ok();
             self.libraries.iter().fold(is_unmapped, |is_clean, library| library.give_back() && is_clean)

@@ -207,20 +207,26 @@ impl Domain {
         // SAFETY: as in `call`.
         let mut result = unsafe { self.core.enter(&lease, entry, &raw const head as u64) };
         loop {
-            deadline.pause();
             let request = match result {
-                Ok(0) => return self.receive(mailbox),
+                Ok(0) => {
+                    deadline.pause();
+                    return self.receive(mailbox);
+                }
                 Ok(request) => request,
-                Err(failure) => return Err(self.failed(failure, name)),
+                Err(failure) => {
+                    deadline.pause();
+                    return Err(self.failed(failure, name));
+                }
             };
             self.core.memory().ensure_rights_after_call();
+            // The deadline's timer keeps running. It expires again and again, so that none is missed.
             if let Some(reply) = service::provide(request, self.core.memory_mut()) {
                 self.core.suspended();
-                self.go_on(&deadline)?;
                 // SAFETY: as in `call`; the entry point continues on the domain's stack where the call left it.
                 result = unsafe { self.core.resume(&lease, RESUME, &raw const reply as u64) };
                 continue;
             }
+            deadline.pause();
             let Some(suspended) = Suspended::read(request, self.core.memory(), callbacks.len()) else {
                 self.core.discard();
                 return Err(self.violation(ViolationKind::Callback));
@@ -233,19 +239,14 @@ impl Domain {
                 callbacks[suspended.index](&mut arguments)
             };
             lease = self.core.memory_mut().acquire_again(caller).map_err(|error| not_ready(error, self))?;
-            self.go_on(&deadline)?;
+            if let Err(error) = deadline.go_on() {
+                self.core.discard();
+                return Err(self.violation(error.into()));
+            }
             let reply = suspended.reply(value);
             // SAFETY: as in `call`; the entry point continues on the domain's stack where the call left it.
             result = unsafe { self.core.resume(&lease, RESUME, &raw const reply as u64) };
         }
-    }
-
-    /// Continues the deadline of a call that was suspended.
-    fn go_on(&mut self, deadline: &Deadline<'_>) -> Result<(), Violation> {
-        deadline.go_on().map_err(|error| {
-            self.core.discard();
-            self.violation(error.into())
-        })
     }
 
     #[cold]

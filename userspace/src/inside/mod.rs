@@ -11,7 +11,7 @@
 //! | [`service`] | system calls that the caller makes |
 //! | [`abort`] | ending the call |
 //! | [`exported`] | blocks that results refer to |
-//! | [`libc`], [`mappings`] | functions of the C library, as they act in a domain |
+//! | [`libc`], [`mappings`], [`descriptors`] | functions of the C library, as they act in a domain |
 //! | `panic` | the panic hook |
 //!
 //! One function writes statics: the panic hook undoes std's writes in a domain that may write statics.
@@ -21,6 +21,7 @@
 
 pub(crate) mod abort;
 pub(crate) mod callback;
+pub(crate) mod descriptors;
 pub(crate) mod entry;
 pub(crate) mod exported;
 pub(crate) mod libc;

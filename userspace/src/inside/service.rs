@@ -1,7 +1,7 @@
 //! Asking the caller for a system call.
 //!
-//! Code in a domain cannot keep records that the caller can rely on. So functions of the C library that change mappings
-//! ask the caller to make the system call, which checks it first.
+//! Code in a domain cannot keep records that the caller can rely on. So functions of the C library that change mappings,
+//! or open and close descriptors, ask the caller to make the system call, which checks it first.
 
 #![expect(unsafe_code, reason = "it leaves the domain")]
 
@@ -40,6 +40,16 @@ services! {
     Lock,
     /// munlock(2).
     Unlock,
+    /// Recording a descriptor.
+    Claim,
+    /// Removing a descriptor from the record.
+    Release,
+    /// close(2).
+    Close,
+    /// dup3(2).
+    Duplicate,
+    /// Whether this process is a copy that code in the domain has made.
+    IsCopy,
 }
 
 impl Service {

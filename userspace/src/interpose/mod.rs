@@ -16,8 +16,14 @@
 //! | [`endings`] | `abort`, `exit` and `longjmp` with their variants, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`, `pthread_exit` | In a domain they end the call. |
 //! | [`processes`] | `fork`, `_Fork`, `posix_spawn`, `posix_spawnp`, `system`, `popen` | In a domain they fail with EPERM. |
 //! | [`mappings`] | `mmap`, `munmap`, `mprotect`, `mremap`, `madvise`, `mlock`, `munlock` | In a domain its caller changes the domain's own memory. |
+//! | [`descriptors`] | `open`, `socket`, `dup`, `pipe` and others that open a descriptor, `close`, `dup2`, `fclose`, … | In a domain they close and replace its own descriptors only. |
+//! | [`attributes`] | `chdir`, `setuid`, `setrlimit`, `setpriority`, `alarm`, `setitimer`, … | In a domain they fail with EPERM. |
+//! | [`kills`] | `kill`, `tgkill`, `sigqueue` and others | In a domain they fail with EPERM for other processes and threads. |
 
+pub(crate) mod attributes;
+pub(crate) mod descriptors;
 pub(crate) mod endings;
+pub(crate) mod kills;
 pub(crate) mod malloc;
 pub(crate) mod mappings;
 pub(crate) mod old_signals;
@@ -74,9 +80,98 @@ next! {
     posix_madvise = c"posix_madvise",
     brk = c"brk",
     sbrk = c"sbrk",
+    open = c"open",
+    open64 = c"open64",
+    openat = c"openat",
+    openat64 = c"openat64",
+    __open_2 = c"__open_2",
+    __open64_2 = c"__open64_2",
+    __openat_2 = c"__openat_2",
+    __openat64_2 = c"__openat64_2",
+    creat = c"creat",
+    creat64 = c"creat64",
+    dup = c"dup",
+    socket = c"socket",
+    accept = c"accept",
+    accept4 = c"accept4",
+    eventfd = c"eventfd",
+    epoll_create = c"epoll_create",
+    epoll_create1 = c"epoll_create1",
+    timerfd_create = c"timerfd_create",
+    inotify_init = c"inotify_init",
+    inotify_init1 = c"inotify_init1",
+    memfd_create = c"memfd_create",
+    pidfd_open = c"pidfd_open",
+    shm_open = c"shm_open",
+    posix_openpt = c"posix_openpt",
+    mkstemp = c"mkstemp",
+    mkstemp64 = c"mkstemp64",
+    mkostemp = c"mkostemp",
+    mkostemp64 = c"mkostemp64",
+    mkstemps = c"mkstemps",
+    mkstemps64 = c"mkstemps64",
+    mkostemps = c"mkostemps",
+    mkostemps64 = c"mkostemps64",
+    pipe = c"pipe",
+    pipe2 = c"pipe2",
+    socketpair = c"socketpair",
+    signalfd = c"signalfd",
+    fcntl = c"fcntl",
+    fcntl64 = c"fcntl64",
+    fopen = c"fopen",
+    fopen64 = c"fopen64",
+    tmpfile = c"tmpfile",
+    tmpfile64 = c"tmpfile64",
+    opendir = c"opendir",
+    fclose = c"fclose",
+    closedir = c"closedir",
+    close = c"close",
+    dup2 = c"dup2",
+    dup3 = c"dup3",
+    close_range = c"close_range",
+    closefrom = c"closefrom",
+    chdir = c"chdir",
+    fchdir = c"fchdir",
+    chroot = c"chroot",
+    setuid = c"setuid",
+    seteuid = c"seteuid",
+    setreuid = c"setreuid",
+    setresuid = c"setresuid",
+    setgid = c"setgid",
+    setegid = c"setegid",
+    setregid = c"setregid",
+    setresgid = c"setresgid",
+    setgroups = c"setgroups",
+    setsid = c"setsid",
+    setpgid = c"setpgid",
+    setrlimit = c"setrlimit",
+    setrlimit64 = c"setrlimit64",
+    setpriority = c"setpriority",
+    nice = c"nice",
+    sched_setaffinity = c"sched_setaffinity",
+    sched_setscheduler = c"sched_setscheduler",
+    sched_setparam = c"sched_setparam",
+    unshare = c"unshare",
+    setns = c"setns",
+    setitimer = c"setitimer",
+    timer_create = c"timer_create",
+    timer_delete = c"timer_delete",
+    prlimit = c"prlimit",
+    prlimit64 = c"prlimit64",
+    alarm = c"alarm",
+    ualarm = c"ualarm",
+    kill = c"kill",
+    killpg = c"killpg",
+    tgkill = c"tgkill",
+    sigqueue = c"sigqueue",
+    pidfd_send_signal = c"pidfd_send_signal",
+    pthread_sigqueue = c"pthread_sigqueue",
     malloc_usable_size = c"malloc_usable_size",
     __cxa_thread_atexit_impl = c"__cxa_thread_atexit_impl",
 }
+
+/// Stands for the address of a function that no library defines.
+const ABSENT: usize = usize::MAX;
 
 trusted! {
     /// Their addresses, 0 until found.
@@ -102,14 +197,21 @@ impl Next {
     /// Returns the function's address, or `None` if no library defines it.
     pub(crate) fn find(self) -> Option<usize> {
         let place = &ADDRESSES[self as usize];
-        match place.load(Ordering::Relaxed) {
+        let found = match place.load(Ordering::Relaxed) {
             0 => {
-                let found = sys::lookup_next(NAMES[self as usize])?.as_ptr() as usize;
+                let name = NAMES[self as usize];
+                let found = match sys::lookup_next(name) {
+                    Some(found) => found.as_ptr() as usize,
+                    // The C++ library may be loaded later.
+                    None if name.to_bytes().starts_with(b"_Z") => return None,
+                    None => ABSENT,
+                };
                 place.store(found, Ordering::Relaxed);
-                Some(found)
+                found
             }
-            found => Some(found),
-        }
+            found => found,
+        };
+        (found != ABSENT).then_some(found)
     }
 
     /// Returns the function's address.

@@ -73,6 +73,8 @@ pub(crate) unsafe extern "C" fn fork() -> libc::pid_t {
     if rights::is_in_domain() {
         return not_permitted();
     }
+    // The child may close descriptors.
+    super::find_all();
     // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, unsafe extern "C" fn() -> libc::pid_t>(Next::fork.get()) };
     // SAFETY: this function has the same contract, which the caller fulfils.

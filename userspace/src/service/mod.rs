@@ -13,6 +13,7 @@ use crate::backend::pku::Memory;
 use crate::inside::request::{Reply, Request};
 use crate::inside::service::{Service, encode};
 use crate::sys;
+use crate::thread::{self, Thread};
 
 /// Copies a request; `None` if it is not in the domain's memory, or cannot be read. The calling thread has rights to that
 /// memory.
@@ -43,5 +44,27 @@ fn answer(service: Service, words: [u64; 6], memory: &mut Memory) -> Result<u64,
         Service::Advise => memory.advise(words),
         Service::Lock => memory.lock(words),
         Service::Unlock => memory.unlock(words),
+        Service::IsCopy => Ok(is_in_copy().into()),
+        // Its descriptors are its own, and the record is not.
+        _ if is_in_copy() => in_copy(service, words),
+        Service::Claim => memory.descriptors.claim(words[0] as c_int),
+        Service::Release => Ok(memory.descriptors.release(words[0] as c_int).into()),
+        Service::Close => memory.descriptors.close(words[0] as c_int),
+        Service::Duplicate => memory.descriptors.duplicate(words[0] as c_int, words[1] as c_int, words[2] as c_int),
     }
+}
+
+/// Returns whether this process is a copy that code in the domain has made, such as the child of vfork(2).
+fn is_in_copy() -> bool {
+    !thread::current().is_some_and(Thread::is_original)
+}
+
+fn in_copy(service: Service, [descriptor, to, flags, ..]: [u64; 6]) -> Result<u64, c_int> {
+    let result = match service {
+        Service::Close => sys::close(descriptor as c_int).map(|()| 0),
+        Service::Duplicate if descriptor == to => Ok(to as c_int),
+        Service::Duplicate => sys::duplicate_to(descriptor as c_int, to as c_int, flags as c_int),
+        _ => Ok(descriptor as c_int),
+    };
+    result.map(|value| value as u64).map_err(|error| error.raw_os_error().unwrap_or(libc::EINVAL))
 }
