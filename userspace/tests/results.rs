@@ -4,6 +4,7 @@
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
 use std::cell::RefCell;
+use std::hint::black_box;
 
 use pkru_userspace::transfer::{DomainMemory, InvalidResult, Transfer};
 use pkru_userspace::{Domain, ViolationKind};
@@ -21,6 +22,8 @@ suite! {
     results_of_many_calls_do_not_fill_the_heap,
     empty_results_with_room_do_not_fill_the_heap,
     a_result_that_lies_on_the_stack_is_not_freed,
+    a_result_for_which_the_caller_has_no_memory,
+    callback_data_for_which_the_caller_has_no_memory,
 }
 
 fn values_cross() {
@@ -118,7 +121,7 @@ fn a_wire_that_is_sent_again_frees_nothing() {
     assert_eq!(place, Some(at), "control: the box lies where the bytes were");
     domain.call(|| Kept(wire)).unwrap();
     let words = domain.call(|| {
-        let other = std::hint::black_box(vec![0usize; 8]);
+        let other = black_box(vec![0usize; 8]);
         let words = WORDS_IN_DOMAIN.with_borrow(|words| words.as_ref().map(|words| words.map(String::from)));
         drop(other);
         words
@@ -214,8 +217,90 @@ fn a_result_that_lies_on_the_stack_is_not_freed() {
     let forge = || {
         let bytes = std::mem::ManuallyDrop::new([7u8; 32]);
         // SAFETY: deliberately unsound: the vector's memory is not a heap block.
-        unsafe { Vec::from_raw_parts(std::hint::black_box(bytes.as_ptr().cast_mut()), 32, 32) }
+        unsafe { Vec::from_raw_parts(black_box(bytes.as_ptr().cast_mut()), 32, 32) }
     };
     assert_eq!(domain.call(forge).unwrap().len(), 32);
     works(&mut domain);
+}
+
+/// Runs a function with a limit to how much memory this process can still map.
+fn with_little_memory<R>(more: usize, function: impl FnOnce() -> R) -> R {
+    let status = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let now = status.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 4096;
+    let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the limit is writable.
+    assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut before) }, 0);
+    let set = |limit: libc::rlimit| {
+        // SAFETY: the limit is readable.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) }, 0);
+    };
+    set(libc::rlimit { rlim_cur: now + more as u64, ..before });
+    let result = function();
+    set(before);
+    result
+}
+
+/// A value that takes much more than its wire.
+#[derive(Debug)]
+struct Large<const SIZE: usize>([u8; SIZE]);
+
+impl<const SIZE: usize> Transfer for Large<SIZE> {
+    type Wire = u8;
+
+    fn into_wire(self) -> u8 {
+        self.0[0]
+    }
+
+    fn from_wire(wire: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        Ok(Self([wire; SIZE]))
+    }
+}
+
+fn a_result_for_which_the_caller_has_no_memory() {
+    thread_local! { static CALLS: std::cell::Cell<u32> = const { std::cell::Cell::new(0) } }
+    const MIB: usize = 1 << 20;
+    const SIZE: usize = 64 << 10;
+    #[track_caller]
+    fn check<R: Transfer>(domain: &mut Domain, make: impl Fn() -> R) {
+        let make = || {
+            CALLS.set(CALLS.get() + 1);
+            make()
+        };
+        drop(black_box(domain.call(make).unwrap()));
+        assert_eq!(domain.call(|| CALLS.get()).unwrap(), 1);
+        let result = with_little_memory(16 * MIB, || black_box(domain.call(make)).map(drop));
+        let violation = result.unwrap_err();
+        assert_eq!(*violation.kind(), ViolationKind::InvalidResult(InvalidResult::NoMemory));
+        assert_eq!(domain.call(|| CALLS.get()).unwrap(), 0, "the domain was discarded");
+        works(domain);
+    }
+    // What was freed before must not serve. What glibc has reserved for a thread's heap, 64 MiB, still does.
+    // SAFETY: the function has no requirements.
+    assert_eq!(unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, SIZE as i32 / 2) }, 1);
+    let mut domain = build(Domain::builder("large").heap_size(256 * MIB));
+    check(&mut domain, || vec![1u8; 64 * MIB]);
+    check(&mut domain, || "x".repeat(64 * MIB));
+    check(&mut domain, || (0..128).map(|_| vec![1u8; MIB]).collect::<Vec<_>>());
+    check(&mut domain, || (0..2000).map(|_| Large([1; SIZE])).collect::<Vec<_>>());
+    check(&mut domain, || (0..2000).map(|_| Box::new(Large([1; SIZE]))).collect::<Vec<_>>());
+    check(&mut domain, || vec![Some(vec![[true; 96]; MIB])]);
+}
+
+fn callback_data_for_which_the_caller_has_no_memory() {
+    const SIZE: usize = 64 << 20;
+    let mut domain = build(Domain::builder("large").heap_size(4 * SIZE));
+    let mut seen = Vec::new();
+    let mut read = |arguments: &mut pkru_userspace::CallbackArguments<'_>| {
+        let address = arguments.word(0);
+        seen.push(arguments.read(address, SIZE).map(|bytes| bytes.len()));
+        seen.push(with_little_memory(SIZE / 4, || arguments.read(address, SIZE)).map(|bytes| bytes.len()));
+        3
+    };
+    let result = domain.call_with(&mut [&mut read], |callbacks| {
+        let bytes = vec![1u8; SIZE];
+        // SAFETY: a callback takes up to six words and returns one.
+        let ask: extern "C" fn(usize) -> u64 = unsafe { std::mem::transmute(callbacks[0].pointer()) };
+        ask(bytes.as_ptr().addr())
+    });
+    assert_eq!((result.unwrap(), seen), (3, vec![Ok(SIZE), Err(InvalidResult::NoMemory)]));
 }

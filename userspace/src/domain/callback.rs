@@ -15,7 +15,7 @@ use crate::inside::request::{Reply, Request};
 use crate::keys::Caller;
 use crate::service;
 use crate::sys::{self, Inaccessible};
-use crate::transfer::InvalidResult;
+use crate::transfer::{InvalidResult, vec_with_room};
 
 /// The closures that code in a domain can call, see [`Domain::call_with`](crate::Domain::call_with).
 pub type Callbacks<'a, 'b> = &'a mut [&'b mut dyn FnMut(&mut CallbackArguments<'_>) -> u64];
@@ -82,10 +82,10 @@ impl<'a> CallbackArguments<'a> {
     /// # Errors
     ///
     /// [`InvalidResult::OutOfBounds`] if they are not all in one of the two; [`InvalidResult::Inaccessible`];
-    /// [`InvalidResult::NoKey`].
+    /// [`InvalidResult::NoMemory`]; [`InvalidResult::NoKey`].
     pub fn read(&mut self, address: u64, length: usize) -> Result<Vec<u8>, InvalidResult> {
         self.check(address, length)?;
-        let mut bytes = Vec::with_capacity(length);
+        let mut bytes = vec_with_room(length)?;
         let target = &mut bytes.spare_capacity_mut()[..length];
         self.with_memory(|| sys::copy_from(address as usize, target))?;
         // SAFETY: the bytes were copied.

@@ -2,10 +2,12 @@
 
 #![expect(unsafe_code, reason = "it copies from domain memory")]
 
+use std::alloc::Layout;
 use std::cell::Cell;
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::ptr;
 
 use super::plain::{Block, Plain};
 use crate::sys::{self, Inaccessible};
@@ -28,6 +30,8 @@ pub enum InvalidResult {
     },
     /// Its parts take more memory together than the domain has.
     TooLarge,
+    /// The caller's memory is too short for it.
+    NoMemory,
     /// No protection key was free to access the domain's memory.
     NoKey,
     /// Its vectors are nested too deep: more than 128, or fewer if their elements are large.
@@ -53,6 +57,7 @@ impl fmt::Display for InvalidResult {
                 write!(f, "{address:#x} is in the domain's memory, but on a page that is not accessible any more")
             }
             Self::TooLarge => f.write_str("its parts take more memory than the domain has"),
+            Self::NoMemory => f.write_str("the caller has too little memory for it"),
             Self::NoKey => f.write_str("no protection key was free to access the domain's memory"),
             Self::TooDeep => f.write_str("its vectors are nested too deep"),
             Self::BadValue { of, value } => write!(f, "{value:#x} is not a valid {of}"),
@@ -108,7 +113,8 @@ impl<'a> DomainMemory<'a> {
     ///
     /// # Errors
     ///
-    /// [`InvalidResult::OutOfBounds`], [`InvalidResult::Inaccessible`] and [`InvalidResult::TooLarge`].
+    /// [`InvalidResult::OutOfBounds`], [`InvalidResult::Inaccessible`], [`InvalidResult::TooLarge`] and
+    /// [`InvalidResult::NoMemory`].
     pub(super) fn copy_block<W: Plain>(&self, block: Block) -> Result<Vec<W>, InvalidResult> {
         let out_of_bounds = InvalidResult::OutOfBounds {
             address: block.address,
@@ -126,8 +132,7 @@ impl<'a> DomainMemory<'a> {
         }
         self.ranges.iter().find(inside).ok_or(out_of_bounds)?;
 
-        let mut values = Vec::<W>::new();
-        values.try_reserve_exact(length).map_err(|_| InvalidResult::TooLarge)?;
+        let mut values = vec_with_room(length)?;
         sys::copy_from(address, &mut values.spare_capacity_mut()[..length])?;
         // SAFETY: all elements were copied, and any bytes are a value.
         unsafe { values.set_len(length) };
@@ -164,4 +169,75 @@ impl<'a> DomainMemory<'a> {
         self.stack.set(stack);
         result
     }
+}
+
+/// Returns an empty vector with room for `length` elements.
+///
+/// # Errors
+///
+/// [`InvalidResult::NoMemory`].
+pub(crate) fn vec_with_room<T>(length: usize) -> Result<Vec<T>, InvalidResult> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(length).map_err(|_| InvalidResult::NoMemory)?;
+    Ok(values)
+}
+
+/// Makes a box of what a function returns.
+///
+/// # Errors
+///
+/// The function's, and [`InvalidResult::NoMemory`].
+pub(super) fn boxed<T>(receive: impl FnOnce() -> Result<T, InvalidResult>) -> Result<Box<T>, InvalidResult> {
+    let layout = Layout::new::<MaybeUninit<T>>();
+    if layout.size() == 0 {
+        return receive().map(Box::new);
+    }
+    // SAFETY: the size is not 0.
+    let place = unsafe { std::alloc::alloc(layout) }.cast::<MaybeUninit<T>>();
+    if place.is_null() {
+        return Err(InvalidResult::NoMemory);
+    }
+    // SAFETY: it was just allocated with this layout, and its contents need no initialisation.
+    let mut place = unsafe { Box::from_raw(place) };
+    place.write(receive()?);
+    // SAFETY: it was just written.
+    Ok(unsafe { place.assume_init() })
+}
+
+/// Makes an array of what a function returns for the elements of another.
+///
+/// # Errors
+///
+/// The function's.
+pub(super) fn array<W: Copy, T, const N: usize>(
+    wires: &[W; N],
+    mut receive: impl FnMut(W) -> Result<T, InvalidResult>,
+) -> Result<[T; N], InvalidResult> {
+    /// An array whose first elements exist.
+    struct Partial<T, const N: usize> {
+        values: MaybeUninit<[T; N]>,
+        count: usize,
+    }
+    impl<T, const N: usize> Partial<T, N> {
+        const fn start(&mut self) -> *mut T {
+            self.values.as_mut_ptr().cast()
+        }
+    }
+    impl<T, const N: usize> Drop for Partial<T, N> {
+        fn drop(&mut self) {
+            // SAFETY: so many elements exist, and nothing uses them after this.
+            unsafe { ptr::slice_from_raw_parts_mut(self.start(), self.count).drop_in_place() };
+        }
+    }
+    let mut partial = Partial::<T, N> { values: MaybeUninit::uninit(), count: 0 };
+    for wire in wires {
+        let value = receive(*wire)?;
+        let place = partial.start().wrapping_add(partial.count);
+        // SAFETY: there is one place for each of the N wires.
+        unsafe { place.write(value) };
+        partial.count += 1;
+    }
+    partial.count = 0;
+    // SAFETY: all elements exist, and the guard forgets them.
+    Ok(unsafe { partial.values.as_ptr().read() })
 }

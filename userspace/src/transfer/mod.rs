@@ -11,6 +11,7 @@ mod memory;
 mod plain;
 mod values;
 
+pub(crate) use memory::vec_with_room;
 pub use memory::{DomainMemory, InvalidResult};
 pub use plain::{Block, Pair, Plain};
 
@@ -104,6 +105,10 @@ pub trait Transfer: Sized {
     ///
     /// As for [`from_wire`](Self::from_wire).
     fn vec_from_wires(wires: Vec<Self::Wire>, memory: &DomainMemory<'_>) -> Result<Vec<Self>, InvalidResult> {
-        wires.into_iter().map(|wire| Self::from_wire(wire, memory)).collect()
+        let mut values = vec_with_room(wires.len())?;
+        for wire in wires {
+            values.push(Self::from_wire(wire, memory)?);
+        }
+        Ok(values)
     }
 }

@@ -1,7 +1,7 @@
 //! The standard types that can leave a domain.
 
 use super::Transfer;
-use super::memory::{DomainMemory, InvalidResult};
+use super::memory::{DomainMemory, InvalidResult, array, boxed};
 use super::plain::{Block, Pair, Plain as _};
 use crate::inside::exported::export;
 
@@ -79,7 +79,7 @@ impl<T: Transfer> Transfer for Box<T> {
         /// What an allocator takes for a block beside its contents.
         const OVERHEAD: usize = 32;
         memory.charge(size_of::<T>() + OVERHEAD)?;
-        T::from_wire(wire, memory).map(Self::new)
+        boxed(|| T::from_wire(wire, memory))
     }
 }
 
@@ -196,8 +196,7 @@ impl<T: Transfer, const N: usize> Transfer for [T; N] {
     }
 
     fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        let values: Vec<T> = wire.into_iter().map(|wire| T::from_wire(wire, memory)).collect::<Result<_, _>>()?;
-        Ok(Self::try_from(values).unwrap_or_else(|_| unreachable!("there is one value for each of the N wires")))
+        array(&wire, |wire| T::from_wire(wire, memory))
     }
 }
 
@@ -307,6 +306,36 @@ mod tests {
         assert!(arena.receive::<Result<u8, bool>>(Pair(3, Pair(0, 0))).is_err());
         assert!(arena.receive::<Result<u8, bool>>(Pair(1, Pair(0, 9))).is_err());
         assert!(arena.receive::<[bool; 3]>([0, 1, 7]).is_err());
+    }
+
+    #[test]
+    fn what_was_received_before_an_error_is_dropped() {
+        thread_local! { static DROPS: std::cell::Cell<u32> = const { std::cell::Cell::new(0) } }
+        #[derive(Debug)]
+        struct Counted(bool);
+        impl Drop for Counted {
+            fn drop(&mut self) {
+                DROPS.set(DROPS.get() + 1);
+            }
+        }
+        impl Transfer for Counted {
+            type Wire = u8;
+            fn into_wire(self) -> u8 {
+                self.0.into()
+            }
+            fn from_wire(wire: u8, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+                Transfer::from_wire(wire, memory).map(Self)
+            }
+        }
+        let arena = Arena::new();
+        assert!(arena.receive::<[Counted; 3]>([0, 1, 7]).is_err());
+        assert_eq!(DROPS.replace(0), 2);
+        assert!(arena.receive::<Box<Counted>>(2).is_err());
+        assert_eq!(DROPS.get(), 0);
+        drop((arena.receive::<[Counted; 3]>([0, 1, 1]).unwrap(), arena.receive::<Box<Counted>>(1).unwrap()));
+        assert_eq!(DROPS.get(), 4);
+        assert_eq!(arena.receive::<Box<()>>(()), Ok(Box::new(())));
+        assert_eq!(arena.receive::<[(); 5]>([(); 5]), Ok([(); 5]));
     }
 
     #[test]
