@@ -131,6 +131,8 @@ fn signals_that_end_a_program() {
         ends_by(signal, || unsafe { libc::raise(signal) });
         // SAFETY: as above.
         ends_by(signal, || unsafe { libc::pthread_kill(libc::pthread_self(), signal) });
+        // SAFETY: as above.
+        ends_by(signal, || unsafe { libc::kill(libc::getpid(), signal) });
     }
     let mut domain = domain("harmless");
     for signal in [libc::SIGCHLD, libc::SIGURG, libc::SIGWINCH, libc::SIGCONT] {

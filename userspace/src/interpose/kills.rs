@@ -1,7 +1,7 @@
 //! Functions that send signals to processes and threads. In a domain they reach the domain's own process and thread only:
 //! elsewhere they fail with EPERM.
 //!
-//! A signal to the own thread ends the call, if it means a fault, or runs the program's handler. Signal 0 sends nothing, and
+//! A signal to the own thread ends the call, if it means a fault or would end the program, or runs the program's handler. Signal 0 sends nothing, and
 //! is not refused.
 
 #![expect(unsafe_code, reason = "it defines C functions")]
@@ -9,6 +9,7 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::mem;
 
+use super::signals::end_call_if_fatal;
 use super::{Next, fail};
 use crate::inside::libc::not_permitted;
 use crate::{rights, sys};
@@ -32,8 +33,11 @@ macro_rules! kills {
             #[unsafe(no_mangle)]
             pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
                 type Function = unsafe extern "C" fn($($type),*) -> c_int;
-                if rights::is_in_domain() && $signal != 0 && $is_other {
-                    return not_permitted();
+                if rights::is_in_domain() && $signal != 0 {
+                    if $is_other {
+                        return not_permitted();
+                    }
+                    end_call_if_fatal($signal);
                 }
                 let Some(next) = Next::$name.find() else { return fail(libc::ENOSYS) };
                 // SAFETY: this is the address of the C library's function of this name, which has this type.
@@ -67,8 +71,11 @@ kills! {
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn pthread_sigqueue(target: libc::pthread_t, signal: c_int, value: *mut c_void) -> c_int {
     type Function = unsafe extern "C" fn(libc::pthread_t, c_int, *mut c_void) -> c_int;
-    if rights::is_in_domain() && target as usize != sys::thread_handle() {
-        return libc::EPERM;
+    if rights::is_in_domain() {
+        if target as usize != sys::thread_handle() {
+            return libc::EPERM;
+        }
+        end_call_if_fatal(signal);
     }
     // SAFETY: this is the address of the C library's function of this name, which has this type.
     let next = unsafe { mem::transmute::<usize, Function>(Next::pthread_sigqueue.get()) };

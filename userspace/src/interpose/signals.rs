@@ -241,7 +241,7 @@ pub(crate) unsafe extern "C" fn pthread_kill(target: libc::pthread_t, signal: c_
 /// In a domain: ends the call if a signal would end the program.
 ///
 /// Those of faults and limits reach this crate's handler, which ends the call.
-fn end_call_if_fatal(signal: c_int) {
+pub(super) fn end_call_if_fatal(signal: c_int) {
     let is_handled = FAULTS.contains(&signal) || LIMITS.contains(&signal);
     if sys::ends_process(signal) && !is_handled && actions::is_default(signal) {
         inside::raise(signal);
