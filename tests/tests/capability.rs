@@ -17,6 +17,7 @@ suite! {
     in_a_domain_nothing_is_tried,
     a_handler_or_a_region_of_the_program_is_not_in_the_way,
     #[anywhere] what_a_policy_refuses_is_not_available,
+    a_policy_that_refuses_keys,
 }
 
 fn read(path: &str) -> String {
@@ -325,4 +326,25 @@ fn what_a_policy_refuses_is_not_available() {
         let untried = matches!(told, Missing::NotTried(_));
         assert!(untried || told == Missing::Refused(libc::EPERM), "{call}: {told:?}");
     }
+}
+
+fn a_policy_that_refuses_keys() {
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        let refused = std::thread::spawn(move || {
+            refuse(libc::SYS_pkey_alloc, errno);
+            (detect().unwrap_err(), Domain::builder("refused").build().unwrap_err())
+        });
+        let (told, met) = refused.join().unwrap();
+        assert_eq!((&told, &met), (&Error::KeysRefused { errno }, &Error::KeysRefused { errno }));
+        assert!(told.to_string().contains("seccomp"), "{told}");
+    }
+    works(&mut domain("on another thread"));
+    // The process is ready now, and a domain is not: there are two keys, and both are in use.
+    pkru_userspace::set_key_limit(15);
+    let refused = std::thread::spawn(|| {
+        refuse(libc::SYS_pkey_alloc, libc::EPERM);
+        let domains: Result<Vec<_>, _> = (0..20).map(|_| Domain::builder("more").build()).collect();
+        domains.map(drop)
+    });
+    assert_eq!(refused.join().unwrap(), Err(Error::KeysRefused { errno: libc::EPERM }));
 }

@@ -11,6 +11,7 @@ suite! {
     more_threads_than_keys_each_in_a_domain_at_the_same_time,
     a_fault_in_one_thread_disturbs_no_other,
     thread_locals_do_not_follow_a_domain_to_another_thread,
+    a_domain_has_thread_specific_data_of_its_own,
     threads_leave_nothing_behind,
     threads_have_domains_of_their_own,
     a_domain_moves_between_threads,
@@ -95,6 +96,38 @@ fn thread_locals_do_not_follow_a_domain_to_another_thread() {
     assert_eq!((domain.call(|| NUMBER.get()).unwrap(), domain.call(lock_owner).unwrap()), (0, thread_id()));
     contain(&mut domain, mistake);
     assert_eq!(domain.call(lock_owner).unwrap(), thread_id());
+}
+
+fn a_domain_has_thread_specific_data_of_its_own() {
+    // More than the thread descriptor has room for.
+    let keys: Vec<_> = (0..40)
+        .map(|_| {
+            let mut key = 0;
+            // SAFETY: the key is writable.
+            assert_eq!(unsafe { libc::pthread_key_create(&raw mut key, None) }, 0);
+            key
+        })
+        .collect();
+    let keys = &keys;
+    // SAFETY: the keys exist.
+    let get = || keys.iter().map(|key| unsafe { libc::pthread_getspecific(*key) } as u64).collect::<Vec<_>>();
+    // SAFETY: as above.
+    let set = |value: usize| keys.iter().all(|key| unsafe { libc::pthread_setspecific(*key, value as *const _) } == 0);
+    let mut before = domain("before");
+    assert!(set(7));
+    assert_eq!(get(), [7; 40], "control");
+    let mut after = domain("after");
+    for domain in [&mut before, &mut after] {
+        domain.call(|| ()).unwrap();
+        assert_eq!(domain.call(get).unwrap(), [0; 40]);
+        assert!(domain.call(|| set(8)).unwrap());
+        assert_eq!(domain.call(get).unwrap(), [8; 40], "it stays from call to call");
+        assert_eq!(get(), [7; 40]);
+    }
+    contain(&mut before, mistake);
+    assert_eq!(before.call(get).unwrap(), [0; 40], "a discard clears it");
+    assert_eq!(after.call(get).unwrap(), [8; 40]);
+    assert_eq!(get(), [7; 40]);
 }
 
 fn threads_leave_nothing_behind() {

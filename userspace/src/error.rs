@@ -18,6 +18,13 @@ pub enum Error {
     NoFsgsbase,
     /// The kernel kills a process that gets a signal in a domain, on every kind of signal stack.
     NoSignalFrame,
+    /// The kernel refuses to allocate a protection key.
+    KeysRefused {
+        /// The error number.
+        errno: i32,
+    },
+    /// The process has a shadow stack of the CPU's (CET). A domain has none, and its calls would fault.
+    ShadowStack,
     /// `malloc` or Rust's global allocator does not resolve to this crate's functions, so code in a domain could not
     /// allocate.
     MallocNotRouted,
@@ -93,6 +100,15 @@ impl fmt::Display for Error {
             Self::NoSignalFrame => {
                 f.write_str("this kernel kills a process that gets a signal in a domain, so faults there cannot be handled")
             }
+            Self::KeysRefused { errno } => write!(
+                f,
+                "the kernel refuses to allocate a protection key: {}. A policy may deny pkey_alloc(2), such as the seccomp filter of a \
+                 container: allow pkey_alloc, pkey_mprotect and pkey_free there",
+                io::Error::from_raw_os_error(*errno)
+            ),
+            Self::ShadowStack => f.write_str(
+                "this process has a shadow stack, which domains do not support: start it with GLIBC_TUNABLES=glibc.cpu.hwcaps=-SHSTK",
+            ),
             Self::MallocNotRouted => f.write_str(
                 "the program's allocator is not pkru-userspace's malloc: link the crate into the executable, without another library \
                  that replaces malloc and without a `#[global_allocator]` other than the system's",
@@ -124,7 +140,7 @@ impl fmt::Display for Error {
                 write!(f, "a {part} of {requested} bytes is out of range: {minimum} to {limit} (this machine's memory and swap)")
             }
             Self::ThreadLocals { needed, limit } => {
-                write!(f, "the loaded libraries' thread-locals need {needed} bytes, and a domain has room for {limit}")
+                write!(f, "the loaded libraries' thread-locals need {needed} bytes, and the domain has room for {limit} (Builder::thread_locals_size)")
             }
             Self::System { operation, errno } => {
                 write!(f, "cannot {operation}: {}", io::Error::from_raw_os_error(*errno))

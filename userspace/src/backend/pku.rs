@@ -40,6 +40,8 @@ pub(crate) struct PkuBackend {
     pub(crate) globals: Globals,
     /// The size in bytes of the addresses for what code in the domain maps.
     pub(crate) mapped: usize,
+    /// The size in bytes of the memory for thread-locals.
+    pub(crate) thread_locals: usize,
 }
 
 /// The memory of one domain.
@@ -256,7 +258,7 @@ unsafe impl Platform for PkuBackend {
     type Lease = Pin;
 
     fn map(&self, sizes: Sizes) -> Result<Memory, Error> {
-        let mapping = Mapping::new([sizes.stack, tls::SIZE, sizes.heap, self.mapped])?;
+        let mapping = Mapping::new([sizes.stack, self.thread_locals, sizes.heap, self.mapped])?;
         let running = Running {
             context: Context::without_key(0, 0),
             stack: mapping.part(STACK),

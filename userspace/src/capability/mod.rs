@@ -58,7 +58,8 @@ pub enum SignalFrame {
 ///
 /// # Errors
 ///
-/// The first missing feature: [`Error::NoPku`], [`Error::PkuOff`], [`Error::NoFsgsbase`] or [`Error::NoSignalFrame`].
+/// The first missing feature: [`Error::NoPku`], [`Error::PkuOff`], [`Error::NoFsgsbase`], [`Error::ShadowStack`],
+/// [`Error::KeysRefused`] or [`Error::NoSignalFrame`].
 /// [`Error::System`] if a test fails to run, and [`Error::InDomain`] in a domain.
 pub fn detect() -> Result<Capability, Error> {
     if rights::is_in_domain() {
@@ -74,9 +75,20 @@ pub fn detect() -> Result<Capability, Error> {
     if !features.fsgsbase || !kernel_allows_fsgsbase() {
         return Err(Error::NoFsgsbase);
     }
+    if sys::has_shadow_stack() {
+        return Err(Error::ShadowStack);
+    }
+    match sys::keys_in_all().map_err(Error::system(FORK))? {
+        Outcome::Done(0) => return Err(Error::KeysRefused { errno: libc::ENOSPC }),
+        Outcome::Refused(errno) => return Err(Error::KeysRefused { errno }),
+        Outcome::Done(_) | Outcome::Killed(_) => {}
+    }
     let pkru_offset = features.pkru_offset.ok_or(Error::NoSignalFrame)? as usize;
     Ok(Capability { pkru_offset, signal_frame: signal_frame()? })
 }
+
+/// The operation of which an error speaks if no child can be made.
+const FORK: &str = "fork a child that tests what the kernel offers";
 
 /// Returns whether the auxiliary vector has the bit for FSGSBASE (Linux 6.12, `arch/x86/include/uapi/asm/hwcap2.h`).
 fn kernel_allows_fsgsbase() -> bool {
@@ -87,7 +99,6 @@ fn kernel_allows_fsgsbase() -> bool {
 
 /// Tests on which stacks the kernel can deliver a signal that arrives in a domain.
 fn signal_frame() -> Result<SignalFrame, Error> {
-    const FORK: &str = "fork a child that tests signal delivery";
     const STAGE: &str = "test signal delivery in a child";
     // Before the fork: if another thread holds the loader's lock then, it stays locked in the child.
     let rseq = sys::rseq_area();

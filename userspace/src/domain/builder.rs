@@ -17,6 +17,7 @@ use crate::backend::pku::{MAILBOX, PkuBackend};
 use crate::fork_lock::ForkLock;
 use crate::keys::statics::Globals;
 use crate::loader::library_data::LibraryData;
+use crate::memory::tls;
 use crate::setup::{self, globals, process};
 use crate::shared::region::{Region, RegionAccess};
 use crate::signal::panics;
@@ -42,6 +43,7 @@ pub struct Builder {
     stack: usize,
     heap: usize,
     mapped: usize,
+    thread_locals: usize,
     limits: Limits,
     hook: Option<Hook>,
     libraries: Vec<String>,
@@ -61,6 +63,7 @@ impl Builder {
             stack: 1 << 20,
             heap: 64 << 20,
             mapped: 64 << 20,
+            thread_locals: tls::SIZE,
             limits: Limits::default(),
             hook: None,
             libraries: Vec::new(),
@@ -81,6 +84,14 @@ impl Builder {
     /// Give it twice the size of what it is to hold. Like other allocators, it cannot always use the space between blocks.
     pub const fn heap_size(mut self, bytes: usize) -> Self {
         self.heap = bytes;
+        self
+    }
+
+    /// Sets the size in bytes, rounded up to pages, of the memory for thread-locals: those of the executable, of every loaded
+    /// library, and of those that are loaded later. The default is 256 KiB. If they do not fit, [`build`](Self::build) fails
+    /// with [`Error::ThreadLocals`].
+    pub const fn thread_locals_size(mut self, bytes: usize) -> Self {
+        self.thread_locals = bytes;
         self
     }
 
@@ -221,6 +232,7 @@ impl Builder {
             ("stack", self.stack, Self::MINIMUM_STACK),
             ("heap", self.heap, Self::MINIMUM_HEAP),
             ("mapped memory", self.mapped, 0),
+            ("memory for thread-locals", self.thread_locals, 4096),
         ] {
             if requested < minimum || requested > limit {
                 return Err(Error::Size { part, requested, minimum, limit });
@@ -233,7 +245,14 @@ impl Builder {
         }
         let libraries = self.libraries.iter().map(|name| LibraryData::take(name)).collect::<Result<_, _>>()?;
         let sizes = Sizes { stack: self.stack + MAILBOX, heap: self.heap };
-        let core = Core::new(PkuBackend { rights, libraries, globals: self.globals, mapped: self.mapped }, sizes)?;
+        let backend = PkuBackend {
+            rights,
+            libraries,
+            globals: self.globals,
+            mapped: self.mapped,
+            thread_locals: self.thread_locals,
+        };
+        let core = Core::new(backend, sizes)?;
         let regions = self.regions.iter().cloned().map(|(region, _)| region).collect();
         let mut domain = Domain::new(core, self.name.clone(), regions);
         domain.try_an_allocation()?;
@@ -289,6 +308,7 @@ impl fmt::Debug for Builder {
             .field("stack", &self.stack)
             .field("heap", &self.heap)
             .field("mapped", &self.mapped)
+            .field("thread_locals", &self.thread_locals)
             .field("limits", &self.limits)
             .field("libraries", &self.libraries)
             .finish_non_exhaustive()

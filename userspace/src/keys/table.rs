@@ -490,7 +490,10 @@ impl<T: Tagger> Locked<'_, T> {
 
     /// Allocates a key, if the system has one left.
     fn allocate(&mut self) -> Result<bool, Error> {
-        let key = self.table.tagger.allocate().map_err(Error::system("allocate a protection key"))?;
+        let key = self.table.tagger.allocate().map_err(|error| match error.raw_os_error() {
+            Some(errno @ (libc::EPERM | libc::EACCES | libc::ENOSYS)) => Error::KeysRefused { errno },
+            _ => Error::system("allocate a protection key")(error),
+        })?;
         if let Some(key) = key {
             self.ours.insert(key);
             self.free.insert(key);

@@ -32,7 +32,7 @@ use super::locals::Locals;
 use crate::Error;
 use crate::sys::{self, Inaccessible};
 
-/// The size in bytes of a domain's memory for thread-locals.
+/// The size in bytes of a domain's memory for thread-locals, unless its builder is told another.
 pub(crate) const SIZE: usize = 256 * 1024;
 
 /// Offsets in the head of the thread descriptor, fixed by the ABI: the descriptor's own address, the vector's address,
@@ -91,6 +91,8 @@ impl Template {
             // SAFETY: the head lies in `bytes`.
             unsafe { store(descriptor + head, value) };
         }
+        // SAFETY: as above, for the copy of the calling thread's descriptor.
+        unsafe { clear_specific_data(descriptor, self.descriptor, sys::thread_pointer(), self.pointer) };
         // SAFETY: the caller guarantees that the memory is a domain's in which no code runs.
         unsafe { sys::copy_to(self.bytes.as_ptr(), self.start, self.bytes.len()) }
     }
@@ -136,7 +138,7 @@ fn build(memory: &Range<usize>, locals: Locals, loaded: u64) -> Result<Template,
     // A module in the static TLS block lies at the same distance below every thread pointer.
     let distance = |module: &sys::TlsModule| {
         let distance = caller.checked_sub(module.block?)?;
-        (distance <= SIZE).then_some(distance)
+        (distance <= memory.len()).then_some(distance)
     };
     let below = modules.iter().copied().filter_map(distance).max().unwrap_or(0);
     let align = modules.iter().map(|module| module.align).max().unwrap_or(1).max(64);
@@ -196,6 +198,36 @@ fn build(memory: &Range<usize>, locals: Locals, loaded: u64) -> Result<Template,
         unsafe { copy(table, counterpart(table), size_of::<usize>()) };
     }
     Ok(Template { loaded, start: memory.start, bytes, pointer, descriptor: descriptor_size() })
+}
+
+/// Clears the thread-specific data (pthread_setspecific(3)) in a copy of a thread descriptor.
+///
+/// The values of the first keys are in the descriptor, in a block that the first of some pointers behind it leads to. The
+/// others are on the heap: the domain allocates its own.
+///
+/// # Safety
+///
+/// `copy` is the address of a copy of the descriptor at `original`, of `size` bytes, which will lie at `place`.
+///
+/// # References
+///
+/// glibc 2.36, `nptl/descr.h`, `specific_1stblock`, `specific` and `specific_used`.
+unsafe fn clear_specific_data(copy: usize, size: usize, original: usize, place: usize) {
+    /// The size in bytes of the block: of 32 keys, each with a sequence number and a value.
+    const BLOCK: usize = 32 * 16;
+    /// The size in bytes of the pointers.
+    const POINTERS: usize = 32 * size_of::<usize>();
+    const { assert!(BLOCK.is_multiple_of(size_of::<usize>())) };
+    let mut offsets = (BLOCK..size.saturating_sub(POINTERS)).step_by(size_of::<usize>());
+    // SAFETY: the copy contains the word.
+    let Some(pointers) = offsets.find(|offset| unsafe { load(copy + offset) } == original + offset - BLOCK) else {
+        return;
+    };
+    // The block, the pointers, and whether any is in use.
+    // SAFETY: the copy contains the bytes.
+    unsafe { ptr::write_bytes((copy + pointers - BLOCK) as *mut u8, 0, BLOCK + POINTERS + 1) };
+    // SAFETY: as above.
+    unsafe { store(copy + pointers, place + pointers - BLOCK) };
 }
 
 /// Returns the addresses of the calling thread's pointers to the tables of `isalpha`, `toupper` and `tolower`.

@@ -98,6 +98,21 @@ pub(crate) fn exit_with(status: c_int) -> ! {
     }
 }
 
+/// Returns whether the calling thread has a shadow stack.
+///
+/// # References
+///
+/// Linux 6.12, `Documentation/arch/x86/shstk.rst`.
+pub(crate) fn has_shadow_stack() -> bool {
+    const ARCH_SHSTK_STATUS: c_int = 0x5005;
+    const ARCH_SHSTK_SHSTK: u64 = 1;
+    let mut features = 0u64;
+    // Kernels without shadow stacks fail with EINVAL.
+    // SAFETY: the word is writable.
+    let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SHSTK_STATUS, &raw mut features) };
+    result == 0 && features & ARCH_SHSTK_SHSTK != 0
+}
+
 /// Returns an entry of the auxiliary vector, or 0 if there is none.
 pub(crate) fn auxiliary(entry: libc::c_ulong) -> libc::c_ulong {
     // SAFETY: getauxval has no requirements.
