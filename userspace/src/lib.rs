@@ -41,6 +41,7 @@
 //! | wire | the plain words that a result crosses as |
 //! | mailbox | the page at the top of a domain's stack where a call leaves its wire |
 //! | callback | a closure of the caller's that code in a domain can call |
+//! | service | a system call that the caller makes for code in its domain |
 //! | transient | of a domain: discarded before each call |
 //! | vault, region | memory that no domain can read; memory that named domains share |
 //!
@@ -66,7 +67,9 @@
 //! It defines functions of the C library for the whole executable: the `malloc` family; `sigaction`, `signal`, `sigset`
 //! and their variants, `sigaltstack`, `sigprocmask` and `pthread_sigmask`, `pthread_kill`; `abort`, `exit`, `longjmp` and
 //! their variants, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`; `fork`, `posix_spawn`, `system`, `popen`;
-//! `__cxa_thread_atexit_impl`. Outside domains they act as before.
+//! `__cxa_thread_atexit_impl`; `mmap`, `mprotect` and others that change mappings; `open`, `close` and others that open and
+//! close descriptors; `kill` and its variants; `chdir`, `setuid`, `setrlimit`, `alarm` and others that change attributes of
+//! the process. Outside domains they act as before.
 //!
 //! The first domain, vault or region takes over signal handling: the kernel then calls this crate, which calls the
 //! program's handlers. It sets a panic hook that passes panics outside domains to the previous hook. Set your own hook

@@ -5,8 +5,10 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
+mod libffi;
 mod libpng;
 mod libwebp;
+mod pcre2;
 mod snappy;
 mod sqlite;
 mod zlib;
@@ -17,14 +19,16 @@ use std::mem::ManuallyDrop;
 use std::ptr::{self, null, null_mut};
 
 use pkru_userspace::transfer::Transfer;
-use pkru_userspace::{Access, Domain, ProtectionKey, Violation, ViolationKind};
+use pkru_userspace::{Access, Domain, Globals, ProtectionKey, Violation, ViolationKind};
 use support::{build, domain, key_fault, suite};
 
 suite! {
+    libffi::makes_closures,
     libpng::decodes_and_encodes,
     libpng::reads_by_a_callback,
     libwebp::without_its_data_it_cannot_work,
     libwebp::with_its_data_it_encodes_and_decodes,
+    pcre2::compiles_patterns_to_machine_code,
     snappy::compresses_and_uncompresses,
     snappy::reads_beyond_its_input,
     sqlite::fills_and_queries_a_table,

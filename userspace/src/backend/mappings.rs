@@ -82,7 +82,9 @@ impl Memory {
         let run = Run { pages: pages.clone(), protection, is_file };
         let layout = self.layout.replaced(&pages, Some(run)).ok_or(libc::ENOMEM)?;
         let flags = flags & KIND;
-        sys::can_map(pages.len(), flags, file, offset).map_err(|error| errno(&error))?;
+        if is_file {
+            sys::can_map(pages.len(), flags, file, offset).map_err(|error| errno(&error))?;
+        }
         self.uses[part] = Use::Mappings;
         // SAFETY: the pages are the domain's own, and code in the domain wants them to be replaced.
         let mapped = unsafe { sys::map_file(&pages, flags, file, offset) };

@@ -167,6 +167,12 @@ impl Memory {
         self.mapping.is_guard(address)
     }
 
+    /// Returns whether nothing is mapped at an address of the domain's own.
+    pub(crate) fn is_reserved(&self, address: usize) -> bool {
+        let is_own = [STACK, TLS, HEAP, MAPPED].iter().any(|part| self.mapping.part(*part).contains(&address));
+        is_own && self.layout.is_free(&(address..address + 1))
+    }
+
     /// Returns the name of the part of the domain's memory that ends before a guard page, if the address is in one.
     pub(crate) fn ends_before(&self, address: u64) -> Option<&'static str> {
         const NAMES: [&str; 4] = ["stack", "thread-locals", "heap", "mapped memory"];

@@ -36,8 +36,10 @@ impl Domain {
     ///   `localtime_r`, `setlocale`, `dlopen` and `pthread_once` end in a violation. [`Builder`](super::Builder) has ways
     ///   out.
     /// - unwind: a panic ends the call, within `catch_unwind` too.
-    /// - start threads, which ends in a violation; or processes, set signal handlers and signal other threads, which
-    ///   fails with `EPERM`.
+    /// - start threads, which ends in a violation; or processes, set signal handlers, signal other threads and processes,
+    ///   and change attributes of the whole process, which fails with `EPERM`.
+    /// - unmap, protect or close what is not its own, which fails with `EPERM`. What it maps and opens is gone after a
+    ///   discard.
     /// - use the caller's thread-locals: a domain has its own. A captured handle must not index them.
     ///
     /// A mistake shows when memory outside is accessed. What code does to its own domain's heap may end a later

@@ -52,6 +52,8 @@ fn of_signal(memory: &Memory, trap: &Trap) -> ViolationKind {
         // A guard page has key 0, and the kernel reports the key before the missing access.
         _ if is_overflow(memory, address, trap.at.stack) => ViolationKind::StackOverflow { address },
         _ if address < LOWEST => ViolationKind::Null { address, access },
+        // It has key 0 too.
+        _ if memory.is_reserved(address as usize) => ViolationKind::Unmapped { address, access },
         _ => match trap.at.key {
             Some(key) => {
                 let fault = KeyFault { address, access, key, rights: trap.at.rights };
