@@ -21,6 +21,7 @@ suite! {
     #[counts_instructions] the_bare_gate,
     #[counts_instructions] a_call_costs_the_same_with_a_thousand_domains,
     #[counts_instructions] a_discard_costs_what_was_touched,
+    #[counts_instructions] a_service,
     an_empty_call_by_single_steps,
 }
 
@@ -188,6 +189,29 @@ fn a_discard_costs_what_was_touched() {
     // The kernel visits one page table entry per 2 MiB of addresses, which is about 25 instructions per MiB.
     assert!(large < small + 512 * 50, "the cost hardly depends on the size of the heap");
     assert!(many > some && many < some * 20, "the cost depends on the touched pages");
+}
+
+fn a_service() {
+    let change = || {
+        let mut pages = [0u8; 3 * 4096];
+        let page = pages.as_mut_ptr().map_addr(|address| address.next_multiple_of(4096));
+        count(|| {
+            // SAFETY: the page is this function's own, and has this protection.
+            unsafe { libc::mprotect(page.cast(), 4096, libc::PROT_READ | libc::PROT_WRITE) };
+        })
+    };
+    let descriptors = || {
+        count(|| {
+            // SAFETY: the descriptor is this function's own.
+            unsafe { libc::close(libc::dup(0)) };
+        })
+    };
+    let mut domain = domain("services");
+    let protect = [change(), domain.call(change).unwrap()];
+    let close = [descriptors(), domain.call(descriptors).unwrap()];
+    println!("figure: mprotect of a page: {} instructions outside domains, {} in one", protect[0], protect[1]);
+    println!("figure: dup and close: {} instructions outside domains, {} in one", close[0], close[1]);
+    assert!(protect[1] < 20_000 && close[1] < 20_000);
 }
 
 fn an_empty_call_by_single_steps() {
