@@ -60,7 +60,7 @@ fn a_transient_domain_whose_result_is_not_received() {
             0
         }
 
-        fn from_wire(_: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        fn from_wire(_: &u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
             panic!("not received")
         }
     }

@@ -150,7 +150,7 @@ impl Transfer for InTheMiddle {
         0
     }
 
-    fn from_wire(_: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+    fn from_wire(_: &u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
         let function = MIDDLE.take();
         function.into_iter().for_each(|function| function());
         Ok(Self)

@@ -74,7 +74,7 @@ impl Transfer for Picture {
         (self.width, self.height, self.pixels).into_wire()
     }
 
-    fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+    fn from_wire(wire: &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
         let (width, height, pixels) = Transfer::from_wire(wire, memory)?;
         Ok(Self { width, height, pixels })
     }

@@ -48,6 +48,8 @@ pub(crate) struct Thread {
     number: u64,
     /// The kernel's number of the thread. In a copy of the process the thread has another.
     id: Cell<c_int>,
+    /// The addresses of the thread's own stack, empty if they are not known.
+    own_stack: Range<usize>,
     /// Where signals are taken. The kernel knows no other alternate stack of this thread.
     stack: Mapping<1>,
     /// The alternate stack that the program has set.
@@ -83,6 +85,17 @@ pub(crate) fn current_caller() -> Option<Caller> {
     current().map(Thread::caller)
 }
 
+/// Returns the lowest address that the calling code's stack may reach, if this is its stack pointer.
+pub(crate) fn stack_limit(pointer: usize) -> usize {
+    /// What is left of a stack that is not known, such as a coroutine's.
+    const UNKNOWN: usize = 32 * 1024;
+    let known = current().and_then(|thread| {
+        let stacks = [Some(thread.own_stack.clone()), thread.programs_stack.get().addresses()];
+        stacks.into_iter().flatten().find(|stack| stack.contains(&pointer))
+    });
+    known.map_or(pointer.saturating_sub(UNKNOWN), |stack| stack.start)
+}
+
 impl Thread {
     /// Makes a record of the calling thread, with a signal stack that is not installed yet.
     pub(crate) fn new() -> Result<Self, Error> {
@@ -91,6 +104,7 @@ impl Thread {
         Ok(Self {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             id: Cell::new(sys::thread_id()),
+            own_stack: sys::own_stack().unwrap_or_default(),
             stack,
             programs_stack: Cell::new(sys::alternate_stack()),
             timer: Cell::new(None),

@@ -19,6 +19,8 @@ suite! {
     a_wire_that_is_sent_again_frees_nothing,
     lent_blocks_are_freed,
     nesting_stays_within_the_callers_stack,
+    large_parts_stay_within_the_callers_stack,
+    nesting_on_a_stack_of_the_programs_own,
     results_of_many_calls_do_not_fill_the_heap,
     empty_results_with_room_do_not_fill_the_heap,
     a_result_that_lies_on_the_stack_is_not_freed,
@@ -98,11 +100,11 @@ impl Transfer for Kept {
         self.0
     }
 
-    fn from_wire(wire: Bytes, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+    fn from_wire(wire: &Bytes, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
         // Receiving a wire twice is allowed too.
         Vec::<u8>::from_wire(wire, memory)?;
         Vec::<u8>::from_wire(wire, memory)?;
-        Ok(Self(wire))
+        Ok(Self(*wire))
     }
 }
 
@@ -146,7 +148,7 @@ fn lent_blocks_are_freed() {
         fn into_wire(self) -> Bytes {
             vec![2u8; 1 << 16].into_wire()
         }
-        fn from_wire(_: Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        fn from_wire(_: &Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
             Ok(Self)
         }
     }
@@ -156,45 +158,137 @@ fn lent_blocks_are_freed() {
     }
 }
 
+/// A value in which vectors nest, with data of this size at each level.
+struct Node<const N: usize>([u8; N], Vec<Self>);
+
+/// The wire of a vector of nodes.
+struct Nodes(Bytes);
+
+impl Transfer for Nodes {
+    type Wire = Bytes;
+    fn into_wire(self) -> Bytes {
+        self.0
+    }
+    fn from_wire(wire: &Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        Ok(Self(*wire))
+    }
+}
+
+impl<const N: usize> Transfer for Node<N> {
+    type Wire = <([u8; N], Nodes) as Transfer>::Wire;
+    fn into_wire(self) -> Self::Wire {
+        (self.0, Nodes(self.1.into_wire())).into_wire()
+    }
+    fn from_wire(wire: &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        let (data, Nodes(nodes)) = Transfer::from_wire(wire, memory)?;
+        Ok(Self(data, Transfer::from_wire(&nodes, memory)?))
+    }
+}
+
+/// Receives vectors that nest so deep, and returns how deep they do.
+fn nest<const N: usize>(domain: &mut Domain, depth: usize) -> Result<usize, ViolationKind> {
+    let result = domain.call(|| (0..depth).fold(Vec::new(), |nodes, _| vec![Node([7; N], nodes)]));
+    let deepest = result.map_err(|violation| violation.kind().clone())?;
+    let (mut nodes, mut found) = (&deepest, 0);
+    while let Some(Node(data, inner)) = nodes.first() {
+        assert!(data.iter().all(|byte| *byte == 7));
+        (nodes, found) = (inner, found + 1);
+    }
+    Ok(found)
+}
+
+/// Runs a function on a thread with a stack of this size, in KiB.
+fn with_stack<R: Send>(size: usize, function: impl FnOnce() -> R + Send) -> R {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(size << 10);
+        thread.spawn_scoped(scope, function).unwrap().join().unwrap()
+    })
+}
+
+const TOO_DEEP: Result<usize, ViolationKind> = Err(ViolationKind::InvalidResult(InvalidResult::TooDeep));
+
 fn nesting_stays_within_the_callers_stack() {
-    struct Node<const N: usize>([u8; N], Vec<Self>);
-    /// The wire of a vector of nodes.
-    struct Nodes(Bytes);
-    impl Transfer for Nodes {
-        type Wire = Bytes;
-        fn into_wire(self) -> Bytes {
-            self.0
+    let mut domain = build(Domain::builder("deep").stack_size(32 << 20).heap_size(256 << 20));
+    let domain = &mut domain;
+    assert_eq!(with_stack(2048, || nest::<16>(domain, 120)), Ok(120));
+    assert_eq!(with_stack(2048, || nest::<16>(domain, 140)), TOO_DEEP);
+    assert_eq!(with_stack(8192, || nest::<3000>(domain, 8)), Ok(8));
+    assert_eq!(with_stack(32768, || nest::<3000>(domain, 120)), Ok(120));
+    assert_eq!(with_stack(128, || nest::<16>(domain, 8)), Ok(8));
+    assert_eq!(with_stack(128, || nest::<3000>(domain, 120)), TOO_DEEP);
+    assert_eq!(with_stack(128, || nest::<{ 256 << 10 }>(domain, 1)), TOO_DEEP);
+    assert_eq!(with_stack(32768, || nest::<{ 256 << 10 }>(domain, 8)), Ok(8));
+    // Whatever the sizes, the program goes on.
+    for size in [64, 96, 128, 256, 512, 1024, 2048, 8192] {
+        for depth in [1, 4, 8, 16, 64, 128] {
+            let results = with_stack(size, || {
+                [nest::<16>(domain, depth), nest::<200>(domain, depth), nest::<3000>(domain, depth)]
+            });
+            for result in results {
+                assert!(result == Ok(depth) || result == TOO_DEEP, "{size} KiB, {depth} levels: {result:?}");
+            }
         }
-        fn from_wire(wire: Bytes, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-            Ok(Self(wire))
+        // More would overflow the domain's stack.
+        for depth in 1..=8 {
+            let result = with_stack(size, || nest::<{ 256 << 10 }>(domain, depth));
+            assert!(result == Ok(depth) || result == TOO_DEEP, "{size} KiB, {depth} levels: {result:?}");
         }
     }
-    impl<const N: usize> Transfer for Node<N> {
-        type Wire = <([u8; N], Nodes) as Transfer>::Wire;
-        fn into_wire(self) -> Self::Wire {
-            (self.0, Nodes(self.1.into_wire())).into_wire()
-        }
-        fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-            let (data, Nodes(nodes)) = Transfer::from_wire(wire, memory)?;
-            Ok(Self(data, Transfer::from_wire(nodes, memory)?))
+}
+
+fn large_parts_stay_within_the_callers_stack() {
+    const SIZE: usize = 1 << 20;
+    fn check<R: Transfer>(domain: &mut Domain, receive: impl Fn() -> Vec<R> + Sync) {
+        for (size, has_room) in [(256, false), (1024, false), (64 << 10, true)] {
+            let result = with_stack(size, || domain.call(&receive).map(|values| black_box(values).len()));
+            let expected = if has_room { Ok(1) } else { TOO_DEEP };
+            assert_eq!(result.map_err(|violation| violation.kind().clone()), expected, "{size} KiB");
         }
     }
-    fn nest<const N: usize>(domain: &mut Domain, depth: usize) -> Result<usize, ViolationKind> {
-        let result = domain.call(|| (0..depth).fold(Vec::new(), |nodes, _| vec![Node([7; N], nodes)]));
-        let deepest = result.map_err(|violation| violation.kind().clone())?;
-        let (mut nodes, mut found) = (&deepest, 0);
-        while let Some(Node(data, inner)) = nodes.first() {
-            assert_eq!(*data, [7; N]);
-            (nodes, found) = (inner, found + 1);
-        }
-        Ok(found)
+    let mut domain = build(Domain::builder("large").stack_size(64 << 20).heap_size(256 << 20));
+    check(&mut domain, || vec![[7u8; SIZE]]);
+    check(&mut domain, || vec![[true; SIZE]]);
+    check(&mut domain, || vec![Box::new([true; SIZE])]);
+    check(&mut domain, || vec![Large([7; SIZE])]);
+    check(&mut domain, || vec![Some((1u8, Box::new(Large([7; SIZE]))))]);
+}
+
+/// What is known about a thread's stack says nothing about a stack that the program has made.
+fn nesting_on_a_stack_of_the_programs_own() {
+    const SIZE: usize = 96 << 10;
+    struct Place {
+        domain: Domain,
+        results: Vec<Result<usize, ViolationKind>>,
     }
-    let mut domain = build(Domain::builder("deep").stack_size(16 << 20));
-    let too_deep = Err(ViolationKind::InvalidResult(InvalidResult::TooDeep));
-    assert_eq!(nest::<16>(&mut domain, 120), Ok(120));
-    assert_eq!(nest::<16>(&mut domain, 140), too_deep);
-    assert_eq!(nest::<3000>(&mut domain, 8), Ok(8));
-    assert_eq!(nest::<3000>(&mut domain, 120), too_deep);
+    extern "C" fn receive(high: u32, low: u32) {
+        let place = (u64::from(high) << 32 | u64::from(low)) as *mut Place;
+        // SAFETY: the test passes the two halves of an address, and waits.
+        let Place { domain, results } = unsafe { &mut *place };
+        for (small, depth) in [(true, 1), (true, 120), (false, 2), (false, 120)] {
+            results.push(if small { nest::<16>(domain, depth) } else { nest::<3000>(domain, depth) });
+        }
+    }
+    let mut place = Place { domain: build(Domain::builder("deep").stack_size(16 << 20)), results: Vec::new() };
+    let address = (&raw mut place) as u64;
+    // SAFETY: `receive` takes two integers of 32 bits, its stack lives until it has returned, and the contexts are
+    // initialised before they are used.
+    unsafe {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let guarded = libc::mmap(std::ptr::null_mut(), SIZE + 4096, access, flags, -1, 0);
+        assert_eq!(libc::mprotect(guarded, 4096, libc::PROT_NONE), 0);
+        let (mut here, mut there) = (std::mem::zeroed::<libc::ucontext_t>(), std::mem::zeroed::<libc::ucontext_t>());
+        assert_eq!(libc::getcontext(&raw mut there), 0);
+        there.uc_stack.ss_sp = guarded.byte_add(4096);
+        there.uc_stack.ss_size = SIZE;
+        there.uc_link = &raw mut here;
+        let function = std::mem::transmute::<extern "C" fn(u32, u32), extern "C" fn()>(receive);
+        libc::makecontext(&raw mut there, function, 2, (address >> 32) as u32, address as u32);
+        assert_eq!(libc::swapcontext(&raw mut here, &raw const there), 0);
+    }
+    assert_eq!(place.results[..2], [Ok(1), TOO_DEEP]);
+    assert_eq!(place.results[3], TOO_DEEP);
+    works(&mut place.domain);
 }
 
 fn results_of_many_calls_do_not_fill_the_heap() {
@@ -251,8 +345,8 @@ impl<const SIZE: usize> Transfer for Large<SIZE> {
         self.0[0]
     }
 
-    fn from_wire(wire: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        Ok(Self([wire; SIZE]))
+    fn from_wire(wire: &u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        Ok(Self([*wire; SIZE]))
     }
 }
 

@@ -266,9 +266,8 @@ impl Domain {
         let core = DiscardedLater(&mut self.core);
         core.0.memory().ensure_rights_after_call();
         let ranges = core.0.memory().readable();
-        let memory = DomainMemory::new(&ranges);
-        // This is the only copy: what is checked is what is used.
-        let received = memory.copy_value(mailbox).and_then(|wire| R::from_wire(wire, &memory));
+        let memory = DomainMemory::new(&ranges, thread::stack_limit);
+        let received = memory.receive(mailbox, |wire| R::from_wire(wire, &memory));
         core.disarm();
         received.map_err(|invalid| {
             self.discard();

@@ -39,7 +39,7 @@ pub(crate) use signals::{
     set_alternate_stack, set_mask, unblock,
 };
 pub(crate) use threads::{
-    abort_with, at_exit, auxiliary, closed_signals, exit_with, has_shadow_stack, keep_errno, process_id, set_errno,
-    set_for_thread, start_a_thread, thread_exists, thread_handle, thread_key, threads,
+    abort_with, at_exit, auxiliary, closed_signals, exit_with, has_shadow_stack, keep_errno, own_stack, process_id,
+    set_errno, set_for_thread, start_a_thread, thread_exists, thread_handle, thread_key, threads,
 };
 pub(crate) use timers::{Timer, create_timer, delete_timer, pause_timer, set_timer};

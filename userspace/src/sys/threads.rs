@@ -5,6 +5,7 @@
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::copy::copy_value_from;
 
@@ -12,6 +13,31 @@ use super::copy::copy_value_from;
 pub(crate) fn thread_handle() -> usize {
     // SAFETY: pthread_self has no requirements.
     unsafe { libc::pthread_self() as usize }
+}
+
+/// Returns the addresses of the calling thread's stack, without its guard; `None` if they cannot be found. The stack of
+/// the first thread is counted with the size that it may grow to.
+///
+/// # References
+///
+/// pthread_getattr_np(3); glibc 2.36, `nptl/pthread_getattr_np.c`.
+pub(crate) fn own_stack() -> Option<Range<usize>> {
+    let mut attributes = MaybeUninit::<libc::pthread_attr_t>::uninit();
+    // SAFETY: pthread_self has no requirements.
+    let thread = unsafe { libc::pthread_self() };
+    // SAFETY: the attributes are writable.
+    if unsafe { libc::pthread_getattr_np(thread, attributes.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    let (mut start, mut size, mut guard) = (std::ptr::null_mut(), 0, 0);
+    // SAFETY: the attributes are initialised, and the other places are writable.
+    let found = unsafe { libc::pthread_attr_getstack(attributes.as_ptr(), &raw mut start, &raw mut size) } == 0;
+    // The guard may lie within.
+    // SAFETY: as above.
+    let found = found && unsafe { libc::pthread_attr_getguardsize(attributes.as_ptr(), &raw mut guard) } == 0;
+    // SAFETY: the attributes are initialised.
+    unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };
+    found.then(|| start.addr() + guard.min(size)..start.addr() + size)
 }
 
 /// Starts a thread that ends at once.

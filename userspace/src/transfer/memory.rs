@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::ptr;
 
 use super::plain::{Block, Plain};
+use super::stack::{SMALL, Stack, StackLimit, apart};
 use crate::sys::{self, Inaccessible};
 
 /// What is wrong with a result that comes from a domain.
@@ -34,7 +35,7 @@ pub enum InvalidResult {
     NoMemory,
     /// No protection key was free to access the domain's memory.
     NoKey,
-    /// Its vectors are nested too deep: more than 128, or fewer if their elements are large.
+    /// Its vectors are nested too deep, more than 128, or it takes more of the caller's stack than there is.
     TooDeep,
     /// The type has no such value or tag.
     BadValue {
@@ -59,7 +60,7 @@ impl fmt::Display for InvalidResult {
             Self::TooLarge => f.write_str("its parts take more memory than the domain has"),
             Self::NoMemory => f.write_str("the caller has too little memory for it"),
             Self::NoKey => f.write_str("no protection key was free to access the domain's memory"),
-            Self::TooDeep => f.write_str("its vectors are nested too deep"),
+            Self::TooDeep => f.write_str("it is nested too deep, or its parts are too large, for the caller's stack"),
             Self::BadValue { of, value } => write!(f, "{value:#x} is not a valid {of}"),
             Self::NotUtf8 => f.write_str("its text is not UTF-8"),
         }
@@ -82,31 +83,56 @@ pub struct DomainMemory<'a> {
     budget: Cell<usize>,
     /// How many vectors are being read, one within the other.
     depth: Cell<u32>,
-    /// How many bytes of the caller's stack deeply nested vectors may still take.
-    stack: Cell<usize>,
+    stack: Stack,
 }
 
 impl<'a> DomainMemory<'a> {
     /// `ranges` are the addresses that results may lie in.
     #[inline]
-    pub(crate) fn new(ranges: &'a [Range<usize>]) -> Self {
-        /// Reading takes eight to ten times the size of the parts, and a thread of std has a stack of 2 MiB.
-        const STACK: usize = 64 * 1024;
+    pub(crate) fn new(ranges: &'a [Range<usize>], limit: StackLimit) -> Self {
         let size = ranges.iter().map(Range::len).sum();
-        Self { ranges, budget: Cell::new(size), depth: Cell::new(0), stack: Cell::new(STACK) }
+        Self { ranges, budget: Cell::new(size), depth: Cell::new(0), stack: Stack::new(limit) }
     }
 
-    /// Copies the wire at an address.
+    /// Copies the wire at an address and calls a function with it, which makes a result of it.
     ///
     /// # Errors
     ///
-    /// [`InvalidResult::Inaccessible`].
+    /// The function's, [`InvalidResult::Inaccessible`], and [`InvalidResult::TooDeep`].
     #[inline]
-    pub(crate) fn copy_value<W: Plain>(&self, address: usize) -> Result<W, InvalidResult> {
-        let mut value = MaybeUninit::uninit();
-        sys::copy_value_from(address, &mut value)?;
-        // SAFETY: it was copied, and any bytes are a value of a plain type.
-        Ok(unsafe { value.assume_init() })
+    pub(crate) fn receive<W: Plain, T>(
+        &self,
+        mailbox: usize,
+        from_wire: impl FnOnce(&W) -> Result<T, InvalidResult>,
+    ) -> Result<T, InvalidResult> {
+        let receive = || {
+            let mut wire = MaybeUninit::<W>::uninit();
+            // This is the only copy: what is checked is what is used.
+            sys::copy_value_from(mailbox, &mut wire)?;
+            // SAFETY: it was copied, and any bytes are a value of a plain type.
+            from_wire(unsafe { wire.assume_init_ref() })
+        };
+        self.with_room(size_of::<T>() + size_of::<W>(), receive)
+    }
+
+    /// Calls a function that makes values of this size on the stack.
+    ///
+    /// # Errors
+    ///
+    /// The function's, and [`InvalidResult::TooDeep`] if the stack has no room for them.
+    #[inline]
+    pub(super) fn with_room<R>(
+        &self,
+        size: usize,
+        receive: impl FnOnce() -> Result<R, InvalidResult>,
+    ) -> Result<R, InvalidResult> {
+        if size <= SMALL {
+            receive()
+        } else if self.stack.has_room(size) {
+            apart(receive)
+        } else {
+            Err(InvalidResult::TooDeep)
+        }
     }
 
     /// Copies the elements of a block that the domain has allocated for its result.
@@ -127,14 +153,12 @@ impl<'a> DomainMemory<'a> {
         let address = block.address as usize;
         let inside =
             |range: &&Range<usize>| address >= range.start && address < range.end && range.end - address >= bytes;
-        if bytes == 0 {
-            return Ok(vec![W::zeroed(); length]);
-        }
-        self.ranges.iter().find(inside).ok_or(out_of_bounds)?;
-
         let mut values = vec_with_room(length)?;
-        sys::copy_from(address, &mut values.spare_capacity_mut()[..length])?;
-        // SAFETY: all elements were copied, and any bytes are a value.
+        if bytes > 0 {
+            self.ranges.iter().find(inside).ok_or(out_of_bounds)?;
+            sys::copy_from(address, &mut values.spare_capacity_mut()[..length])?;
+        }
+        // SAFETY: all elements were copied if they have a size, and any bytes are a value.
         unsafe { values.set_len(length) };
         Ok(values)
     }
@@ -150,23 +174,20 @@ impl<'a> DomainMemory<'a> {
         Ok(())
     }
 
-    /// Reads the elements of a vector, which may be vectors again. Each takes `part` bytes.
+    /// Reads the elements of a vector, which may be vectors again. Each takes `size` bytes.
     pub(super) fn descend<R>(
         &self,
-        part: usize,
+        size: usize,
         receive: impl FnOnce() -> Result<R, InvalidResult>,
     ) -> Result<R, InvalidResult> {
         const LIMIT: u32 = 128;
-        /// Types that do not contain themselves nest no deeper.
-        const USUAL: u32 = 8;
-        let (depth, stack) = (self.depth.get(), self.stack.get());
-        let left = if depth < USUAL { Some(stack) } else { stack.checked_sub(part) };
-        let Some(left) = left.filter(|_| depth < LIMIT) else { return Err(InvalidResult::TooDeep) };
+        let depth = self.depth.get();
+        if depth >= LIMIT || !self.stack.has_room(size) {
+            return Err(InvalidResult::TooDeep);
+        }
         self.depth.set(depth + 1);
-        self.stack.set(left);
-        let result = receive();
+        let result = apart(receive);
         self.depth.set(depth);
-        self.stack.set(stack);
         result
     }
 }
@@ -186,20 +207,27 @@ pub(crate) fn vec_with_room<T>(length: usize) -> Result<Vec<T>, InvalidResult> {
 ///
 /// # Errors
 ///
-/// The function's, and [`InvalidResult::NoMemory`].
-pub(super) fn boxed<T>(receive: impl FnOnce() -> Result<T, InvalidResult>) -> Result<Box<T>, InvalidResult> {
+/// The function's, [`InvalidResult::NoMemory`], and [`InvalidResult::TooDeep`].
+pub(super) fn boxed<T>(
+    memory: &DomainMemory<'_>,
+    receive: impl FnOnce() -> Result<T, InvalidResult>,
+) -> Result<Box<T>, InvalidResult> {
     let layout = Layout::new::<MaybeUninit<T>>();
-    if layout.size() == 0 {
-        return receive().map(Box::new);
-    }
-    // SAFETY: the size is not 0.
-    let place = unsafe { std::alloc::alloc(layout) }.cast::<MaybeUninit<T>>();
+    let place: *mut MaybeUninit<T> = if layout.size() == 0 {
+        ptr::dangling_mut()
+    } else {
+        // SAFETY: the size is not 0.
+        unsafe { std::alloc::alloc(layout) }.cast()
+    };
     if place.is_null() {
         return Err(InvalidResult::NoMemory);
     }
-    // SAFETY: it was just allocated with this layout, and its contents need no initialisation.
+    // SAFETY: it was just allocated with this layout if it has a size, and its contents need no initialisation.
     let mut place = unsafe { Box::from_raw(place) };
-    place.write(receive()?);
+    memory.with_room(size_of::<T>(), || {
+        place.write(receive()?);
+        Ok(())
+    })?;
     // SAFETY: it was just written.
     Ok(unsafe { place.assume_init() })
 }
@@ -209,9 +237,9 @@ pub(super) fn boxed<T>(receive: impl FnOnce() -> Result<T, InvalidResult>) -> Re
 /// # Errors
 ///
 /// The function's.
-pub(super) fn array<W: Copy, T, const N: usize>(
+pub(super) fn array<W, T, const N: usize>(
     wires: &[W; N],
-    mut receive: impl FnMut(W) -> Result<T, InvalidResult>,
+    mut receive: impl FnMut(&W) -> Result<T, InvalidResult>,
 ) -> Result<[T; N], InvalidResult> {
     /// An array whose first elements exist.
     struct Partial<T, const N: usize> {
@@ -231,7 +259,7 @@ pub(super) fn array<W: Copy, T, const N: usize>(
     }
     let mut partial = Partial::<T, N> { values: MaybeUninit::uninit(), count: 0 };
     for wire in wires {
-        let value = receive(*wire)?;
+        let value = receive(wire)?;
         let place = partial.start().wrapping_add(partial.count);
         // SAFETY: there is one place for each of the N wires.
         unsafe { place.write(value) };

@@ -9,6 +9,7 @@
 
 mod memory;
 mod plain;
+mod stack;
 mod values;
 
 pub(crate) use memory::vec_with_room;
@@ -36,7 +37,7 @@ pub use plain::{Block, Pair, Plain};
 ///         (self.width, self.pixels).into_wire()
 ///     }
 ///
-///     fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+///     fn from_wire(wire: &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
 ///         let (width, pixels) = Transfer::from_wire(wire, memory)?;
 ///         Ok(Self { width, pixels })
 ///     }
@@ -63,7 +64,7 @@ pub use plain::{Block, Pair, Plain};
 ///         .into_wire()
 ///     }
 ///
-///     fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+///     fn from_wire(wire: &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
 ///         match Transfer::from_wire(wire, memory)? {
 ///             (0u8, None) => Ok(Self::End),
 ///             (1, Some(word)) => Ok(Self::Word(word)),
@@ -91,7 +92,7 @@ pub trait Transfer: Sized {
     /// # Errors
     ///
     /// If the wire is that of no value of this type, or refers to memory that is not the domain's.
-    fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult>;
+    fn from_wire(wire: &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult>;
 
     /// In the domain: turns values into their wires. Types that are their own wires override it to do nothing.
     #[must_use]
@@ -106,7 +107,7 @@ pub trait Transfer: Sized {
     /// As for [`from_wire`](Self::from_wire).
     fn vec_from_wires(wires: Vec<Self::Wire>, memory: &DomainMemory<'_>) -> Result<Vec<Self>, InvalidResult> {
         let mut values = vec_with_room(wires.len())?;
-        for wire in wires {
+        for wire in &wires {
             values.push(Self::from_wire(wire, memory)?);
         }
         Ok(values)

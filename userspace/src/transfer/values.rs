@@ -17,8 +17,8 @@ macro_rules! plain {
                 }
 
                 #[inline]
-                fn from_wire(wire: Self, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-                    Ok(wire)
+                fn from_wire(wire: &Self, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+                    Ok(*wire)
                 }
 
                 #[inline]
@@ -47,12 +47,11 @@ impl<T: Transfer> Transfer for Vec<T> {
         block
     }
 
-    fn from_wire(wire: Block, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        let wires: Vec<T::Wire> = memory.copy_block(wire)?;
+    fn from_wire(wire: &Block, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        let wires: Vec<T::Wire> = memory.copy_block(*wire)?;
         // A value can be larger than its wire.
         memory.charge(wires.len() * size_of::<T>().saturating_sub(size_of::<T::Wire>()))?;
-        let part = size_of::<T>() + size_of::<T::Wire>();
-        memory.descend(part, || T::vec_from_wires(wires, memory))
+        memory.descend(size_of::<T>(), || T::vec_from_wires(wires, memory))
     }
 }
 
@@ -63,8 +62,8 @@ impl Transfer for String {
         self.into_bytes().into_wire()
     }
 
-    fn from_wire(wire: Block, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        Self::from_utf8(memory.copy_block(wire)?).map_err(|_| InvalidResult::NotUtf8)
+    fn from_wire(wire: &Block, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        Self::from_utf8(memory.copy_block(*wire)?).map_err(|_| InvalidResult::NotUtf8)
     }
 }
 
@@ -75,11 +74,11 @@ impl<T: Transfer> Transfer for Box<T> {
         (*self).into_wire()
     }
 
-    fn from_wire(wire: T::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+    fn from_wire(wire: &T::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
         /// What an allocator takes for a block beside its contents.
         const OVERHEAD: usize = 32;
         memory.charge(size_of::<T>() + OVERHEAD)?;
-        boxed(|| T::from_wire(wire, memory))
+        boxed(memory, || T::from_wire(wire, memory))
     }
 }
 
@@ -90,8 +89,8 @@ impl Transfer for bool {
         self.into()
     }
 
-    fn from_wire(wire: u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        match wire {
+    fn from_wire(wire: &u8, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        match *wire {
             0 => Ok(false),
             1 => Ok(true),
             value => Err(InvalidResult::BadValue { of: "bool", value: value.into() }),
@@ -106,8 +105,8 @@ impl Transfer for char {
         self.into()
     }
 
-    fn from_wire(wire: u32, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        Self::from_u32(wire).ok_or(InvalidResult::BadValue { of: "char", value: wire.into() })
+    fn from_wire(wire: &u32, _: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        Self::from_u32(*wire).ok_or(InvalidResult::BadValue { of: "char", value: (*wire).into() })
     }
 }
 
@@ -121,8 +120,8 @@ impl<T: Transfer> Transfer for Option<T> {
         }
     }
 
-    fn from_wire(Pair(tag, wire): Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        match tag {
+    fn from_wire(Pair(tag, wire): &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        match *tag {
             0 => Ok(None),
             1 => T::from_wire(wire, memory).map(Some),
             value => Err(InvalidResult::BadValue { of: "tag of an Option", value: value.into() }),
@@ -140,8 +139,8 @@ impl<T: Transfer, E: Transfer> Transfer for Result<T, E> {
         }
     }
 
-    fn from_wire(Pair(tag, Pair(value, error)): Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        match tag {
+    fn from_wire(Pair(tag, Pair(value, error)): &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        match *tag {
             0 => T::from_wire(value, memory).map(Ok),
             1 => E::from_wire(error, memory).map(Err),
             value => Err(InvalidResult::BadValue { of: "tag of a Result", value: value.into() }),
@@ -156,9 +155,15 @@ impl<A: Transfer, B: Transfer> Transfer for (A, B) {
         Pair(self.0.into_wire(), self.1.into_wire())
     }
 
-    fn from_wire(Pair(a, b): Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+    fn from_wire(Pair(a, b): &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
         Ok((A::from_wire(a, memory)?, B::from_wire(b, memory)?))
     }
+}
+
+/// Parts within pairs, as a pattern.
+macro_rules! pairs {
+    ($last:ident) => { $last };
+    ($first:ident $($other:ident)+) => { Pair($first, pairs!($($other)+)) };
 }
 
 /// A tuple crosses as its first part and the tuple of the others.
@@ -174,11 +179,11 @@ macro_rules! tuples {
                 Pair($first.into_wire(), ($($other),+).into_wire())
             }
 
-            fn from_wire(Pair(first, others): Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-                let first = $first::from_wire(first, memory)?;
+            fn from_wire(wire: &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+                // Not by way of the tuple of the others, whose parts would be moved once more.
                 #[allow(non_snake_case, reason = "each part is called as its type is")]
-                let ($($other),+) = Transfer::from_wire(others, memory)?;
-                Ok((first, $($other),+))
+                let pairs!($first $($other)+) = wire;
+                Ok(($first::from_wire($first, memory)?, $($other::from_wire($other, memory)?),+))
             }
         }
 
@@ -195,8 +200,8 @@ impl<T: Transfer, const N: usize> Transfer for [T; N] {
         self.map(T::into_wire)
     }
 
-    fn from_wire(wire: Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
-        array(&wire, |wire| T::from_wire(wire, memory))
+    fn from_wire(wire: &Self::Wire, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+        array(wire, |wire| T::from_wire(wire, memory))
     }
 }
 
@@ -221,7 +226,7 @@ mod tests {
 
         fn receive<T: Transfer>(&self, wire: T::Wire) -> Result<T, InvalidResult> {
             let range = self.range();
-            T::from_wire(wire, &DomainMemory::new(std::slice::from_ref(&range)))
+            T::from_wire(&wire, &DomainMemory::new(std::slice::from_ref(&range), |_| 0))
         }
 
         fn block(&self, first: usize, length: u64) -> Block {
@@ -286,7 +291,7 @@ mod tests {
             fn into_wire(self) -> Block {
                 self.0.into_wire()
             }
-            fn from_wire(wire: Block, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+            fn from_wire(wire: &Block, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
                 Transfer::from_wire(wire, memory).map(Node)
             }
         }
@@ -323,7 +328,7 @@ mod tests {
             fn into_wire(self) -> u8 {
                 self.0.into()
             }
-            fn from_wire(wire: u8, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
+            fn from_wire(wire: &u8, memory: &DomainMemory<'_>) -> Result<Self, InvalidResult> {
                 Transfer::from_wire(wire, memory).map(Self)
             }
         }
@@ -354,7 +359,7 @@ mod tests {
         let wire = value.clone().into_wire();
         // The blocks lie anywhere on this test's heap, and are never freed.
         let everywhere = std::slice::from_ref(&(1..usize::MAX));
-        let back = Transfer::from_wire(wire, &DomainMemory::new(everywhere));
+        let back = Transfer::from_wire(&wire, &DomainMemory::new(everywhere, |_| 0));
         assert_eq!(back, Ok(value));
     }
 }
