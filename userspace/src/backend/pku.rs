@@ -74,6 +74,10 @@ pub(super) const MAPPED: usize = 3;
 
 const UNCHANGED: [Use; 4] = [Use::Contents, Use::Contents, Use::Contents, Use::None];
 
+/// A trap ended a call. The memory has a record of it, see [`Memory::trap`]: the trap is too large to be passed on.
+#[derive(Debug)]
+pub(crate) struct Trapped;
+
 // SAFETY: during a call only its thread uses `Running`, and between calls only the owner of the memory does.
 unsafe impl Send for Memory {}
 
@@ -121,6 +125,13 @@ impl Memory {
         if !context.caller_has_rights() {
             rights::allow(context.key());
         }
+    }
+
+    /// Returns the trap that ended the last call that did not return.
+    pub(crate) const fn trap(&self) -> &Trap {
+        // SAFETY: the handler, which alone writes it, runs only during a call; that needs the memory exclusively.
+        let trap = unsafe { &*self.running.trap.as_ptr() };
+        trap.as_ref().expect("the handler stores a trap before it rewinds a call")
     }
 
     /// Sets whether the next call is a trial call that panics.
@@ -258,7 +269,7 @@ fn ensure_rights(key: ProtectionKey) {
 // its key becomes free, and the gate returns with the caller's rights.
 unsafe impl Platform for PkuBackend {
     type Memory = Memory;
-    type Trap = Trap;
+    type Trap = Trapped;
     type Error = Error;
     type Caller = Caller;
     type Lease = Pin;
@@ -337,7 +348,7 @@ unsafe impl Platform for PkuBackend {
     }
 
     #[inline]
-    unsafe fn enter(&self, memory: &mut Memory, lease: &Pin, entry: Entry, argument: u64) -> Result<u64, Trap> {
+    unsafe fn enter(&self, memory: &mut Memory, lease: &Pin, entry: Entry, argument: u64) -> Result<u64, Trapped> {
         debug_assert_eq!(lease.key(), memory.running.context.key(), "the lease is of this memory");
         // The pointer is valid for all of `Running`, which the fault handler uses.
         let context = (&raw mut *memory.running).cast::<Context>();
@@ -345,9 +356,7 @@ unsafe impl Platform for PkuBackend {
         // installed, and the caller guarantees that the entry point is valid.
         match unsafe { Gate::Pkru.enter(context, entry, argument) } {
             Exit::Returned(value) => Ok(value),
-            Exit::Rewound => {
-                Err(memory.running.trap.take().expect("the handler stores a trap before it rewinds a call"))
-            }
+            Exit::Rewound => Err(Trapped),
         }
     }
 

@@ -11,14 +11,13 @@ use super::Domain;
 use super::callback::{self, Callback, CallbackArguments, Callbacks, Suspended};
 use super::deadline::{Deadline, DeadlineError};
 use crate::Error;
-use crate::backend::pku::{MAILBOX, PkuBackend};
+use crate::backend::pku::{MAILBOX, PkuBackend, Trapped};
 use crate::inside::callback::Head;
 use crate::inside::entry::{self, Call};
 use crate::inside::request::RESUME;
 use crate::keys::Pin;
 use crate::service;
 use crate::setup;
-use crate::signal::trap::Trap;
 use crate::thread::{self, Thread};
 use crate::transfer::{DomainMemory, Transfer};
 use crate::violation::{Violation, ViolationKind, classify};
@@ -276,15 +275,14 @@ impl Domain {
     }
 
     #[cold]
-    fn failed(&mut self, failure: Failure<Trap, Error>, closure: &'static str) -> Violation {
-        let trap = match failure {
-            Failure::Trap(trap) => trap,
-            Failure::NotReady(error) => return self.violation(ViolationKind::NotReady(error)),
-        };
+    fn failed(&mut self, failure: Failure<Trapped, Error>, closure: &'static str) -> Violation {
+        if let Failure::NotReady(error) = failure {
+            return self.violation(ViolationKind::NotReady(error));
+        }
         let memory = self.core.memory();
         memory.ensure_rights_after_call();
         let loaded = memory.loaded_count();
-        let (kind, instruction) = classify(memory, &trap);
+        let (kind, instruction) = classify(memory, memory.trap());
         let last = self.last.as_ref().filter(|(then, _)| *then == loaded).map(|(_, last)| last);
         if let Some(same) = last.filter(|last| last.is(&kind, instruction, closure)) {
             return same.clone();

@@ -15,7 +15,7 @@ use std::mem;
 use super::{Next, fail};
 use crate::inside::libc::{self as inside, not_permitted};
 use crate::signal::actions;
-use crate::sys::{self, Action, AlternateStack, FAULTS, LIMITS};
+use crate::sys::{self, Action, AlternateStack, FAULTS};
 use crate::{rights, thread};
 
 fn checked(result: std::io::Result<()>) -> c_int {
@@ -242,8 +242,11 @@ pub(crate) unsafe extern "C" fn pthread_kill(target: libc::pthread_t, signal: c_
 ///
 /// Those of faults and limits reach this crate's handler, which ends the call.
 pub(super) fn end_call_if_fatal(signal: c_int) {
-    let is_handled = FAULTS.contains(&signal) || LIMITS.contains(&signal);
-    if sys::ends_process(signal) && !is_handled && actions::is_default(signal) {
+    if !sys::ends_process(signal) {
+        return;
+    }
+    let is_handled = sys::is_fault(signal) || sys::is_limit(signal);
+    if !is_handled && actions::is_default(signal) {
         inside::raise(signal);
     }
 }

@@ -9,7 +9,7 @@ use std::ffi::c_int;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
-use crate::sys::{self, Action, BlockedSignals, FAULTS, LIMITS, is_forking};
+use crate::sys::{self, Action, BlockedSignals, is_forking};
 use crate::trusted::trusted;
 
 const SIGNALS: usize = 65;
@@ -170,7 +170,7 @@ pub(crate) fn is_default(signal: c_int) -> bool {
 /// about what the running code did: a fault, or a limit that would end the process.
 fn put_in_force(signal: c_int, action: &Action) -> io::Result<()> {
     const KEPT: c_int = libc::SA_RESTART | libc::SA_NOCLDSTOP | libc::SA_NOCLDWAIT;
-    let is_about_code = FAULTS.contains(&signal) || (LIMITS.contains(&signal) && action.handler == libc::SIG_DFL);
+    let is_about_code = sys::is_fault(signal) || (sys::is_limit(signal) && action.handler == libc::SIG_DFL);
     let kernels = if action.is_function() || is_about_code {
         // If the program has no handler, its system calls must not fail with EINTR.
         let restart = if action.is_function() { 0 } else { libc::SA_RESTART as u64 };

@@ -6,7 +6,7 @@ use pkru::rights::Access;
 use super::trap::{DEADLINE, Interrupted, deadline_value};
 use crate::inside::abort::AbortReason;
 use crate::keys::statics::grant_value;
-use crate::sys::{self, FAULTS, LIMITS};
+use crate::sys;
 
 /// What else a decision depends on.
 #[derive(Debug, Clone, Copy)]
@@ -18,7 +18,7 @@ pub(super) struct Facts {
     pub(super) statics_key: Option<ProtectionKey>,
     /// The key of the vaults, if one is open.
     pub(super) lent_key: Option<ProtectionKey>,
-    /// The program leaves it to the kernel what the signal does.
+    /// The program leaves it to the kernel what the signal does. Looked at only for signals in `sys::LIMITS`.
     pub(super) is_default: bool,
 }
 
@@ -27,7 +27,7 @@ pub(super) struct Facts {
 pub(super) struct CallFacts {
     /// The gate is on its way out: the FS base is the caller's.
     pub(super) is_leaving: bool,
-    /// This process is a copy that code in the domain has made. Looked at only for signals in [`FAULTS`] and [`LIMITS`].
+    /// This process is a copy that code in the domain has made. Looked at only for signals that are about the code.
     pub(super) is_copy: bool,
     /// The instruction is one by which std notes a panic in a static, and the handler can skip it.
     pub(super) is_panic_write: bool,
@@ -75,7 +75,7 @@ pub(super) enum Grantee {
 
 /// Decides what to do about a signal.
 pub(super) fn decide(at: &Interrupted, facts: &Facts) -> Decision {
-    let is_grant = FAULTS.contains(&at.signal) && at.code == libc::SI_QUEUE && at.value == grant_value();
+    let is_grant = sys::is_fault(at.signal) && at.code == libc::SI_QUEUE && at.value == grant_value();
     if let Some(key) = facts.statics_key.filter(|_| is_grant) {
         let to = match facts.call {
             None => Grantee::Interrupted,
@@ -109,11 +109,11 @@ fn in_call(at: &Interrupted, call: CallFacts, is_default: bool) -> Decision {
 /// Returns whether a signal that struck in a domain is about the code there: a fault, one that it has sent itself, its
 /// deadline, or a limit of the process that would end it.
 fn ends_call(at: &Interrupted, is_default: bool) -> bool {
-    if LIMITS.contains(&at.signal) {
+    if sys::is_limit(at.signal) {
         // Of the kernel's own signals some have the code and the sender of kill(2).
         return is_default && (at.code > 0 || at.is_own);
     }
-    if !FAULTS.contains(&at.signal) {
+    if !sys::is_fault(at.signal) {
         return false;
     }
     match at.code {
@@ -142,7 +142,7 @@ fn outside(at: &Interrupted, facts: &Facts) -> Decision {
         return Decision::FailCopy { resume };
     }
     // With a domain's rights, but in no call of this thread, the program's handler could not run.
-    if programs || !FAULTS.contains(&at.signal) { Decision::Forward } else { Decision::Default }
+    if programs || !sys::is_fault(at.signal) { Decision::Forward } else { Decision::Default }
 }
 
 /// Returns where to resume, if this crate was copying from or to a domain's memory and that memory is not accessible.
@@ -158,6 +158,7 @@ mod tests {
 
     use super::*;
     use crate::signal::trap::deadline_value;
+    use crate::sys::FAULTS;
 
     /// Codes of signals that the kernel sends (Linux 6.12, `include/uapi/asm-generic/siginfo.h`).
     const SEGV_MAPERR: i32 = 1;

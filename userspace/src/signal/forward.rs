@@ -16,7 +16,7 @@ use super::actions;
 use super::delivery::{self, Delivery, RED_ZONE, bit, faults};
 use super::frame::SignalContext;
 use crate::rights;
-use crate::sys::{self, Action, FAULTS};
+use crate::sys::{self, Action};
 use crate::thread::{self, Thread};
 
 /// The program's state when a signal arrived.
@@ -88,7 +88,7 @@ pub(super) unsafe fn forward(
 /// Performs the default action for a signal, or ignores it. `sent` says whether a process sent it.
 fn default(signal: c_int, action: &Action, sent: bool) {
     let is_ignored = action.handler == libc::SIG_IGN;
-    if !FAULTS.contains(&signal) {
+    if !sys::is_fault(signal) {
         // The program has removed its handler since the signal arrived, or never had one.
         if !is_ignored {
             // SAFETY: the default action calls no function.

@@ -22,7 +22,7 @@ use super::trap::{Interrupted, Running, Trap};
 use super::{actions, frame, panics, stacks};
 use crate::inside::abort::AbortReason;
 use crate::keys::{self, lent, statics};
-use crate::sys::{self, FAULTS, LIMITS};
+use crate::sys;
 use crate::thread::{self, Thread};
 
 /// Allows all keys, runs [`handle`], and then returns to the interrupted code or calls the program's handler.
@@ -168,7 +168,7 @@ unsafe extern "C" fn handle(
         call: call.as_ref().map(|call| call.facts),
         statics_key: statics::key(),
         lent_key: lent::key(),
-        is_default: actions::is_default(signal),
+        is_default: sys::is_limit(signal) && actions::is_default(signal),
     };
     match decide(&at, &facts) {
         Decision::Rewind { reason } => {
@@ -241,7 +241,7 @@ impl Call {
         unsafe { wrfsbase(caller) };
         // SAFETY: every context that this crate enters is the first field of a `Running`, which outlives its call.
         let call = unsafe { running.cast::<Running>().as_ref() };
-        let is_about_code = FAULTS.contains(&at.signal) || LIMITS.contains(&at.signal);
+        let is_about_code = sys::is_fault(at.signal) || sys::is_limit(at.signal);
         // SAFETY: the signal interrupted this call.
         let skip = unsafe { panics::recognize(at, call.learning.get()) };
         let facts = CallFacts {

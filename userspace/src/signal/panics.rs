@@ -29,7 +29,7 @@ pub(crate) fn forget() {
 /// `resume_unwind`, writes them by other instructions.
 pub(crate) fn is_noted_by(trap: &Trap) -> bool {
     let is_target = |write: &PanicWrite| {
-        write.instruction.load(Ordering::Relaxed) != 0 && write.target.load(Ordering::Relaxed) == trap.at.address
+        write.target.load(Ordering::Relaxed) == trap.at.address && write.instruction.load(Ordering::Relaxed) != 0
     };
     trap.at.key.is_some_and(statics::is_programs) && PANIC_WRITES.iter().any(is_target)
 }

@@ -34,8 +34,8 @@ pub(crate) use probe::{
 };
 pub(crate) use rseq::{rseq_area, unregister_rseq};
 pub(crate) use signals::{
-    Action, AlternateStack, BlockedSignals, FAULTS, LIMITS, SS_AUTODISARM, action, alternate_stack, change_mask,
-    ends_process, is_writable, replace_alternate_stack, resend, restore_alternate_stack, send_value, set_action,
+    Action, AlternateStack, BlockedSignals, FAULTS, SS_AUTODISARM, action, alternate_stack, change_mask, ends_process,
+    is_fault, is_limit, is_writable, replace_alternate_stack, resend, restore_alternate_stack, send_value, set_action,
     set_alternate_stack, set_mask, unblock,
 };
 pub(crate) use threads::{

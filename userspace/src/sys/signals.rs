@@ -50,6 +50,29 @@ pub(crate) const FAULTS: [c_int; 6] =
 /// The signals by which the kernel ends a process that writes to a closed pipe or exceeds a limit.
 pub(crate) const LIMITS: [c_int; 3] = [libc::SIGPIPE, libc::SIGXCPU, libc::SIGXFSZ];
 
+/// Returns whether a signal is one of [`FAULTS`]; async-signal-safe.
+#[inline]
+pub(crate) fn is_fault(signal: c_int) -> bool {
+    const SET: u64 = set_of(&FAULTS);
+    SET & 1 << (signal - 1) != 0
+}
+
+/// Returns whether a signal is one of [`LIMITS`]; async-signal-safe.
+#[inline]
+pub(crate) fn is_limit(signal: c_int) -> bool {
+    const SET: u64 = set_of(&LIMITS);
+    SET & 1 << (signal - 1) != 0
+}
+
+const fn set_of(signals: &[c_int]) -> u64 {
+    let (mut set, mut index) = (0, 0);
+    while index < signals.len() {
+        set |= 1 << (signals[index] - 1);
+        index += 1;
+    }
+    set
+}
+
 /// Returns whether a signal ends a process that neither handles nor ignores it (signal(7)).
 pub(crate) const fn ends_process(signal: c_int) -> bool {
     let is_harmless = matches!(

@@ -13,7 +13,7 @@ use crate::keys::statics;
 use crate::loader::landmarks::{ABORT, ABORT_MESSAGE, FAILED_CHECKS, LIBRARY_CODE, PROGRAM_DATA, TERMINATE};
 use crate::signal::panics;
 use crate::signal::trap::Trap;
-use crate::sys::{self, LIMITS};
+use crate::sys;
 
 /// Returns the kind of violation that a trap is, and the instruction to blame, if there is one. The calling thread has
 /// rights to the domain's memory.
@@ -43,7 +43,7 @@ fn of_signal(memory: &Memory, trap: &Trap) -> ViolationKind {
     match trap.at.signal {
         libc::SIGABRT => ViolationKind::Abort,
         // The kernel's own codes are positive.
-        signal if trap.at.code <= 0 || LIMITS.contains(&signal) => ViolationKind::Raised { signal },
+        signal if trap.at.code <= 0 || sys::is_limit(signal) => ViolationKind::Raised { signal },
         libc::SIGBUS => ViolationKind::Bus { address },
         libc::SIGILL => ViolationKind::IllegalInstruction,
         libc::SIGFPE => ViolationKind::Arithmetic,
