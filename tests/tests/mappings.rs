@@ -24,6 +24,7 @@ suite! {
     mappings_are_counted,
     mappings_are_gone_after_a_discard,
     mappings_follow_the_domains_key,
+    threads_map_while_keys_move,
     code_that_a_domain_writes,
     a_file_is_mapped,
     a_shared_mapping,
@@ -402,6 +403,41 @@ fn mappings_follow_the_domains_key() {
             assert!(matches!(violation.kind(), ViolationKind::Key(_)), "another domain's page {page}: {violation}");
         }
     }
+}
+
+fn threads_map_while_keys_move() {
+    set_key_limit(4);
+    let churn = |seed: usize| {
+        for n in 0..5 {
+            let pages = 1 + (seed + n) % 5;
+            let memory = map(null_mut(), pages * PAGE, 0);
+            assert!(is_usable(memory, pages * PAGE));
+            // SAFETY: the mapping is the domain's.
+            unsafe {
+                assert_eq!(libc::mprotect(memory, PAGE, PROT_READ), 0);
+                assert_eq!(memory.cast::<u8>().read(), 0x5a);
+                if n % 2 == 0 {
+                    assert_eq!(libc::munmap(memory, pages * PAGE), 0);
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            scope.spawn(move || {
+                let mut domains: Vec<_> = (0..3).map(|_| domain("one of many")).collect();
+                for round in 0..100 {
+                    for domain in &mut domains {
+                        domain.call(|| churn(thread + round)).unwrap();
+                    }
+                    if round % 10 == 0 {
+                        domains.iter_mut().for_each(|domain| drop(contain(domain, mistake)));
+                        assert_eq!(support::in_child(|| ()), 0);
+                    }
+                }
+            });
+        }
+    });
 }
 
 /// `mov eax, 42; ret`.

@@ -8,10 +8,12 @@
 //! So a descriptor that is to be closed must refer to the file that it referred to when it was claimed. And whatever
 //! the program opens and closes through the C library is no domain's afterwards.
 
+#![expect(unsafe_code, reason = "it follows a pointer to a table that is made once")]
+
 use std::ffi::c_int;
 use std::io;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use crate::sys::{self, File};
 use crate::trusted::trusted;
@@ -20,14 +22,35 @@ use crate::trusted::trusted;
 const MOST: usize = 1 << 16;
 
 trusted! {
-    /// The number of the domain that each descriptor belongs to, 0 if none. Made for the first claim.
-    static OWNERS: OnceLock<Box<[AtomicU32]>> = OnceLock::new();
+    /// The table, null until the first claim. Not a `OnceLock`, which stays locked in a child that is forked while it is
+    /// made.
+    static OWNERS: AtomicPtr<Owners> = AtomicPtr::new(ptr::null_mut());
     /// The number of the next domain that opens a descriptor.
     static NEXT: AtomicU32 = AtomicU32::new(1);
 }
 
+/// The number of the domain that each descriptor belongs to, 0 if none.
+type Owners = [AtomicU32; MOST];
+
+fn owners() -> Option<&'static Owners> {
+    // SAFETY: the pointer is null, or leads to a table that is never freed.
+    unsafe { OWNERS.load(Ordering::Acquire).as_ref() }
+}
+
+/// Makes the table, if there is none.
+fn make_owners() {
+    if owners().is_none() {
+        // SAFETY: zero is a valid number.
+        let new = Box::into_raw(unsafe { Box::<Owners>::new_zeroed().assume_init() });
+        if OWNERS.compare_exchange(ptr::null_mut(), new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            // SAFETY: another thread was faster, and nothing else knows this table.
+            drop(unsafe { Box::from_raw(new) });
+        }
+    }
+}
+
 fn owner(descriptor: c_int) -> Option<&'static AtomicU32> {
-    OWNERS.get()?.get(usize::try_from(descriptor).ok()?)
+    owners()?.get(usize::try_from(descriptor).ok()?)
 }
 
 /// Notes that the program has opened or closed a descriptor, so that it is no domain's.
@@ -41,7 +64,7 @@ pub(crate) fn forget(descriptor: c_int) {
 
 /// Does so for all descriptors of a range.
 pub(crate) fn forget_all(first: u32, last: u32) {
-    let Some(owners) = OWNERS.get() else { return };
+    let Some(owners) = owners() else { return };
     let last = (last as usize).min(owners.len() - 1);
     for owner in owners.get(first as usize..=last).unwrap_or_default() {
         owner.store(0, Ordering::Relaxed);
@@ -67,7 +90,7 @@ impl Descriptors {
     /// Records a descriptor that code in the domain has opened.
     pub(crate) fn claim(&mut self, descriptor: c_int) -> Answer {
         let file = sys::file_of(descriptor).map_err(|error| errno(&error))?;
-        OWNERS.get_or_init(|| (0..MOST).map(|_| AtomicU32::new(0)).collect());
+        make_owners();
         let owner = owner(descriptor).ok_or(libc::EMFILE)?;
         if self.number == 0 {
             self.number = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -343,11 +343,13 @@ pub(crate) unsafe extern "C" fn dup3(descriptor: c_int, to: c_int, flags: c_int)
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     type Function = unsafe extern "C" fn(c_uint, c_uint, c_int) -> c_int;
+    /// `CLOSE_RANGE_CLOEXEC`: nothing is closed now.
+    const CLOEXEC: c_int = 1 << 2;
     if rights::is_in_domain() {
         if !inside::is_in_copy() {
             return not_permitted();
         }
-    } else if first <= last {
+    } else if first <= last && flags & CLOEXEC == 0 {
         descriptors::forget_all(first, last);
     }
     let Some(next) = Next::close_range.find() else { return fail(libc::ENOSYS) };

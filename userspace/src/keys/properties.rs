@@ -27,6 +27,8 @@ struct System {
     allocated: u8,
     /// The key of each page that is mapped, key 0 if it was never tagged.
     pages: BTreeMap<usize, ProtectionKey>,
+    /// The protection of each page that was tagged.
+    protections: BTreeMap<usize, Protection>,
     /// Which of the next calls fail.
     failures: Vec<bool>,
 }
@@ -55,7 +57,7 @@ impl Tagger for Simulated {
         Ok(ProtectionKey::new(system.allocated))
     }
 
-    unsafe fn tag(&self, pages: Range<usize>, _: Protection, key: ProtectionKey) -> io::Result<()> {
+    unsafe fn tag(&self, pages: Range<usize>, protection: Protection, key: ProtectionKey) -> io::Result<()> {
         let mut system = self.0.borrow_mut();
         for page in pages {
             // Like the kernel, it can fail in the middle of a range.
@@ -63,6 +65,7 @@ impl Tagger for Simulated {
                 return Err(io::Error::from_raw_os_error(libc::ENOMEM));
             }
             *system.pages.get_mut(&page).expect("a page that is tagged is mapped") = key;
+            system.protections.insert(page, protection);
         }
         Ok(())
     }
@@ -78,6 +81,12 @@ enum Step {
     },
     EndCall {
         call: usize,
+    },
+    /// Code in a domain changes the protection of one of its pages.
+    Protect {
+        call: usize,
+        page: usize,
+        bits: u64,
     },
     /// Resumes a suspended call, which wants the key that it had.
     CallWithKey {
@@ -115,6 +124,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::NewMemory),
         8 => (number.clone(), 0..3usize).prop_map(|(memory, thread)| Step::Call { memory, thread }),
         6 => number.clone().prop_map(|call| Step::EndCall { call }),
+        4 => (number.clone(), 0..PAGES, 0..8u64).prop_map(|(call, page, bits)| Step::Protect { call, page, bits }),
         2 => (number.clone(), 0..3usize, 1..16u8)
             .prop_map(|(memory, thread, key)| Step::CallWithKey { memory, thread, key }),
         2 => (number.clone(), any::<bool>()).prop_map(|(memory, is_clean)| Step::Drop { memory, is_clean }),
@@ -208,6 +218,17 @@ impl World<'_> {
             Step::EndCall { call } => {
                 if !self.calls.is_empty() {
                     drop(self.calls.swap_remove(call % self.calls.len()));
+                }
+            }
+            Step::Protect { call, page, bits } => {
+                let Some((memory, _, pin)) = choose(&self.calls, call) else { return };
+                let protection = Protection::from_bits(bits).expect("any of three bits");
+                let key = self.table.pinned_key(pin);
+                let mut pages: Vec<_> = memory.runs().iter().flat_map(single_pages).collect();
+                pages[page].protection = protection;
+                // SAFETY: the pages are simulated.
+                if unsafe { self.table.tagger.tag(pages[page].pages.clone(), protection, key) }.is_ok() {
+                    self.table.set_runs(memory, pages.into());
                 }
             }
             Step::Drop { memory, is_clean } => {
@@ -325,8 +346,11 @@ impl World<'_> {
         for (page, key) in &system.pages {
             assert!(!locked.free.contains(*key), "page {page} carries key {key}, which is free");
         }
-        // A call's memory carries its key, all of it, and nothing else does.
+        // A call's memory carries its key, all of it, and nothing else does. It has the protection that it should have.
         for (memory, thread, pin) in &self.calls {
+            for run in memory.runs().iter() {
+                assert!(run.pages.clone().all(|page| system.protections.get(&page) == Some(&run.protection)));
+            }
             let key = self.table.pinned_key(pin);
             assert!(self.table.slots.of(key).is_pinned_by(caller(*thread)));
             for (page, found) in &system.pages {
@@ -335,6 +359,11 @@ impl World<'_> {
             }
         }
     }
+}
+
+fn single_pages(run: &Run) -> impl Iterator<Item = Run> + use<> {
+    let run = run.clone();
+    run.pages.clone().map(move |page| Run { pages: page..page + 1, ..run.clone() })
 }
 
 fn choose<T>(of: &[T], number: usize) -> Option<&T> {
