@@ -758,10 +758,14 @@ fn a_child_that_shares_memory_maps() {
     }
     // SAFETY: the child runs the function and exits.
     assert_eq!(unsafe { helper_vfork_and(act) }, 1 << 8, "control");
-    let mut domain = domain("parent");
-    for _ in 0..2 {
-        // SAFETY: as above.
-        assert_eq!(domain.call(|| unsafe { helper_vfork_and(act) }).unwrap(), 1 << 8);
-        contain(&mut domain, mistake);
+    // The child has no timer of its parent's.
+    let limited = Domain::builder("limited").deadline(std::time::Duration::from_secs(20));
+    for mut domain in [domain("parent"), build(limited)] {
+        for _ in 0..2 {
+            // SAFETY: as above.
+            assert_eq!(domain.call(|| unsafe { helper_vfork_and(act) }).unwrap(), 1 << 8);
+            assert!(domain.call(|| is_usable(map(null_mut(), PAGE, 0), PAGE)).unwrap());
+            contain(&mut domain, mistake);
+        }
     }
 }
