@@ -20,6 +20,8 @@ mod tally;
 #[cfg(test)]
 mod docs;
 #[cfg(test)]
+mod messages;
+#[cfg(test)]
 mod scripts;
 
 use std::process::ExitCode;

@@ -125,3 +125,8 @@ pub use shared::vault::Vault;
 #[doc(hidden)]
 pub use trusted::pages as trusted_pages;
 pub use violation::{Symbol, Violation, ViolationKind};
+
+/// Has the examples of this document tested.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/when-it-does-not-compile.md")]
+struct WhenItDoesNotCompile;

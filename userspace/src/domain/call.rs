@@ -28,6 +28,7 @@ impl Domain {
     /// The function reads what it captures in place, in the caller's memory. It is [`Fn`] because it cannot write there:
     /// writing a `Cell`, a lock or an atomic of the caller's ends in a violation. The result crosses by [`Transfer`]: the
     /// caller copies and checks it. Apart from what vectors and strings hold, a result has at most 4096 bytes.
+    /// `docs/when-it-does-not-compile.md` says what to write in place of `&mut` buffers, `FnOnce` and other types.
     ///
     /// Code in a domain cannot:
     ///

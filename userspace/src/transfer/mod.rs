@@ -76,9 +76,12 @@ pub use plain::{Block, Pair, Plain};
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot leave a domain",
     label = "the result of this function must be `Transfer`",
-    note = "results can be `()`, integers, floats, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight; \
-            return a `String` or a `Vec` in place of a reference, and a `usize` in place of a pointer into the domain's memory; \
-            for a type of your own implement `Transfer` by its fields, as that trait's documentation shows"
+    note = "results can be `()`, integers, floats, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight",
+    note = "in place of a reference or a buffer return a `String` or a `Vec`, and in place of a pointer into the domain's memory a `usize`",
+    note = "for a type of your own implement `Transfer` by its fields, as that trait's documentation shows",
+    note = "an error of another crate can cross as text: `.map_err(|error| error.to_string())`",
+    note = "a function that does not return needs a type: `let result: Result<(), Violation> = domain.call(…)`",
+    note = "docs/when-it-does-not-compile.md has an example of each"
 )]
 pub trait Transfer: Sized {
     /// The type that is copied out of the domain.

@@ -9,6 +9,10 @@ use std::mem::MaybeUninit;
 /// # Safety
 ///
 /// Every pattern of `size_of::<Self>()` bytes is a value, and nothing relies on pointers in it.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no wire",
+    note = "the wire of your own type can be that of a tuple: `type Wire = <(u32, String) as Transfer>::Wire`"
+)]
 pub unsafe trait Plain: Copy + 'static {
     /// Returns the value whose bytes are all zero.
     #[must_use]
