@@ -124,6 +124,11 @@ impl Thread {
         Caller { number: self.number, signal_stack: self.stack.part(0).start }
     }
 
+    /// Returns the start of the thread's own stack, 0 if it is not known.
+    pub(crate) const fn own_stack_start(&self) -> usize {
+        self.own_stack.start
+    }
+
     /// Returns whether this is the thread itself, and not its copy in a copy of the process.
     pub(crate) fn is_original(&self) -> bool {
         self.id.get() == sys::thread_id()

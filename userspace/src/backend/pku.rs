@@ -42,6 +42,8 @@ pub(crate) struct PkuBackend {
     pub(crate) mapped: usize,
     /// The size in bytes of the memory for thread-locals.
     pub(crate) thread_locals: usize,
+    /// Addresses that the program fills on demand.
+    pub(crate) on_demand: Box<[Range<usize>]>,
 }
 
 /// The memory of one domain.
@@ -282,6 +284,9 @@ unsafe impl Platform for PkuBackend {
             trap: Cell::new(None),
             in_panic: Cell::new(false),
             learning: Cell::new(false),
+            memory: mapping.addresses(),
+            on_demand: self.on_demand.clone(),
+            asked: Cell::new((0, 0)),
         };
         let own = [STACK, TLS, HEAP].map(|part| mapping.part(part));
         let ranges = own.into_iter().chain(self.libraries.iter().flat_map(LibraryData::ranges));

@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "two options have safety contracts")]
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -44,6 +45,7 @@ pub struct Builder {
     heap: usize,
     mapped: usize,
     thread_locals: usize,
+    on_demand: Vec<Range<usize>>,
     limits: Limits,
     hook: Option<Hook>,
     libraries: Vec<String>,
@@ -64,6 +66,7 @@ impl Builder {
             heap: 64 << 20,
             mapped: 64 << 20,
             thread_locals: tls::SIZE,
+            on_demand: Vec::new(),
             limits: Limits::default(),
             hook: None,
             libraries: Vec::new(),
@@ -84,6 +87,17 @@ impl Builder {
     /// Give it twice the size of what it is to hold. Like other allocators, it cannot always use the space between blocks.
     pub const fn heap_size(mut self, bytes: usize) -> Self {
         self.heap = bytes;
+        self
+    }
+
+    /// Names addresses that the program's own handlers of SIGSEGV and SIGBUS fill on demand. May be called more than once.
+    ///
+    /// A handler of SIGSEGV is asked anyway about a mapped page without access that is not the domain's, unless it is the
+    /// first that the program has installed: std has one from the start. For these addresses it is always asked, and
+    /// the handler of SIGBUS too. If the access faults again afterwards, that is a violation. No handler is asked about an
+    /// access that a protection key denies, or about an unmapped address.
+    pub fn filled_on_demand(mut self, addresses: Range<usize>) -> Self {
+        self.on_demand.push(addresses);
         self
     }
 
@@ -251,6 +265,7 @@ impl Builder {
             globals: self.globals,
             mapped: self.mapped,
             thread_locals: self.thread_locals,
+            on_demand: self.on_demand.clone().into(),
         };
         let core = Core::new(backend, sizes)?;
         let regions = self.regions.iter().cloned().map(|(region, _)| region).collect();

@@ -35,6 +35,9 @@ fn set(signal: c_int, new: Option<Action>) -> std::io::Result<Action> {
     if rights::is_in_domain() {
         return Err(std::io::Error::from_raw_os_error(libc::EPERM));
     }
+    if let Some(new) = &new {
+        actions::note(signal, new);
+    }
     if actions::is_in_force() && actions::is_kept(signal) {
         return actions::replace(signal, new);
     }

@@ -81,6 +81,12 @@ impl<const PARTS: usize> Mapping<PARTS> {
         self.parts[index].clone()
     }
 
+    /// Returns all addresses, those of guard pages included.
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        let start = self.start.as_ptr() as usize;
+        start..start + self.size
+    }
+
     /// Returns whether an address lies in a guard page.
     pub(crate) fn is_guard(&self, address: usize) -> bool {
         let start = self.start.as_ptr() as usize;

@@ -47,6 +47,25 @@ trusted! {
     };
 }
 
+trusted! {
+    /// The first handler of SIGSEGV that the program had, 0 if there was none.
+    static FIRST_HANDLER: AtomicUsize = AtomicUsize::new(0);
+}
+
+/// Notes an action that the program sets.
+pub(crate) fn note(signal: c_int, action: &Action) {
+    if signal == libc::SIGSEGV && action.is_function() {
+        let _ = FIRST_HANDLER.compare_exchange(0, action.handler, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}
+
+/// Returns the first handler of SIGSEGV that the program had, 0 if there was none; async-signal-safe.
+///
+/// std installs one before `main`. It ends the program at a fault in the guard page of a thread's stack.
+pub(super) fn first_handler() -> usize {
+    FIRST_HANDLER.load(Ordering::Relaxed)
+}
+
 /// Runs a function with the table locked and every signal blocked. A handler on this thread would wait forever for the
 /// lock.
 fn alone<R>(function: impl FnOnce() -> R) -> R {
@@ -131,6 +150,7 @@ pub(super) unsafe fn take_over(entry: usize) -> io::Result<()> {
             // An earlier attempt may have taken it over, and failed later or been left to the parent of a fork.
             if action.handler != entry {
                 write(signal, action);
+                note(signal, &action);
             }
         }
         TABLE.is_in_force.store(true, Ordering::Release);
@@ -154,10 +174,15 @@ pub(crate) fn replace(signal: c_int, new: Option<Action>) -> io::Result<Action> 
 
 /// Resets the program's action for a signal to the default; async-signal-safe. The caller blocks every signal.
 pub(super) fn reset(signal: c_int) {
+    set(signal, Action::DEFAULT);
+}
+
+/// Sets the program's action for a signal; async-signal-safe. The caller blocks every signal.
+pub(super) fn set(signal: c_int, action: Action) {
     lock();
-    write(signal, Action::DEFAULT);
+    write(signal, action);
     // It cannot fail for a signal that has just been delivered.
-    let _ = put_in_force(signal, &Action::DEFAULT);
+    let _ = put_in_force(signal, &action);
     unlock();
 }
 

@@ -31,6 +31,8 @@ pub(super) struct CallFacts {
     pub(super) is_copy: bool,
     /// The instruction is one by which std notes a panic in a static, and the handler can skip it.
     pub(super) is_panic_write: bool,
+    /// The program may fill the page on demand: its handler is to be asked.
+    pub(super) is_asked: bool,
 }
 
 /// What to do.
@@ -45,6 +47,8 @@ pub(super) enum Decision {
     SkipPanicWrite,
     /// Run the program's handler, or do what it wants instead.
     Forward,
+    /// Run the program's handler, and resume as if it had filled a page.
+    Ask,
     /// Give rights to a key of the program's, and resume.
     Grant {
         key: ProtectionKey,
@@ -102,6 +106,9 @@ fn in_call(at: &Interrupted, call: CallFacts, is_default: bool) -> Decision {
     }
     if call.is_panic_write {
         return Decision::SkipPanicWrite;
+    }
+    if call.is_asked {
+        return Decision::Ask;
     }
     Decision::Rewind { reason }
 }
@@ -177,6 +184,7 @@ mod tests {
         Resume,
         FailCopy,
         Exit(i32),
+        Ask,
         Default,
     }
     use Expected::*;
@@ -194,6 +202,7 @@ mod tests {
             Decision::Resume => Resume,
             Decision::FailCopy { .. } => FailCopy,
             Decision::Exit { status } => Exit(status),
+            Decision::Ask => Ask,
             Decision::Default => Default,
         }
     }
@@ -222,7 +231,7 @@ mod tests {
     /// The facts where no domain runs and no key is the program's.
     const NOTHING: Facts = Facts { call: None, statics_key: None, lent_key: None, is_default: false };
 
-    const CALL: CallFacts = CallFacts { is_leaving: false, is_copy: false, is_panic_write: false };
+    const CALL: CallFacts = CallFacts { is_leaving: false, is_copy: false, is_panic_write: false, is_asked: false };
 
     /// Checks a signal in a call, and the same signal outside any, with the rights of a domain and of the program.
     #[track_caller]
@@ -316,6 +325,15 @@ mod tests {
             check(at, Rewind, Default, Forward);
         }
         check(Interrupted { code: libc::SI_USER, ..read }, Forward, Default, Forward);
+    }
+
+    #[test]
+    fn the_program_is_asked_about_pages_that_it_may_fill() {
+        let call = CallFacts { is_asked: true, ..CALL };
+        let facts = |call| Facts { call: Some(call), ..NOTHING };
+        assert_eq!(of(decide(&SIGNAL, &facts(call))), Ask);
+        assert_eq!(of(decide(&SIGNAL, &facts(CallFacts { is_copy: true, ..call }))), Exit(libc::EXIT_FAILURE));
+        assert_eq!(of(decide(&SIGNAL, &NOTHING)), Default, "in no call");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use super::delivery::Delivery;
 use super::forward::{self, Origin};
 use super::frame::SignalContext;
 use super::trap::{Interrupted, Running, Trap};
-use super::{actions, frame, panics, stacks};
+use super::{actions, frame, on_demand, panics, stacks};
 use crate::inside::abort::AbortReason;
 use crate::keys::{self, lent, statics};
 use crate::sys;
@@ -191,6 +191,12 @@ unsafe extern "C" fn handle(
                 return true;
             }
         }
+        Decision::Ask => {
+            if let Some(call) = &call {
+                // SAFETY: as above.
+                unsafe { ask(signal, info, frame, &at, call) };
+            }
+        }
         Decision::Grant { key, to, acknowledge } => {
             match (to, &call) {
                 (Grantee::Interrupted, _) => frame::grant(context, key),
@@ -248,6 +254,7 @@ impl Call {
             is_leaving: fs_base == caller,
             is_copy: is_about_code && !thread::current().is_some_and(Thread::is_original),
             is_panic_write: skip.is_some(),
+            is_asked: on_demand::is_asked(at, call, thread::current().map_or(0, Thread::own_stack_start)),
         };
         Some(Self { running, fs_base, facts, skip })
     }
@@ -277,6 +284,7 @@ impl Call {
 /// The frame is that of a signal that interrupted this call.
 unsafe fn rewind(context: &mut SignalContext, call: &Call, at: Interrupted, reason: Option<AbortReason>) {
     let in_panic = call.running().in_panic.replace(false);
+    call.running().asked.set((0, 0));
     call.running().trap.set(Some(Trap { at, reason, in_panic }));
     // SAFETY: the signal interrupted this call, and sigreturn resumes with the returned state, whose FS base is in
     // force already.
@@ -284,6 +292,22 @@ unsafe fn rewind(context: &mut SignalContext, call: &Call, at: Interrupted, reas
     if !frame::write(context, rewind) {
         // The frame has no PKRU, unlike at the capability check, so the caller cannot resume.
         sys::exit_with(libc::EXIT_FAILURE);
+    }
+}
+
+/// Has the program's handler fill a page that a domain has used.
+///
+/// # Safety
+///
+/// As for [`forward()`], and the signal interrupted this call.
+unsafe fn ask(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void, at: &Interrupted, call: &Call) {
+    call.running().asked.set((at.instruction, at.address));
+    let before = actions::get(signal);
+    // SAFETY: the caller guarantees this.
+    unsafe { forward(signal, info, frame, at, Some(call)) };
+    // A handler that wants to end the program leaves that to the kernel. The fault is about to end the call only.
+    if actions::is_default(signal) && before.flags & libc::SA_RESETHAND as u64 == 0 {
+        actions::set(signal, before);
     }
 }
 

@@ -10,6 +10,7 @@
 //! | [`forward`] | the program's handlers |
 //! | [`delivery`] | calling a handler as the kernel would |
 //! | [`actions`] | the program's signal actions |
+//! | [`on_demand`] | faults about which the program's handler is asked |
 //! | [`panics`] | the writes with which std records a panic, which the handler skips |
 //!
 //! On a fault in a domain, the handler writes the caller's state to the signal frame. sigreturn(2) then restores
@@ -33,6 +34,7 @@ mod delivery;
 mod forward;
 mod frame;
 mod handler;
+mod on_demand;
 pub(crate) mod panics;
 pub(crate) mod stacks;
 pub(crate) mod trap;

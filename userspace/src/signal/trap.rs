@@ -76,4 +76,10 @@ pub(crate) struct Running {
     pub(crate) in_panic: Cell<bool>,
     /// The call is a trial call that panics. From it the handler learns std's writes.
     pub(crate) learning: Cell<bool>,
+    /// All addresses of the domain's own memory, guard pages included.
+    pub(crate) memory: Range<usize>,
+    /// Addresses that the program fills on demand, as the builder was told.
+    pub(crate) on_demand: Box<[Range<usize>]>,
+    /// The instruction and the address of the last fault about which the program's handler was asked.
+    pub(crate) asked: Cell<(u64, u64)>,
 }
