@@ -11,7 +11,7 @@ use pkru::ProtectionKey;
 use pkru::allocator::{KeyAllocator, KeyError};
 use pkru::domain::{self, Entry, Platform, Sizes};
 use pkru::gate::{Context, Exit};
-use pkru::heap::DomainHeap;
+use pkru::heap::{DomainHeap, HeapChecks};
 use spin::Mutex;
 use x86_64::VirtAddr;
 use x86_64::structures::paging::mapper::MapToError;
@@ -123,12 +123,11 @@ unsafe impl Platform for Kernel {
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
         let start = memory.heap.start;
         let size = (memory.heap.end - start) as usize;
-        let bottom =
-            NonNull::new((start + BOOKKEEPING as u64).as_mut_ptr()).ok_or(Error::Map("the heap is at address 0"))?;
+        let memory = NonNull::new(start.as_mut_ptr()).ok_or(Error::Map("the heap is at address 0"))?;
+        // The kernel has no source of random numbers. The address differs from domain to domain.
+        let secret = start.as_u64();
         // SAFETY: `map` mapped the range, it stays mapped as long as the domain lives, and nothing else uses it.
-        let heap = unsafe { DomainHeap::new(bottom, size - BOOKKEEPING) };
-        // SAFETY: the start of the heap is mapped and aligned to a page, and the heap begins after these bytes.
-        unsafe { start.as_mut_ptr::<DomainHeap>().write(heap) };
+        let _ = unsafe { DomainHeap::create(memory, size, HeapChecks::Fast, secret) };
         Ok(())
     }
 
@@ -183,7 +182,7 @@ fn map(sizes: Sizes, key: ProtectionKey) -> Result<Memory, Error> {
         return Err(Error::Size(sizes));
     }
     if heap < SMALLEST_HEAP {
-        return Err(Error::Map("the heap is too small for its bookkeeping"));
+        return Err(Error::Map("the heap is too small for its records"));
     }
     let start = {
         let mut next = NEXT.lock();
@@ -207,11 +206,8 @@ fn map(sizes: Sizes, key: ProtectionKey) -> Result<Memory, Error> {
     Ok(Memory { context, stack, heap, key })
 }
 
-/// The smallest heap in bytes: its bookkeeping and half a page.
-const SMALLEST_HEAP: u64 = BOOKKEEPING as u64 + PAGE / 2;
-
-/// The bytes at the start of a heap that hold its bookkeeping.
-const BOOKKEEPING: usize = size_of::<DomainHeap>().next_multiple_of(pkru::heap::ALIGNMENT);
+/// The smallest heap in bytes: its records and half a page.
+const SMALLEST_HEAP: u64 = DomainHeap::RECORDS as u64 + PAGE / 2;
 
 /// Returns a domain's heap. Code in the domain calls this with the heap's start address.
 ///

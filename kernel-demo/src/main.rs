@@ -109,7 +109,7 @@ unsafe extern "C" fn sum_in_heap(heap: u64) -> u64 {
     const LENGTH: usize = 1000;
     // SAFETY: the argument is the start of the calling domain's heap, and this is the only reference.
     let heap = unsafe { heap_at(heap) };
-    let Some(block) = heap.allocate(LENGTH * size_of::<u64>(), align_of::<u64>()) else { return 0 };
+    let Ok(Some(block)) = heap.allocate(LENGTH * size_of::<u64>(), align_of::<u64>(), 0) else { return 0 };
     // SAFETY: the block has the slice's size and alignment, and nothing else uses it. A domain's memory starts zeroed, so
     // every byte is initialised.
     let table = unsafe { core::slice::from_raw_parts_mut(block.cast::<u64>().as_ptr(), LENGTH) };
@@ -118,7 +118,7 @@ unsafe extern "C" fn sum_in_heap(heap: u64) -> u64 {
     }
     let sum = table.iter().sum();
     // SAFETY: nothing uses the block any more.
-    match unsafe { heap.free(block) } {
+    match unsafe { heap.free(block, 0) } {
         Ok(()) => sum,
         Err(_) => 0,
     }

@@ -371,7 +371,7 @@ unsafe extern "C" fn clobber_and_trap(_: u64) -> u64 {
 unsafe extern "C" fn allocate_until_none(heap: u64) -> u64 {
     // SAFETY: the argument is the start of the calling domain's heap, and this is the only reference.
     let heap = unsafe { heap_at(heap) };
-    (0..).take_while(|_| heap.allocate(1000, 16).is_some()).count() as u64
+    (0..).take_while(|_| heap.allocate(1000, 16, 0).is_ok_and(|block| block.is_some())).count() as u64
 }
 
 fn an_exhausted_heap_returns_none() {

@@ -53,7 +53,7 @@
 //!
 //! | feature | default | adds |
 //! |---|---|---|
-//! | `heap` | yes | [`heap`], over `linked_list_allocator` |
+//! | `heap` | yes | [`heap`] |
 //! | `paging` | yes | [`paging`], over `x86_64` |
 //!
 //! # Examples

@@ -117,7 +117,7 @@ pub use error::Error;
 pub use keys::statics::Globals;
 pub use keys::{hand_in_key, set_key_limit};
 pub use pkru::fault::KeyFault;
-pub use pkru::heap::HeapError;
+pub use pkru::heap::{Corruption, Damage, HeapChecks, HeapError};
 pub use pkru::rights::Access;
 pub use pkru::{AccessRights, KeyRights, ProtectionKey};
 pub use shared::region::{Region, RegionAccess};

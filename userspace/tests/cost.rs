@@ -10,14 +10,16 @@ use std::hint::black_box;
 
 use pkru::domain::default_rights;
 use pkru::gate::{Context, Exit, Gate};
-use pkru_userspace::{Domain, ProtectionKey};
-use support::{domain, suite};
+use pkru_userspace::{Domain, HeapChecks, ProtectionKey};
+use support::{build, domain, suite};
 
 suite! {
     #[counts_instructions] an_empty_call,
     #[counts_instructions] a_rewind,
     #[counts_instructions] a_violation_costs_less_to_log_than_to_rewind,
     #[counts_instructions] malloc_and_free_in_a_domain,
+    #[counts_instructions] a_check_costs_what_was_touched,
+    #[counts_instructions] steps_of_the_heap_are_bounded,
     #[counts_instructions] the_bare_gate,
     #[counts_instructions] a_call_costs_the_same_with_a_thousand_domains,
     #[counts_instructions] a_discard_costs_what_was_touched,
@@ -72,9 +74,12 @@ fn a_violation_costs_less_to_log_than_to_rewind() {
 }
 
 fn an_empty_call() {
-    let mut domain = domain("empty");
-    let figure = count(|| domain.call(|| ()).unwrap());
-    report("an empty Domain::call", figure, 150);
+    for (checks, _) in LEVELS {
+        let mut domain = build(Domain::builder("empty").heap_checks(checks));
+        let figure = count(|| domain.call(|| ()).unwrap());
+        report("an empty Domain::call", figure, 150);
+        assert!(figure <= 146 || cfg!(debug_assertions), "a call that touches nothing of the heap hardly pays for it");
+    }
 }
 
 fn a_rewind() {
@@ -101,15 +106,147 @@ fn a_rewind() {
     assert_eq!(*target, 0);
 }
 
+const LEVELS: [(HeapChecks, &str); 2] = [(HeapChecks::Fast, "fast"), (HeapChecks::Full, "full")];
+
 fn malloc_and_free_in_a_domain() {
-    let mut domain = domain("malloc");
-    let figure = domain.call(|| {
-        count(|| {
-            // SAFETY: the block is freed once.
-            unsafe { libc::free(black_box(libc::malloc(black_box(64)))) };
+    for ((checks, name), goal) in LEVELS.into_iter().zip([120, 180]) {
+        let mut domain = build(Domain::builder("malloc").heap_checks(checks));
+        let figure = domain.call(|| {
+            count(|| {
+                // SAFETY: the block is freed once.
+                unsafe { libc::free(black_box(libc::malloc(black_box(64)))) };
+            })
+        });
+        let figure = figure.unwrap();
+        println!(
+            "figure: malloc and free of 64 bytes in a domain, {name} checks: {figure} instructions (at most {goal})"
+        );
+        assert!(figure <= goal || cfg!(debug_assertions));
+    }
+}
+
+fn a_check_costs_what_was_touched() {
+    for (checks, name) in LEVELS {
+        let mut domain = build(Domain::builder("check").heap_checks(checks));
+        let mut cost = |pairs: usize| {
+            let once = |domain: &mut Domain| {
+                domain.call(|| {
+                    // SAFETY: each block is freed once.
+                    (0..pairs).for_each(|_| unsafe { libc::free(black_box(libc::malloc(black_box(64)))) });
+                })
+            };
+            count(|| once(&mut domain).unwrap())
+        };
+        let [none, one, ten, thousand] = [0, 1, 10, 1000].map(&mut cost);
+        println!(
+            "figure: a call that allocates and frees 64 bytes with {name} checks, {none} instructions without: {one} once, \
+             {ten} ten times, {thousand} a thousand times"
+        );
+        if checks == HeapChecks::Fast {
+            // Some of a thousand wait for the next generation of freed blocks.
+            let most = 1000 * 130 + 128 * 40;
+            assert!(thousand < most || cfg!(debug_assertions), "a bounded number of blocks is checked");
+        }
+    }
+}
+
+/// Numbers from a linear congruential generator.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % limit
+    }
+}
+
+/// Replaces one of so many live blocks of up to `most` bytes in each step. Returns the instructions of a step.
+fn churn(live: usize, most: usize) -> u64 {
+    let mut numbers = Numbers(1);
+    // SAFETY: malloc takes any size.
+    let new = |numbers: &mut Numbers| unsafe { libc::malloc(numbers.below(most) + 1) };
+    let mut blocks: Vec<_> = (0..live).map(|_| new(&mut numbers)).collect();
+    let mut steps = |steps: usize| {
+        count_once(|| {
+            for _ in 0..steps {
+                let index = numbers.below(live);
+                // SAFETY: the block is replaced.
+                unsafe { libc::free(blocks[index]) };
+                blocks[index] = new(&mut numbers);
+            }
+        }) / steps as u64
+    };
+    // At first new memory costs page faults.
+    steps(5 * live);
+    let cost = (0..5).map(|_| steps(1000)).min().unwrap_or(0);
+    // SAFETY: each block is freed once.
+    blocks.into_iter().for_each(|block| unsafe { libc::free(block) });
+    cost
+}
+
+/// Allocates and frees 8 KiB in each step, with so many holes that are too small.
+fn holes(holes: usize) -> u64 {
+    // SAFETY: malloc takes any size.
+    let blocks: Vec<_> = (0..2 * holes).map(|_| unsafe { libc::malloc(2000) }).collect();
+    // SAFETY: each block is freed once.
+    blocks.iter().step_by(2).for_each(|block| unsafe { libc::free(*block) });
+    let pair = || {
+        // SAFETY: the block is freed once.
+        (0..100).for_each(|_| unsafe { libc::free(black_box(libc::malloc(black_box(8192)))) });
+    };
+    let cost = (0..5).map(|_| count_once(pair)).min().unwrap_or(0) / 100;
+    // SAFETY: each block is freed once.
+    blocks.iter().skip(1).step_by(2).for_each(|block| unsafe { libc::free(*block) });
+    cost
+}
+
+/// Grows two blocks in turn, each step by an eighth.
+fn growth(most: usize) -> u64 {
+    let grow = || {
+        let mut blocks = [std::ptr::null_mut(); 2];
+        let (mut size, mut steps) = (64, 0);
+        while size < most {
+            for block in &mut blocks {
+                // SAFETY: the block is replaced.
+                *block = unsafe { libc::realloc(*block, size) };
+                steps += 1;
+            }
+            size += size / 8;
+        }
+        // SAFETY: each block is freed once.
+        blocks.into_iter().for_each(|block| unsafe { libc::free(block) });
+        steps
+    };
+    (0..5)
+        .map(|_| {
+            let mut steps = 0;
+            count_once(|| steps = grow()) / steps
         })
-    });
-    report("malloc and free of 64 bytes in a domain", figure.unwrap(), 120);
+        .min()
+        .unwrap_or(0)
+}
+
+fn steps_of_the_heap_are_bounded() {
+    /// A pattern with little and with ten times as much, and the most instructions of a step with much.
+    type Pattern = (&'static str, fn() -> u64, fn() -> u64, u64);
+    // Where blocks are large, a step includes page faults.
+    let patterns: [Pattern; 4] = [
+        ("churn of blocks to 4 KiB, 1,000 of them", || churn(100, 4096), || churn(1000, 4096), 1500),
+        ("churn of blocks to 64 KiB, 1,000 of them", || churn(100, 65_536), || churn(1000, 65_536), 5000),
+        ("8 KiB with 1,000 holes", || holes(100), || holes(1000), 750),
+        ("realloc growth to 64 KiB", || growth(6400), || growth(65_536), 3000),
+    ];
+    for (what, little, much, most) in patterns {
+        let (_, glibc) = (little(), much());
+        for (checks, name) in LEVELS {
+            let builder = Domain::builder("heap").heap_size(256 << 20).heap_checks(checks);
+            let (few, many) = build(builder).call(|| (little(), much())).unwrap();
+            println!("figure: {what}, {name} checks: {many} instructions a step; {few} with a tenth; glibc {glibc}");
+            if checks == HeapChecks::Fast {
+                assert!(many <= most || cfg!(debug_assertions), "{what}: {many} instructions a step, more than {most}");
+            }
+        }
+    }
 }
 
 fn the_bare_gate() {

@@ -5,12 +5,12 @@
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use pkru::domain::{Entry, Platform, Sizes};
 use pkru::gate::{Context, Exit, Gate};
-use pkru::heap::{ALIGNMENT, DomainHeap};
+use pkru::heap::{DomainHeap, HeapChecks};
 use pkru::{AccessRights, KeyRights, ProtectionKey};
 
 use crate::descriptors::Descriptors;
@@ -19,7 +19,7 @@ use crate::keys::{Caller, Pin, Tagged};
 use crate::loader::bind;
 use crate::loader::library_data::LibraryData;
 use crate::memory::layout::Layout;
-use crate::memory::locals::Locals;
+use crate::memory::locals::{HeapWord, Locals};
 use crate::memory::mapping::{Mapping, Use};
 use crate::memory::tls;
 use crate::signal::trap::{Running, Trap};
@@ -44,6 +44,8 @@ pub(crate) struct PkuBackend {
     pub(crate) thread_locals: usize,
     /// Addresses that the program fills on demand.
     pub(crate) on_demand: Box<[Range<usize>]>,
+    /// How thoroughly the domain's heap looks for mistakes.
+    pub(crate) heap_checks: HeapChecks,
 }
 
 /// The memory of one domain.
@@ -230,6 +232,16 @@ impl Memory {
         unsafe { DomainHeap::last_failed_of(heap.as_ptr()) }
     }
 
+    /// Returns whether code of the domain's heap was running, as the heap says. The calling thread has rights to the
+    /// memory.
+    pub(crate) fn is_in_allocator(&self) -> bool {
+        let mut busy = MaybeUninit::<usize>::zeroed();
+        // If it is not readable, it stays 0.
+        let _ = sys::copy_value_from(self.heap().start + DomainHeap::BUSY, &mut busy);
+        // SAFETY: any bytes are an integer.
+        unsafe { busy.assume_init() == 1 }
+    }
+
     /// Copies a text from the domain's memory, at most 4,096 bytes. Returns `None` if the text is not all in that
     /// memory. The calling thread has rights to the memory.
     pub(crate) fn text(&self, address: usize, length: usize) -> Option<String> {
@@ -317,31 +329,24 @@ unsafe impl Platform for PkuBackend {
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
         memory.mapping.check()?;
         let range = memory.heap();
-        let heap = NonNull::new(range.start as *mut DomainHeap).expect("a heap does not start at 0");
+        let start = NonNull::new(range.start as *mut u8).expect("a heap does not start at 0");
+        let secret = sys::random_word() ^ range.start as u64;
+        // SAFETY: the heap's memory is the domain's, and nothing else uses it until the domain runs.
+        let heap = unsafe { DomainHeap::new(start, range.len(), self.heap_checks, secret) };
         let (place, stack) = (memory.thread_locals(), memory.stack());
         {
             // A signal handler that calls another domain would wait forever for locks that this thread holds.
             let _quiet = sys::BlockedSignals::new();
             drop(bind::bind_all());
-            tls::update(
-                &mut memory.thread_locals,
-                &place,
-                Locals::new(heap, &stack, &raw const memory.running.context),
-            )?;
+            let locals = Locals::new(&stack, &raw const memory.running.context);
+            let word = HeapWord::new(start.cast(), self.heap_checks);
+            tls::update(&mut memory.thread_locals, &place, locals, word)?;
         }
         // A lease pins this key.
         ensure_rights(memory.running.context.key());
         self.libraries.iter().try_for_each(LibraryData::restore).map_err(inaccessible)?;
-        // The heap's first bytes are written below by code that expects that it can.
-        // SAFETY: no code runs in the domain.
-        unsafe { sys::copy_to(ptr::from_ref(&0u8), range.start, 1) }.map_err(inaccessible)?;
-        let skip = size_of::<DomainHeap>().next_multiple_of(ALIGNMENT);
-        // SAFETY: the smallest heap is larger than the bookkeeping.
-        let bottom = unsafe { heap.cast::<u8>().add(skip) };
-        // SAFETY: the heap's memory is mapped, and nothing else uses it until the domain runs.
-        let value = unsafe { DomainHeap::new(bottom, range.len() - skip) };
-        // SAFETY: the heap starts after these bytes, which are the domain's.
-        unsafe { sys::copy_to((&raw const value).cast(), range.start, size_of::<DomainHeap>()) }
+        // SAFETY: no code runs in the domain, whose heap has room for this at its start.
+        unsafe { sys::copy_to((&raw const heap).cast(), range.start, size_of::<DomainHeap>()) }
             .map_err(inaccessible)?;
         let template = memory.thread_locals.as_mut().expect("it was just made");
         // SAFETY: the template was made for this domain, in which no call runs.

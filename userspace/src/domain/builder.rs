@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use pkru::AccessRights;
 use pkru::domain::{Domain as Core, Sizes, default_rights};
+use pkru::heap::{DomainHeap, HeapChecks};
 use pkru::{KeyRights, ProtectionKey};
 
 use super::limits::Limits;
@@ -46,6 +47,7 @@ pub struct Builder {
     mapped: usize,
     thread_locals: usize,
     on_demand: Vec<Range<usize>>,
+    heap_checks: HeapChecks,
     limits: Limits,
     hook: Option<Hook>,
     libraries: Vec<String>,
@@ -67,6 +69,7 @@ impl Builder {
             mapped: 64 << 20,
             thread_locals: tls::SIZE,
             on_demand: Vec::new(),
+            heap_checks: HeapChecks::default(),
             limits: Limits::default(),
             hook: None,
             libraries: Vec::new(),
@@ -81,8 +84,8 @@ impl Builder {
         self
     }
 
-    /// Sets the size of the heap in bytes, rounded up to pages. The default is 64 MiB. Memory is allocated when it is first
-    /// touched.
+    /// Sets the size of the heap in bytes, rounded up to pages. The default is 64 MiB, the limit 16 GiB. Memory is
+    /// allocated when it is first touched.
     ///
     /// Give it twice the size of what it is to hold. Like other allocators, it cannot always use the space between blocks.
     pub const fn heap_size(mut self, bytes: usize) -> Self {
@@ -116,6 +119,13 @@ impl Builder {
     /// after a discard. A file can be mapped too.
     pub const fn mapped_size(mut self, bytes: usize) -> Self {
         self.mapped = bytes;
+        self
+    }
+
+    /// Sets how thoroughly the domain's heap looks for mistakes of the code that uses it. The default is
+    /// [`HeapChecks::Fast`].
+    pub const fn heap_checks(mut self, checks: HeapChecks) -> Self {
+        self.heap_checks = checks;
         self
     }
 
@@ -241,12 +251,12 @@ impl Builder {
         if rights::is_in_domain() {
             return Err(Error::InDomain);
         }
-        let limit = sys::physical_memory();
-        for (part, requested, minimum) in [
-            ("stack", self.stack, Self::MINIMUM_STACK),
-            ("heap", self.heap, Self::MINIMUM_HEAP),
-            ("mapped memory", self.mapped, 0),
-            ("memory for thread-locals", self.thread_locals, 4096),
+        let most = sys::physical_memory();
+        for (part, requested, minimum, limit) in [
+            ("stack", self.stack, Self::MINIMUM_STACK, most),
+            ("heap", self.heap, Self::MINIMUM_HEAP, most.min(DomainHeap::LARGEST)),
+            ("mapped memory", self.mapped, 0, most),
+            ("memory for thread-locals", self.thread_locals, 4096, most),
         ] {
             if requested < minimum || requested > limit {
                 return Err(Error::Size { part, requested, minimum, limit });
@@ -266,6 +276,7 @@ impl Builder {
             mapped: self.mapped,
             thread_locals: self.thread_locals,
             on_demand: self.on_demand.clone().into(),
+            heap_checks: self.heap_checks,
         };
         let core = Core::new(backend, sizes)?;
         let regions = self.regions.iter().cloned().map(|(region, _)| region).collect();
@@ -324,6 +335,7 @@ impl fmt::Debug for Builder {
             .field("heap", &self.heap)
             .field("mapped", &self.mapped)
             .field("thread_locals", &self.thread_locals)
+            .field("heap_checks", &self.heap_checks)
             .field("limits", &self.limits)
             .field("libraries", &self.libraries)
             .finish_non_exhaustive()

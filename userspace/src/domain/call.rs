@@ -42,8 +42,9 @@ impl Domain {
     ///   discard.
     /// - use the caller's thread-locals: a domain has its own. A captured handle must not index them.
     ///
-    /// A mistake shows when memory outside is accessed. What code does to its own domain's heap may end a later
-    /// call.
+    /// A mistake shows when memory outside is accessed, or when the heap finds that it is damaged: what the call allocated
+    /// and freed is checked before its result is accepted. Other damage to the domain's own heap may end a later call, and
+    /// writes within a block or to the stack may show never.
     ///
     /// If calls of other threads use all protection keys, this waits for one of them to end. Within another call, as in a
     /// signal handler, it waits about half a second. A signal handler may call a domain if it may allocate memory at

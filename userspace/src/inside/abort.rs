@@ -7,13 +7,16 @@
 
 use std::arch::naked_asm;
 
-use pkru::heap::HeapError;
+use pkru::heap::{Corruption, Damage, HeapError};
 
 /// Why code of this crate ends a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AbortReason {
     /// A free or resize of what is no live block of the domain's heap. `caller` is the return address of the call.
     InvalidFree { error: HeapError, caller: u64 },
+    /// The domain's heap is damaged. `words` is the address, on the domain's stack, of [`corruption_words`]. `caller` is
+    /// the return address of the call that found it, or 0.
+    HeapCorruption { words: usize, caller: u64 },
     /// abort(3).
     Abort,
     /// abort(3) after an allocation of `size` bytes failed.
@@ -61,6 +64,7 @@ pub(crate) fn abort_call(reason: AbortReason) -> ! {
         AbortReason::Panic { text, length } => (10, text, length),
         AbortReason::Callback { index } => (11, index, 0),
         AbortReason::Raised { signal } => (12, signal as u32 as usize, 0),
+        AbortReason::HeapCorruption { words, caller } => (13, words, caller as usize),
     };
     // SAFETY: the instruction raises an exception and does not return.
     unsafe { raise(code, a, b) }
@@ -69,6 +73,32 @@ pub(crate) fn abort_call(reason: AbortReason) -> ! {
 #[unsafe(naked)]
 unsafe extern "C" fn raise(code: u64, a: usize, b: usize) -> ! {
     naked_asm!("ud2")
+}
+
+/// Encodes a corruption, to be left on the domain's stack.
+pub(crate) fn corruption_words(corruption: &Corruption) -> [u64; 5] {
+    let Corruption { damage, block, size, site } = *corruption;
+    let damage = match damage {
+        Damage::Behind => 0,
+        Damage::Before => 1,
+        Damage::Freed => 2,
+        _ => 3,
+    };
+    [damage, block as u64, u64::from(size.is_some()), size.unwrap_or(0) as u64, site.unwrap_or(0) as u64]
+}
+
+/// Decodes [`corruption_words`] from the domain's stack. Any words are a corruption.
+pub(crate) fn corruption_of(words: &[u64]) -> Corruption {
+    let word = |index: usize| words.get(index).map_or(0, |word| *word as usize);
+    let damage = match word(0) {
+        0 => Damage::Behind,
+        1 => Damage::Before,
+        2 => Damage::Freed,
+        _ => Damage::Records,
+    };
+    // The call instruction lies before its return address.
+    let site = word(4).checked_sub(1);
+    Corruption { damage, block: word(1), size: (word(2) == 1).then(|| word(3)), site }
 }
 
 impl AbortReason {
@@ -95,6 +125,7 @@ impl AbortReason {
             10 => Self::Panic { text: address, length: b as usize },
             11 => Self::Callback { index: address },
             12 => Self::Raised { signal: a as i32 },
+            13 => Self::HeapCorruption { words: address, caller: b },
             _ => return None,
         })
     }

@@ -8,6 +8,7 @@ use std::arch::naked_asm;
 use std::ffi::c_void;
 
 use super::abort::{AbortReason, abort_call};
+use super::libc;
 use super::request::{self, Request};
 use crate::memory::locals;
 
@@ -80,6 +81,8 @@ unsafe extern "C" fn suspend(request: *const Request) -> ! {
     if unsafe { head.as_ref() }.is_none_or(|head| index >= head.count) {
         abort_call(AbortReason::Callback { index });
     }
+    // The arguments are accepted as a result is.
+    libc::check_heap(locals::heap());
     // SAFETY: this is the running call's stack.
     unsafe { request::suspend(request) }
 }

@@ -5,7 +5,8 @@
 use pkru::domain::Entry;
 
 use super::callback::{self, Head};
-use super::exported;
+use super::{exported, libc};
+use crate::memory::locals;
 use crate::transfer::Transfer;
 
 /// What the code in the domain is handed. It lies in the caller's memory, which the domain can read.
@@ -21,8 +22,11 @@ pub(crate) struct Call<'a, F> {
 pub(crate) unsafe extern "C" fn run<F: Fn() -> R, R: Transfer>(call: u64) -> u64 {
     // SAFETY: `Domain::call` passes the address of its own value.
     let call = unsafe { &*(call as *const Call<'_, F>) };
-    exported::free_exported();
+    let heap = locals::heap();
+    // SAFETY: this runs in a domain.
+    unsafe { exported::free_exported(heap) };
     let wire = (call.function)().into_wire();
+    libc::check_heap(heap);
     // SAFETY: the mailbox is in the domain's memory, page-aligned and large enough, and above the stack in use.
     unsafe { (call.mailbox as *mut R::Wire).write(wire) };
     0

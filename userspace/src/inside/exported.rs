@@ -8,6 +8,8 @@
 use std::alloc::Layout;
 use std::mem::ManuallyDrop;
 
+use pkru::heap::DomainHeap;
+
 use crate::memory::locals;
 
 /// A block that the caller may still read.
@@ -45,11 +47,15 @@ pub(crate) fn export<W>(wires: Vec<W>) {
     unsafe { &mut *list }.push(Exported { start: wires.as_mut_ptr().cast(), layout });
 }
 
-/// Frees what the last call exported.
+/// Frees what the last call exported from the domain's heap.
+///
+/// # Safety
+///
+/// Code runs in a domain, and this is its heap.
 #[inline]
-pub(crate) fn free_exported() {
-    // SAFETY: as in `export`.
-    let Some(heap) = (unsafe { locals::heap().as_mut() }) else { return };
+pub(crate) unsafe fn free_exported(heap: *mut DomainHeap) {
+    // SAFETY: nothing else uses the heap at this moment.
+    let heap = unsafe { &mut *heap };
     // An allocation that failed in an earlier call is not the reason if this one aborts.
     heap.note_failed(0);
     let list = heap.root().cast::<Vec<Exported>>();

@@ -9,7 +9,7 @@ use std::ptr::{self, NonNull};
 
 use pkru::heap::{ALIGNMENT, DomainHeap, HeapError};
 
-use super::abort::{AbortReason, abort_call};
+use super::abort::{AbortReason, abort_call, corruption_words};
 use crate::memory::locals;
 use crate::sys;
 
@@ -31,23 +31,58 @@ fn pointer(block: Option<NonNull<u8>>) -> *mut c_void {
     }
 }
 
-/// Ends the call on an invalid block. `caller` is the return address of the function that got it.
-fn checked<T>(result: Result<T, HeapError>, caller: u64) -> T {
+/// Uses the heap where it may find a mistake, which ends the call. `caller` is the return address of the function that
+/// the code in the domain has called, or 0.
+fn checked<T>(heap: &mut DomainHeap, caller: u64, action: impl FnOnce(&mut DomainHeap) -> Result<T, HeapError>) -> T {
+    heap.set_busy(true);
+    let result = action(heap);
+    heap.set_busy(false);
     match result {
         Ok(value) => value,
+        Err(HeapError::Corrupt(corruption)) => {
+            let words = corruption_words(&corruption);
+            abort_call(AbortReason::HeapCorruption { words: words.as_ptr().expose_provenance(), caller })
+        }
         Err(error) => abort_call(AbortReason::InvalidFree { error, caller }),
     }
 }
 
-/// Allocates `size` bytes.
-#[inline]
-pub(crate) fn malloc(heap: &mut DomainHeap, size: usize) -> *mut c_void {
-    pointer(heap.allocate(size, ALIGNMENT))
+/// Checks what the call has allocated and freed, before its result is accepted.
+#[inline(always)]
+pub(crate) fn check_heap(heap: *mut DomainHeap) {
+    // SAFETY: `entry` passes the domain's heap, and nothing else uses that at this moment.
+    if unsafe { (*heap).was_used() } {
+        check_used_heap(heap);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn check_used_heap(heap: *mut DomainHeap) {
+    // SAFETY: as in `check_heap`.
+    checked(unsafe { &mut *heap }, 0, DomainHeap::check);
+}
+
+/// Allocates `size` bytes. `FULL` says that the heap has the full checks.
+#[inline(always)]
+pub(crate) fn malloc<const FULL: bool>(heap: &mut DomainHeap, size: usize, caller: u64) -> *mut c_void {
+    match heap.allocate_quickly::<FULL>(size, caller as usize) {
+        Some(block) => block.as_ptr().cast(),
+        None => malloc_slowly(size, caller, heap),
+    }
+}
+
+// The slow paths do not unwind and take their arguments in the order of the quick ones, so that these can jump to them.
+
+#[inline(never)]
+extern "C" fn malloc_slowly(size: usize, caller: u64, heap: &mut DomainHeap) -> *mut c_void {
+    memalign(heap, ALIGNMENT, size, caller)
 }
 
 /// Allocates zeroed memory. A product that overflows fails.
-pub(crate) fn calloc(heap: &mut DomainHeap, count: usize, size: usize) -> *mut c_void {
-    pointer(count.checked_mul(size).and_then(|size| heap.allocate_zeroed(size)))
+pub(crate) fn calloc(heap: &mut DomainHeap, count: usize, size: usize, caller: u64) -> *mut c_void {
+    let size = count.checked_mul(size);
+    pointer(size.and_then(|size| checked(heap, caller, |heap| heap.allocate_zeroed(size, caller as usize))))
 }
 
 /// Resizes a block. A size of 0 allocates a block, as C17 allows.
@@ -57,9 +92,11 @@ pub(crate) fn calloc(heap: &mut DomainHeap, count: usize, size: usize) -> *mut c
 /// The calling code uses the block no more.
 pub(crate) unsafe fn realloc(heap: &mut DomainHeap, block: *mut c_void, size: usize, caller: u64) -> *mut c_void {
     match NonNull::new(block.cast()) {
-        None => malloc(heap, size),
-        // SAFETY: the caller answers for the block.
-        Some(block) => pointer(checked(unsafe { heap.reallocate(block, size) }, caller)),
+        None => memalign(heap, ALIGNMENT, size, caller),
+        Some(block) => {
+            // SAFETY: the caller answers for the block.
+            pointer(checked(heap, caller, |heap| unsafe { heap.reallocate(block, size, caller as usize) }))
+        }
     }
 }
 
@@ -68,18 +105,30 @@ pub(crate) unsafe fn realloc(heap: &mut DomainHeap, block: *mut c_void, size: us
 /// # Safety
 ///
 /// The calling code uses the block no more.
-#[inline]
-pub(crate) unsafe fn free(heap: &mut DomainHeap, block: *mut c_void, caller: u64) {
+#[inline(always)]
+pub(crate) unsafe fn free<const FULL: bool>(heap: &mut DomainHeap, block: *mut c_void, caller: u64) {
+    // SAFETY: the caller answers for the block.
+    if !unsafe { heap.free_quickly::<FULL>(block.cast(), caller as usize) } {
+        // SAFETY: as above.
+        unsafe { free_slowly(block, caller, heap) };
+    }
+}
+
+/// # Safety
+///
+/// As for [`free`].
+#[inline(never)]
+unsafe extern "C" fn free_slowly(block: *mut c_void, caller: u64, heap: &mut DomainHeap) {
     if let Some(block) = NonNull::new(block.cast()) {
         // SAFETY: the caller answers for the block.
-        checked(unsafe { heap.free(block) }, caller);
+        checked(heap, caller, |heap| unsafe { heap.free(block, caller as usize) });
     }
 }
 
 /// Allocates aligned memory.
-pub(crate) fn memalign(heap: &mut DomainHeap, align: usize, size: usize) -> *mut c_void {
+pub(crate) fn memalign(heap: &mut DomainHeap, align: usize, size: usize, caller: u64) -> *mut c_void {
     if align.is_power_of_two() {
-        pointer(heap.allocate(size, align))
+        pointer(checked(heap, caller, |heap| heap.allocate(size, align, caller as usize)))
     } else {
         sys::set_errno(libc::EINVAL);
         ptr::null_mut()
@@ -87,13 +136,14 @@ pub(crate) fn memalign(heap: &mut DomainHeap, align: usize, size: usize) -> *mut
 }
 
 /// Allocates aligned memory, without setting `errno`.
-pub(crate) fn posix_memalign(heap: &mut DomainHeap, align: usize, size: usize) -> *mut c_void {
-    heap.allocate(size, align).map_or(ptr::null_mut(), |block| block.as_ptr().cast())
+pub(crate) fn posix_memalign(heap: &mut DomainHeap, align: usize, size: usize, caller: u64) -> *mut c_void {
+    let block = checked(heap, caller, |heap| heap.allocate(size, align, caller as usize));
+    block.map_or(ptr::null_mut(), |block| block.as_ptr().cast())
 }
 
 /// Returns the usable size of a block in bytes.
-pub(crate) fn malloc_usable_size(heap: &DomainHeap, block: NonNull<c_void>, caller: u64) -> usize {
-    checked(heap.usable_size(block.cast()), caller)
+pub(crate) fn malloc_usable_size(heap: &mut DomainHeap, block: NonNull<c_void>, caller: u64) -> usize {
+    checked(heap, caller, |heap| heap.usable_size(block.cast()))
 }
 
 /// abort(3).

@@ -16,6 +16,7 @@ use pkru::heap::DomainHeap;
 
 use super::Next;
 use crate::inside::libc::{self as inside, heap};
+use crate::memory::locals::{HeapWord, WhichHeap};
 use crate::sys;
 
 unsafe extern "C" {
@@ -37,12 +38,40 @@ fn fail(errno: c_int) -> *mut c_void {
 ///
 /// None.
 #[unsafe(no_mangle)]
+#[unsafe(naked)]
 pub(crate) unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
-    match heap() {
-        Some(heap) => inside::malloc(heap, size),
+    // The return address identifies the code that allocates or frees.
+    naked_asm!("mov rsi, [rsp]", "jmp {}", sym allocate)
+}
+
+#[unsafe(link_section = "pkru_malloc")]
+unsafe extern "C" fn allocate(size: usize, caller: u64) -> *mut c_void {
+    let word = HeapWord::current();
+    match word.which() {
+        // SAFETY: in a domain the pointer leads to its heap, which nothing else uses at this moment.
+        WhichHeap::Fast(heap) => inside::malloc::<false>(unsafe { &mut *heap }, size, caller),
+        WhichHeap::Full => allocate_with_full_checks(size, caller, word),
         // SAFETY: this is the C library's own function, with the same contract.
-        None => unsafe { __libc_malloc(size) },
+        WhichHeap::Outside => unsafe { __libc_malloc(size) },
     }
+}
+
+// The full checks have functions of their own, so that the fast ones save no registers.
+
+#[inline(never)]
+#[unsafe(link_section = "pkru_malloc")]
+extern "C" fn allocate_with_full_checks(size: usize, caller: u64, word: HeapWord) -> *mut c_void {
+    // SAFETY: this is called in a domain, whose heap nothing else uses at this moment.
+    inside::malloc::<true>(unsafe { &mut *word.heap() }, size, caller)
+}
+
+#[inline(never)]
+#[unsafe(link_section = "pkru_malloc")]
+unsafe extern "C" fn release_with_full_checks(block: *mut c_void, caller: u64, word: HeapWord) {
+    // SAFETY: this is called in a domain, whose heap nothing else uses at this moment.
+    let heap = unsafe { &mut *word.heap() };
+    // SAFETY: the caller no longer uses the block.
+    unsafe { inside::free::<true>(heap, block, caller) };
 }
 
 /// calloc(3). Fails with ENOMEM if the product overflows.
@@ -51,9 +80,14 @@ pub(crate) unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
 ///
 /// None.
 #[unsafe(no_mangle)]
+#[unsafe(naked)]
 pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
+    naked_asm!("mov rdx, [rsp]", "jmp {}", sym allocate_zeroed)
+}
+
+unsafe extern "C" fn allocate_zeroed(count: usize, size: usize, caller: u64) -> *mut c_void {
     match heap() {
-        Some(heap) => inside::calloc(heap, count, size),
+        Some(heap) => inside::calloc(heap, count, size, caller),
         // SAFETY: this is the C library's own function, with the same contract.
         None => unsafe { __libc_calloc(count, size) },
     }
@@ -67,7 +101,6 @@ pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void
 #[unsafe(no_mangle)]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn realloc(block: *mut c_void, size: usize) -> *mut c_void {
-    // The return address identifies the code that passed an invalid block.
     naked_asm!("mov rdx, [rsp]", "jmp {}", sym reallocate)
 }
 
@@ -115,11 +148,19 @@ pub(crate) unsafe extern "C" fn free(block: *mut c_void) {
     naked_asm!("mov rsi, [rsp]", "jmp {}", sym release)
 }
 
+#[unsafe(link_section = "pkru_malloc")]
 unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
-    match heap() {
-        // SAFETY: the caller no longer uses the block.
-        Some(heap) => unsafe { inside::free(heap, block, caller) },
-        None => {
+    let word = HeapWord::current();
+    match word.which() {
+        WhichHeap::Fast(heap) => {
+            // SAFETY: in a domain the pointer leads to its heap, which nothing else uses at this moment.
+            let heap = unsafe { &mut *heap };
+            // SAFETY: the caller no longer uses the block.
+            unsafe { inside::free::<false>(heap, block, caller) }
+        }
+        // SAFETY: as above.
+        WhichHeap::Full => unsafe { release_with_full_checks(block, caller, word) },
+        WhichHeap::Outside => {
             let Some(given) = NonNull::new(block.cast()) else { return };
             refuse_of_domain(given);
             // SAFETY: this is the C library's own function, with the same contract.
@@ -132,7 +173,7 @@ unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
 /// which the domain can write.
 #[inline]
 fn refuse_of_domain(block: NonNull<u8>) {
-    // SAFETY: a block of the C library or of a domain has at least 16 readable bytes before it.
+    // SAFETY: a block of the C library or of a domain has at least 8 readable bytes before it.
     if unsafe { DomainHeap::marks(block) } {
         refuse();
     }
@@ -149,9 +190,14 @@ fn refuse() -> ! {
 ///
 /// None.
 #[unsafe(no_mangle)]
+#[unsafe(naked)]
 pub(crate) unsafe extern "C" fn memalign(align: usize, size: usize) -> *mut c_void {
+    naked_asm!("mov rdx, [rsp]", "jmp {}", sym allocate_aligned)
+}
+
+unsafe extern "C" fn allocate_aligned(align: usize, size: usize, caller: u64) -> *mut c_void {
     match heap() {
-        Some(heap) => inside::memalign(heap, align, size),
+        Some(heap) => inside::memalign(heap, align, size, caller),
         // SAFETY: this is the C library's own function, with the same contract.
         None => unsafe { __libc_memalign(align, size) },
     }
@@ -163,12 +209,17 @@ pub(crate) unsafe extern "C" fn memalign(align: usize, size: usize) -> *mut c_vo
 ///
 /// None.
 #[unsafe(no_mangle)]
+#[unsafe(naked)]
 pub(crate) unsafe extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
+    naked_asm!("mov rdx, [rsp]", "jmp {}", sym allocate_aligned_to_power)
+}
+
+unsafe extern "C" fn allocate_aligned_to_power(align: usize, size: usize, caller: u64) -> *mut c_void {
     if !align.is_power_of_two() {
         return fail(libc::EINVAL);
     }
     // SAFETY: this function has the same contract, which the caller fulfils.
-    unsafe { memalign(align, size) }
+    unsafe { allocate_aligned(align, size, caller) }
 }
 
 /// posix_memalign(3). It leaves `errno` alone.
@@ -177,12 +228,17 @@ pub(crate) unsafe extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut
 ///
 /// `out` is writable.
 #[unsafe(no_mangle)]
+#[unsafe(naked)]
 pub(crate) unsafe extern "C" fn posix_memalign(out: *mut *mut c_void, align: usize, size: usize) -> c_int {
+    naked_asm!("mov rcx, [rsp]", "jmp {}", sym allocate_aligned_to)
+}
+
+unsafe extern "C" fn allocate_aligned_to(out: *mut *mut c_void, align: usize, size: usize, caller: u64) -> c_int {
     if !align.is_power_of_two() || !align.is_multiple_of(size_of::<*mut c_void>()) {
         return libc::EINVAL;
     }
     let block = match heap() {
-        Some(heap) => inside::posix_memalign(heap, align, size),
+        Some(heap) => inside::posix_memalign(heap, align, size, caller),
         // SAFETY: this is the C library's own function, with the same contract.
         None => sys::keep_errno(|| unsafe { __libc_memalign(align, size) }),
     };
@@ -241,6 +297,18 @@ unsafe extern "C" fn usable_size(block: *mut c_void, caller: u64) -> usize {
     let function = unsafe { std::mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> usize>(next) };
     // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { function(block.as_ptr()) }
+}
+
+/// Returns whether an instruction belongs to the functions that use the heap without [noting](DomainHeap::set_busy) it.
+pub(crate) fn is_quick_path(instruction: u64) -> bool {
+    // The linker defines these for a section whose name is an identifier.
+    unsafe extern "C" {
+        #[link_name = "__start_pkru_malloc"]
+        static START: u8;
+        #[link_name = "__stop_pkru_malloc"]
+        static STOP: u8;
+    }
+    (&raw const START as u64..&raw const STOP as u64).contains(&instruction)
 }
 
 /// Returns whether the loader binds libraries to these functions and not to another library's.

@@ -28,7 +28,7 @@ use std::ptr;
 
 use pkru::instructions::rdfsbase;
 
-use super::locals::Locals;
+use super::locals::{self, HeapWord, Locals};
 use crate::Error;
 use crate::sys::{self, Inaccessible};
 
@@ -104,12 +104,17 @@ impl Template {
 /// # Errors
 ///
 /// [`Error::ThreadLocals`] if they do not fit.
-pub(crate) fn update(template: &mut Option<Template>, memory: &Range<usize>, locals: Locals) -> Result<(), Error> {
+pub(crate) fn update(
+    template: &mut Option<Template>,
+    memory: &Range<usize>,
+    locals: Locals,
+    heap: HeapWord,
+) -> Result<(), Error> {
     let loaded = sys::loaded_count();
     if template.as_ref().is_some_and(|template| template.loaded == loaded) {
         return Ok(());
     }
-    let mut new = build(memory, locals, loaded)?;
+    let mut new = build(memory, locals, heap, loaded)?;
     if let Some(old) = template.take() {
         // What was laid out for another thread may still be in the domain.
         let length = new.bytes.len().max(old.bytes.len());
@@ -124,7 +129,7 @@ pub(crate) fn update(template: &mut Option<Template>, memory: &Range<usize>, loc
 /// # Errors
 ///
 /// [`Error::ThreadLocals`] if they do not fit.
-fn build(memory: &Range<usize>, locals: Locals, loaded: u64) -> Result<Template, Error> {
+fn build(memory: &Range<usize>, locals: Locals, heap: HeapWord, loaded: u64) -> Result<Template, Error> {
     let caller = sys::thread_pointer();
     // Kept until the end, because the initialisation images are read.
     let libraries = sys::libraries();
@@ -192,6 +197,8 @@ fn build(memory: &Range<usize>, locals: Locals, loaded: u64) -> Result<Template,
     let counterpart = |address: usize| here(address.wrapping_sub(caller).wrapping_add(pointer));
     // SAFETY: the executable's variables are in the static TLS block, so `bytes` contains this one's copy.
     unsafe { store(counterpart(Locals::address()), locals) };
+    // SAFETY: as above.
+    unsafe { store(counterpart(locals::heap_address()), heap) };
     for table in character_tables() {
         // The C library sets these three before a new thread runs any other code.
         // SAFETY: the C library's variables are in the static TLS block, so `bytes` contains their copies.

@@ -139,6 +139,17 @@ pub(crate) fn has_shadow_stack() -> bool {
     result == 0 && features & ARCH_SHSTK_SHSTK != 0
 }
 
+/// Returns a word that differs from process to process, and that is hard to guess from outside.
+pub(crate) fn random_word() -> u64 {
+    // The kernel's 16 random bytes. glibc uses the first eight for its own canary.
+    let bytes = auxiliary(libc::AT_RANDOM) as *const [u64; 2];
+    if bytes.is_null() {
+        return 0;
+    }
+    // SAFETY: the kernel has put 16 bytes there, on the first thread's stack, which stays mapped.
+    unsafe { bytes.read_unaligned()[1] }
+}
+
 /// Returns an entry of the auxiliary vector, or 0 if there is none.
 pub(crate) fn auxiliary(entry: libc::c_ulong) -> libc::c_ulong {
     // SAFETY: getauxval has no requirements.

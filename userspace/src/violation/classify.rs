@@ -5,10 +5,12 @@
 use std::ffi::CStr;
 
 use pkru::fault::{ErrorCode, KeyFault};
+use pkru::heap::{Corruption, Damage};
 
 use super::kind::ViolationKind;
 use crate::backend::pku::Memory;
-use crate::inside::abort::AbortReason;
+use crate::inside::abort::{AbortReason, corruption_of};
+use crate::interpose::malloc;
 use crate::keys::statics;
 use crate::loader::landmarks::{ABORT, ABORT_MESSAGE, FAILED_CHECKS, LIBRARY_CODE, PROGRAM_DATA, TERMINATE};
 use crate::signal::panics;
@@ -23,14 +25,33 @@ pub(crate) fn classify(memory: &Memory, trap: &Trap) -> (ViolationKind, Option<u
         Some(AbortReason::InvalidFree { error, caller }) => {
             (ViolationKind::InvalidFree(error), Some(caller.wrapping_sub(1)))
         }
+        Some(reason @ AbortReason::HeapCorruption { caller, .. }) => (of_reason(memory, reason), caller.checked_sub(1)),
         Some(reason) => (of_reason(memory, reason), None),
         None if trap.is_deadline() => (ViolationKind::Deadline, None),
         // On its way to a hook that is not this crate's, or in that hook; or without a hook.
         None if trap.in_panic || panics::is_noted_by(trap) => {
             (ViolationKind::Panic { message: None }, Some(trap.at.instruction))
         }
-        None => (of_signal(memory, trap), Some(trap.at.instruction)),
+        None => (of_fault(memory, trap), Some(trap.at.instruction)),
     }
+}
+
+/// A fault of the allocator is no access of the code's own: the heap's records have led it astray.
+fn of_fault(memory: &Memory, trap: &Trap) -> ViolationKind {
+    let kind = of_signal(memory, trap);
+    let is_access = matches!(
+        kind,
+        ViolationKind::Key(_)
+            | ViolationKind::Null { .. }
+            | ViolationKind::Unmapped { .. }
+            | ViolationKind::GeneralProtection
+            | ViolationKind::Bus { .. }
+    );
+    if is_access && (malloc::is_quick_path(trap.at.instruction) || memory.is_in_allocator()) {
+        let (damage, block) = (Damage::Records, memory.heap().start);
+        return ViolationKind::HeapCorruption(Corruption { damage, block, size: None, site: None });
+    }
+    kind
 }
 
 fn of_signal(memory: &Memory, trap: &Trap) -> ViolationKind {
@@ -67,6 +88,9 @@ fn of_signal(memory: &Memory, trap: &Trap) -> ViolationKind {
 fn of_reason(memory: &Memory, reason: AbortReason) -> ViolationKind {
     match reason {
         AbortReason::InvalidFree { error, .. } => ViolationKind::InvalidFree(error),
+        AbortReason::HeapCorruption { words, .. } => {
+            ViolationKind::HeapCorruption(corruption_of(&memory.stack_words(words as u64, 5)))
+        }
         AbortReason::Abort => ViolationKind::Abort,
         AbortReason::OutOfMemory { size } => ViolationKind::OutOfMemory { size },
         AbortReason::Exit { status } => ViolationKind::Exit { status: Some(status) },

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use pkru::fault::KeyFault;
-use pkru::heap::HeapError;
+use pkru::heap::{Corruption, HeapError};
 use pkru::rights::Access;
 
 use crate::Error;
@@ -89,6 +89,9 @@ pub enum ViolationKind {
     },
     /// It freed or resized a pointer that is no live block of the domain's heap.
     InvalidFree(HeapError),
+    /// It overwrote memory that its heap has not given it, or used the heap's own. This is found when the heap is next used, or
+    /// when the call ends.
+    HeapCorruption(Corruption),
     /// It called a callback that the call does not have, such as one of an earlier call.
     Callback,
     /// Its result is no value of the result's type.
@@ -108,6 +111,14 @@ impl ViolationKind {
             | Self::Unmapped { address, .. }
             | Self::StackOverflow { address }
             | Self::Bus { address } => Some(address),
+            _ => None,
+        }
+    }
+
+    /// Returns the code address that a damaged block is known by.
+    pub(super) fn site(&self) -> Option<u64> {
+        match self {
+            Self::HeapCorruption(corruption) => corruption.site.map(|site| site as u64),
             _ => None,
         }
     }
@@ -154,6 +165,7 @@ impl fmt::Display for ViolationKind {
                 f.write_str("nothing ran: the domain is retired after too many violations (Domain::reinstate)")
             }
             Self::Raised { signal } => write!(f, "signal {signal}{}, which would have ended the program", name(*signal)),
+            Self::HeapCorruption(corruption) => write!(f, "heap corruption: {corruption}"),
             Self::InvalidFree(error) => write!(f, "invalid free or resize: {error}"),
             Self::InvalidResult(error) => write!(f, "invalid result: {error}"),
             Self::NotReady(error) => write!(f, "nothing ran, or the call was not resumed: {error}"),

@@ -119,7 +119,7 @@ impl Violation {
                 _ => symbol,
             }))
         });
-        let target = kind.address().and_then(symbol_tables::find);
+        let target = kind.address().or(kind.site()).and_then(symbol_tables::find);
         let owner = if let ViolationKind::Key(fault) = &kind {
             Some(match memory.ends_before(fault.address) {
                 Some(part) => Owner::GuardAfter(part),
@@ -183,7 +183,8 @@ impl Violation {
         self.0.symbol.as_deref()
     }
 
-    /// Returns the variable or function that the accessed address belongs to, if it is known.
+    /// Returns the variable or function that the accessed address belongs to, if it is known. For heap corruption it is the
+    /// function that allocated or freed the block.
     #[must_use]
     pub fn target(&self) -> Option<&Symbol> {
         self.0.target.as_ref()
