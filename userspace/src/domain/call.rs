@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use pkru::domain::{Domain as Core, Failure};
 
-use super::Domain;
 use super::callback::{self, Callback, CallbackArguments, Callbacks, Suspended};
 use super::deadline::{Deadline, DeadlineError};
+use super::{Domain, Last};
 use crate::Error;
 use crate::backend::pku::{MAILBOX, PkuBackend, Trapped};
 use crate::inside::callback::Head;
@@ -20,7 +20,7 @@ use crate::service;
 use crate::setup;
 use crate::thread::{self, Thread};
 use crate::transfer::{DomainMemory, Transfer};
-use crate::violation::{Violation, ViolationKind, classify};
+use crate::violation::{Violation, ViolationKind, classify, is_told_by_its_state};
 
 impl Domain {
     /// Runs a function in the domain and returns its result.
@@ -283,14 +283,19 @@ impl Domain {
         }
         let memory = self.core.memory();
         memory.ensure_rights_after_call();
-        let loaded = memory.loaded_count();
-        let (kind, instruction) = classify(memory, memory.trap());
-        let last = self.last.as_ref().filter(|(then, _)| *then == loaded).map(|(_, last)| last);
+        let (loaded, trap) = (memory.loaded_count(), memory.trap());
+        let at = is_told_by_its_state(memory, trap).then_some(trap.at);
+        let last = self.last.as_ref().filter(|last| last.loaded == loaded);
+        if let Some(same) = last.filter(|last| at.is_some() && last.at == at && last.violation.is_of(closure)) {
+            return same.violation.clone();
+        }
+        let (kind, instruction) = classify(memory, trap);
+        let last = last.map(|last| &last.violation);
         if let Some(same) = last.filter(|last| last.is(&kind, instruction, closure)) {
             return same.clone();
         }
         let violation = Violation::of_trap(self.name.clone(), memory, kind, instruction, closure, last);
-        self.last = Some((loaded, violation.clone()));
+        self.last = Some(Last { loaded, at, violation: violation.clone() });
         violation
     }
 

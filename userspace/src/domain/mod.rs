@@ -25,6 +25,7 @@ use pkru::domain::Domain as Core;
 
 use crate::backend::pku::PkuBackend;
 use crate::shared::region::Region;
+use crate::signal::trap::Interrupted;
 use crate::violation::Violation;
 use limits::Limits;
 
@@ -106,14 +107,23 @@ pub struct Domain {
     hook: Option<Hook>,
     /// Violations since the last call without one. Counted if the domain can be retired.
     violations: u32,
-    /// The last violation that was a trap, and the [count of loaded objects](crate::sys::loaded_count) then.
-    last: Option<(u64, Violation)>,
+    /// The last violation that was a trap.
+    last: Option<Last>,
     /// Regions that the domain can use. They live as long as the domain.
     _regions: Vec<Region>,
 }
 
 /// A function that is called with each violation.
 type Hook = Arc<dyn Fn(&Violation) + Send + Sync>;
+
+/// A violation that was a trap, to tell whether the next trap is the same.
+struct Last {
+    /// The [count of loaded objects](crate::sys::loaded_count) then.
+    loaded: u64,
+    /// The state that the trap interrupted, if it says all about the violation.
+    at: Option<Interrupted>,
+    violation: Violation,
+}
 
 impl Domain {
     fn new(core: Core<PkuBackend>, name: Arc<str>, regions: Vec<Region>) -> Self {

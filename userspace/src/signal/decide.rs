@@ -301,7 +301,7 @@ mod tests {
             Forward,
         );
         // A domain that jumps there with other values, or raises the exception elsewhere, only ends its call.
-        check(Interrupted { arguments: [13, 0, 0], ..invalid }, Rewind, Default, Forward);
+        check(Interrupted { arguments: [99, 0, 0], ..invalid }, Rewind, Default, Forward);
         check(Interrupted { instruction: at + 1, ..invalid }, Rewind, Default, Forward);
         check(Interrupted { signal: libc::SIGSEGV, ..invalid }, Rewind, Default, Forward);
     }

@@ -174,7 +174,7 @@ unsafe extern "C" fn handle(
         Decision::Rewind { reason } => {
             if let Some(call) = &call {
                 // SAFETY: the signal interrupted this call.
-                unsafe { rewind(context, call, at, reason) };
+                unsafe { rewind(context, call, &at, reason) };
             }
             return false;
         }
@@ -282,10 +282,10 @@ impl Call {
 /// # Safety
 ///
 /// The frame is that of a signal that interrupted this call.
-unsafe fn rewind(context: &mut SignalContext, call: &Call, at: Interrupted, reason: Option<AbortReason>) {
+unsafe fn rewind(context: &mut SignalContext, call: &Call, at: &Interrupted, reason: Option<AbortReason>) {
     let in_panic = call.running().in_panic.replace(false);
     call.running().asked.set((0, 0));
-    call.running().trap.set(Some(Trap { at, reason, in_panic }));
+    call.running().trap.set(Some(Trap { at: *at, reason, in_panic }));
     // SAFETY: the signal interrupted this call, and sigreturn resumes with the returned state, whose FS base is in
     // force already.
     let rewind = unsafe { Gate::Pkru.rewind(call.running) };

@@ -17,6 +17,9 @@ pub(super) fn is_asked(at: &Interrupted, call: &Running, own_stack: usize) -> bo
     const SEGV_ACCERR: c_int = 2;
     /// The size in bytes of the guard below a stack, twice: the start may be counted without it (see `sys::own_stack`).
     const GUARD: usize = 2 * 4096;
+    if at.key.is_some() {
+        return false;
+    }
     let address = at.address as usize;
     let is_told = || call.on_demand.iter().any(|range| range.contains(&address));
     match (at.signal, at.code) {

@@ -21,7 +21,7 @@ pub(crate) fn deadline_value() -> usize {
 }
 
 /// A signal, and the state of the code that it interrupted.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Interrupted {
     pub(crate) signal: c_int,
     /// `si_code`: the kernel's reason, or how the signal was sent.

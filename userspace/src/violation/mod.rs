@@ -25,7 +25,7 @@ use crate::inside::entry::is_entry;
 use crate::keys::statics;
 use kind::Escaped;
 
-pub(crate) use classify::classify;
+pub(crate) use classify::{classify, is_told_by_its_state};
 pub use kind::ViolationKind;
 pub use symbol::Symbol;
 
@@ -93,9 +93,14 @@ impl Violation {
         self.is_at(instruction, closure) && self.0.kind == *kind
     }
 
-    fn is_at(&self, instruction: Option<u64>, closure: &'static str) -> bool {
+    /// Returns whether a call of this closure ended in it.
+    pub(crate) fn is_of(&self, closure: &'static str) -> bool {
         // By address: where the same name has two, nothing is reused.
-        self.0.instruction == instruction && self.0.closure.is_some_and(|other| std::ptr::eq(other, closure))
+        self.0.closure.is_some_and(|other| std::ptr::eq(other, closure))
+    }
+
+    fn is_at(&self, instruction: Option<u64>, closure: &'static str) -> bool {
+        self.0.instruction == instruction && self.is_of(closure)
     }
 
     /// Makes a violation of a trap in a domain with this memory, as [`classify()`] has classified it. `closure` is the name of the closure that was
