@@ -45,7 +45,6 @@ mod small;
 mod tests;
 
 use core::fmt;
-use core::mem::offset_of;
 use core::ptr::NonNull;
 
 use error::Fault;
@@ -90,7 +89,6 @@ pub struct DomainHeap {
     cursor: usize,
     /// The size in bytes of the last failed allocation.
     failed: usize,
-    busy: usize,
     root: *mut u8,
 }
 
@@ -135,7 +133,6 @@ impl DomainHeap {
             is_new: 1,
             cursor: 1,
             failed: 0,
-            busy: 0,
             root: core::ptr::null_mut(),
         }
     }
@@ -169,6 +166,7 @@ impl DomainHeap {
     ///
     /// [`HeapError::Corrupt`] if the heap is damaged.
     pub fn allocate(&mut self, size: usize, align: usize, site: usize) -> Result<Option<NonNull<u8>>, HeapError> {
+        self.ground.check_seal().map_err(|fault| self.describe(fault))?;
         if align <= ALIGNMENT && size <= SMALL * GRANULE {
             if let Some(block) = self.allocate_small(size, site) {
                 return Ok(Some(block));
@@ -211,6 +209,7 @@ impl DomainHeap {
     ///
     /// Nothing uses the block afterwards.
     pub unsafe fn free(&mut self, block: NonNull<u8>, site: usize) -> Result<(), HeapError> {
+        self.ground.check_seal().map_err(|fault| self.describe(fault))?;
         let is_done = if self.is_full() {
             // SAFETY: nothing uses the block, by this function's contract.
             unsafe { self.free_quickly::<true>(block.as_ptr(), site) }
@@ -313,16 +312,6 @@ impl DomainHeap {
         self.failed = size;
     }
 
-    /// The offset in bytes of the word that says whether code of this heap runs: 1 if [`set_busy`](Self::set_busy) has noted
-    /// it. What code outside reads there is hostile.
-    pub const BUSY: usize = offset_of!(Self, busy);
-
-    /// Notes whether code of this heap runs, so that a fault can be put down to it. The quick paths do not note it.
-    #[inline]
-    pub const fn set_busy(&mut self, busy: bool) {
-        self.busy = busy as usize;
-    }
-
     /// Returns the pointer that the user of the heap stored with [`set_root`](Self::set_root), such as one to its own
     /// data in the heap; null at first.
     #[must_use]
@@ -395,7 +384,6 @@ impl DomainHeap {
 
     /// Finds free memory for a block.
     fn find(&mut self, size: usize, align: usize) -> Result<Option<(Place, usize)>, Fault> {
-        self.ground.check_seal()?;
         self.begin()?;
         let Some(granules) = self.granules_for(size) else { return Ok(None) };
         if align > ALIGNMENT && !align.is_power_of_two() {

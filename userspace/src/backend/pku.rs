@@ -232,16 +232,6 @@ impl Memory {
         unsafe { DomainHeap::last_failed_of(heap.as_ptr()) }
     }
 
-    /// Returns whether code of the domain's heap was running, as the heap says. The calling thread has rights to the
-    /// memory.
-    pub(crate) fn is_in_allocator(&self) -> bool {
-        let mut busy = MaybeUninit::<usize>::zeroed();
-        // If it is not readable, it stays 0.
-        let _ = sys::copy_value_from(self.heap().start + DomainHeap::BUSY, &mut busy);
-        // SAFETY: any bytes are an integer.
-        unsafe { busy.assume_init() == 1 }
-    }
-
     /// Copies a text from the domain's memory, at most 4,096 bytes. Returns `None` if the text is not all in that
     /// memory. The calling thread has rights to the memory.
     pub(crate) fn text(&self, address: usize, length: usize) -> Option<String> {

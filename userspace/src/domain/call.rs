@@ -284,7 +284,7 @@ impl Domain {
         let memory = self.core.memory();
         memory.ensure_rights_after_call();
         let (loaded, trap) = (memory.loaded_count(), memory.trap());
-        let at = is_told_by_its_state(memory, trap).then_some(trap.at);
+        let at = is_told_by_its_state(trap).then_some(trap.at);
         let last = self.last.as_ref().filter(|last| last.loaded == loaded);
         if let Some(same) = last.filter(|last| at.is_some() && last.at == at && last.violation.is_of(closure)) {
             return same.violation.clone();

@@ -34,10 +34,7 @@ fn pointer(block: Option<NonNull<u8>>) -> *mut c_void {
 /// Uses the heap where it may find a mistake, which ends the call. `caller` is the return address of the function that
 /// the code in the domain has called, or 0.
 fn checked<T>(heap: &mut DomainHeap, caller: u64, action: impl FnOnce(&mut DomainHeap) -> Result<T, HeapError>) -> T {
-    heap.set_busy(true);
-    let result = action(heap);
-    heap.set_busy(false);
-    match result {
+    match action(heap) {
         Ok(value) => value,
         Err(HeapError::Corrupt(corruption)) => {
             let words = corruption_words(&corruption);

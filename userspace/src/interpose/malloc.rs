@@ -299,7 +299,8 @@ unsafe extern "C" fn usable_size(block: *mut c_void, caller: u64) -> usize {
     unsafe { function(block.as_ptr()) }
 }
 
-/// Returns whether an instruction belongs to the functions that use the heap without [noting](DomainHeap::set_busy) it.
+/// Returns whether an instruction belongs to the quick functions. They use the heap's records as they find them; the others
+/// check these first, and do not fault.
 pub(crate) fn is_quick_path(instruction: u64) -> bool {
     // The linker defines these for a section whose name is an identifier.
     unsafe extern "C" {

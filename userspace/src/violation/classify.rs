@@ -32,29 +32,14 @@ pub(crate) fn classify(memory: &Memory, trap: &Trap) -> (ViolationKind, Option<u
         None if trap.in_panic || panics::is_noted_by(trap) => {
             (ViolationKind::Panic { message: None }, Some(trap.at.instruction))
         }
-        None if is_of_allocator(memory, trap) => {
-            let (damage, block) = (Damage::Records, memory.heap().start);
-            let corruption = Corruption { damage, block, size: None, site: None };
-            (ViolationKind::HeapCorruption(corruption), Some(trap.at.instruction))
-        }
         None => (of_signal(memory, trap), Some(trap.at.instruction)),
     }
 }
 
 /// Returns whether the state that a trap interrupted tells its kind: another trap with the same state is of the same.
-/// The calling thread has rights to the domain's memory.
-pub(crate) fn is_told_by_its_state(memory: &Memory, trap: &Trap) -> bool {
-    let is_plain = trap.reason.is_none() && !trap.in_panic && !memory.is_in_allocator();
+pub(crate) fn is_told_by_its_state(trap: &Trap) -> bool {
+    let is_plain = trap.reason.is_none() && !trap.in_panic;
     is_plain && !LIBRARY_CODE.contains(trap.at.instruction) && !PROGRAM_DATA.contains(trap.at.address)
-}
-
-/// Returns whether a trap is an access by the code of the domain's heap. The heap's records have then led it astray.
-fn is_of_allocator(memory: &Memory, trap: &Trap) -> bool {
-    // The kernel's own codes are positive.
-    let is_access = matches!(trap.at.signal, libc::SIGSEGV | libc::SIGBUS) && trap.at.code > 0;
-    is_access
-        && (malloc::is_quick_path(trap.at.instruction) || memory.is_in_allocator())
-        && !is_overflow(memory, trap.at.address, trap.at.stack)
 }
 
 fn of_signal(memory: &Memory, trap: &Trap) -> ViolationKind {
@@ -68,6 +53,13 @@ fn of_signal(memory: &Memory, trap: &Trap) -> ViolationKind {
         libc::SIGABRT => ViolationKind::Abort,
         // The kernel's own codes are positive.
         signal if trap.at.code <= 0 || sys::is_limit(signal) => ViolationKind::Raised { signal },
+        // No access of the code's own: the heap's records have led the allocator astray.
+        libc::SIGSEGV | libc::SIGBUS
+            if malloc::is_quick_path(trap.at.instruction) && !is_overflow(memory, address, trap.at.stack) =>
+        {
+            let (damage, block) = (Damage::Records, memory.heap().start);
+            ViolationKind::HeapCorruption(Corruption { damage, block, size: None, site: None })
+        }
         libc::SIGBUS => ViolationKind::Bus { address },
         libc::SIGILL => ViolationKind::IllegalInstruction,
         libc::SIGFPE => ViolationKind::Arithmetic,
