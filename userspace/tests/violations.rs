@@ -4,7 +4,9 @@
 
 use std::arch::asm;
 use std::hint::black_box;
-use std::sync::atomic::AtomicBool;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pkru_userspace::{Access, Domain, HeapError, ViolationKind};
@@ -17,6 +19,7 @@ suite! {
     what_a_violation_displays_is_settled_when_it_occurs,
     a_librarys_path_that_leads_elsewhere_is_not_read,
     closures_that_are_one_function_keep_their_names,
+    advice_follows_from_what_was_done,
     a_null_write,
     a_jump_to_nowhere,
     an_address_that_is_none,
@@ -35,7 +38,7 @@ suite! {
 
 fn a_key_fault_names_everything() {
     let mut domain = domain("names");
-    static TARGET: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    static TARGET: AtomicU64 = AtomicU64::new(0);
     #[inline(never)]
     fn culprit(target: *mut u64) {
         // SAFETY: deliberately unsound: the mistake under test.
@@ -174,6 +177,30 @@ fn a_closure_is_named() {
         let text = domain.call(|| drop(std::thread::current())).unwrap_err().to_string();
         assert!(!text.contains("warm_up"), "{text}");
     }
+}
+
+fn advice_follows_from_what_was_done() {
+    static OWN: AtomicU64 = AtomicU64::new(0);
+    let mut domain = domain("advised");
+    let mut said = |function: &dyn Fn()| contain(&mut domain, function).to_string();
+    let (arc, rc, mutex) = (Arc::new(5), Rc::new(5), Mutex::new(5));
+    let counted = "as cloning or dropping an `Arc` or `Rc` does";
+    for text in [said(&|| drop(black_box(arc.clone()))), said(&|| drop(black_box(rc.clone())))] {
+        assert!(text.contains(counted) && !text.contains("allocate"), "{text}");
+    }
+    let text = said(&|| *mutex.lock().unwrap() = 6);
+    assert!(text.contains("take the lock outside"), "{text}");
+    let text = said(&|| OWN.store(1, Ordering::Relaxed));
+    assert!(text.contains("Builder::warm_up"), "{text}");
+    let text = said(&|| _ = OWN.fetch_add(1, Ordering::Relaxed));
+    assert!(text.contains("Globals::Writable") && !text.contains("warm_up"), "{text}");
+    // A static of another object, by a pointer that goes astray.
+    // SAFETY: the name ends with a zero byte.
+    let stray = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"_IO_2_1_stdout_".as_ptr()) }.cast::<u64>();
+    // SAFETY: none: this is the mistake.
+    let text = said(&|| unsafe { black_box(stray).write_volatile(0) });
+    assert!(text.contains("its pointer may be wrong") && !text.contains("Globals::Writable"), "{text}");
+    assert_eq!((*mutex.lock().unwrap(), Arc::strong_count(&arc), Rc::strong_count(&rc)), (5, 1, 1));
 }
 
 fn a_null_write() {

@@ -6,13 +6,17 @@
 //! |---|---|
 //! | [`kind`] | the kinds of violation |
 //! | `classify` | which kind a trap is |
+//! | `advice`, `operation` | what to do about a write that may be right |
 //! | [`symbol`], [`symbol_tables`] | the names of addresses |
 
+mod advice;
 mod classify;
 mod kind;
+mod operation;
 mod symbol;
 pub(crate) mod symbol_tables;
 
+use std::borrow::Cow;
 use std::fmt::{self, Write as _};
 use std::sync::Arc;
 
@@ -23,7 +27,9 @@ use pkru::rights::Access;
 use crate::backend::pku::Memory;
 use crate::inside::entry::is_entry;
 use crate::keys::statics;
+use advice::Write;
 use kind::Escaped;
+use operation::Operation;
 
 pub(crate) use classify::{classify, is_told_by_its_state};
 pub use kind::ViolationKind;
@@ -57,6 +63,8 @@ struct Details {
     owner: Option<Owner>,
     /// The name of the closure that was called, if it is a trap.
     closure: Option<&'static str>,
+    /// What to do about it.
+    advice: Cow<'static, str>,
     /// What it displays.
     text: String,
 }
@@ -81,6 +89,7 @@ impl Violation {
             target: None,
             owner: None,
             closure: None,
+            advice: Cow::Borrowed(""),
             text: String::new(),
         }
         .settle()
@@ -134,8 +143,15 @@ impl Violation {
         } else {
             None
         };
-        Details { domain, kind, instruction, symbol, target, owner, closure: Some(closure), text: String::new() }
-            .settle()
+        let advice = match (&kind, owner, instruction) {
+            (ViolationKind::Key(KeyFault { access: Access::Write, .. }), Some(Owner::Program), Some(instruction)) => {
+                let operation = Operation::at(instruction);
+                advice::advice(&Write { symbol: symbol.as_deref(), target: target.as_ref(), operation })
+            }
+            _ => Cow::Borrowed(""),
+        };
+        let (closure, text) = (Some(closure), String::new());
+        Details { domain, kind, instruction, symbol, target, owner, closure, advice, text }.settle()
     }
 
     /// Returns the name of the domain.
@@ -209,7 +225,7 @@ impl Details {
     }
 
     fn write(&self, f: &mut String) -> fmt::Result {
-        let Self { domain, kind, instruction, symbol, target, owner, .. } = self;
+        let Self { domain, kind, instruction, symbol, target, owner, advice, .. } = self;
         write!(f, "domain `{}`: {kind}", Escaped(domain))?;
         match (target, owner) {
             (Some(target), _) => write!(f, " ({target})")?,
@@ -224,36 +240,7 @@ impl Details {
         if let Some(symbol) = symbol {
             write!(f, " in {symbol}")?;
         }
-        self.write_advice(f)
-    }
-
-    /// Writes what to do where code in a domain has to write the program's memory and nothing is wrong.
-    fn write_advice(&self, f: &mut String) -> fmt::Result {
-        let (ViolationKind::Key(KeyFault { access: Access::Write, .. }), Some(Owner::Program)) =
-            (&self.kind, self.owner)
-        else {
-            return Ok(());
-        };
-        if self.symbol.as_deref().and_then(Symbol::name) == Some("pthread_create") {
-            return f.write_str("; code in a domain cannot start threads");
-        }
-        let Some(target) = &self.target else {
-            return f.write_str(
-                "; if this code has to write there, have it allocate and return what it writes, or use a `Region` or a \
-                 callback",
-            );
-        };
-        if !target.is_variable {
-            return Ok(());
-        }
-        f.write_str("; if this code has to write that static, ")?;
-        if !target.is_of_runtime {
-            f.write_str("initialise it before, outside the domain (Builder::warm_up), or ")?;
-        }
-        if target.can_be_owned {
-            write!(f, "give the domain {}'s data (Builder::library), or ", target.file)?;
-        }
-        f.write_str("make all statics writable in the domain (Globals::Writable)")
+        f.write_str(advice)
     }
 }
 
