@@ -11,7 +11,7 @@ use std::ptr;
 
 use pkru_userspace::transfer::InvalidResult;
 use pkru_userspace::{CallbackArguments, Domain, Region, RegionAccess, ViolationKind};
-use support::{build, domain, suite};
+use support::{build, contain, domain, mistake, suite, works};
 
 suite! {
     a_vector_on_a_closed_page,
@@ -22,6 +22,7 @@ suite! {
     words_on_a_closed_page_of_the_stack,
     a_heap_whose_bookkeeping_is_on_a_closed_page,
     thread_locals_on_closed_pages,
+    a_violation_opens_the_pages_again,
     a_closed_region,
 }
 
@@ -47,7 +48,7 @@ fn page_within(bytes: &[u8]) -> usize {
 
 /// Checks that a fault of the program's own still is one.
 fn faults_are_still_the_programs() {
-    let status = support::in_child(support::mistake);
+    let status = support::in_child(mistake);
     assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
 }
 
@@ -65,7 +66,7 @@ fn a_vector_on_a_closed_page() {
     let violation = violation.unwrap_err();
     assert_eq!(*violation.kind(), ViolationKind::InvalidResult(inaccessible));
     assert!(violation.to_string().contains("not accessible"), "{violation}");
-    assert_eq!(domain.call(|| 5).unwrap(), 5);
+    works(&mut domain);
     faults_are_still_the_programs();
 }
 
@@ -81,6 +82,7 @@ fn a_text_within_a_vector_on_an_unmapped_page() {
         matches!(violation.kind(), ViolationKind::InvalidResult(InvalidResult::Inaccessible { .. })),
         "{violation}"
     );
+    works(&mut domain);
 }
 
 /// Leaves the domain as if the call had ended, with a result of the code's choice.
@@ -120,7 +122,7 @@ fn a_closed_mailbox() {
         };
         let inaccessible = InvalidResult::Inaccessible { address: address as u64 };
         assert_eq!(*violation.kind(), ViolationKind::InvalidResult(inaccessible), "{size}");
-        domain = support::domain("mailbox");
+        works(&mut domain);
     }
 }
 
@@ -189,7 +191,7 @@ fn words_on_a_closed_page_of_the_stack() {
     for closes in [false, true] {
         let violation = domain.call(act(closes)).unwrap_err();
         assert!(matches!(violation.kind(), ViolationKind::Key(_)), "{closes}: {violation}");
-        domain = support::domain("stack");
+        works(&mut domain);
     }
 }
 
@@ -229,6 +231,36 @@ fn thread_locals_on_closed_pages() {
         domain.call(|| (LOCAL.get(), unsafe { *(kept as *const u64) }))
     };
     assert_eq!(std::thread::scope(|scope| scope.spawn(look).join()).unwrap().unwrap(), (5, 9));
+}
+
+/// A violation ends what code in the domain has done to its pages, although no function of the C library's was asked.
+fn a_violation_opens_the_pages_again() {
+    thread_local! { static LOCAL: Cell<u64> = const { Cell::new(5) } }
+    let mut domain = domain("closed");
+    let places = || {
+        let first_of_heap = Box::new(0u8);
+        let places =
+            [mailbox(), ptr::from_ref(&*first_of_heap).addr(), LOCAL.with(|local| ptr::from_ref(local).addr())];
+        (places, mailbox() - 64 * PAGE)
+    };
+    let ([mailbox, heap, local], stack) = domain.call(places).unwrap();
+    for place in [mailbox, heap, local, stack] {
+        let touch = || {
+            close(place);
+            // SAFETY: none: this is the mistake.
+            unsafe { black_box(place as *mut u8).write_volatile(1) };
+        };
+        let text = contain(&mut domain, touch).to_string();
+        assert!(text.contains("whose mapping denies"), "{text}");
+        let other = || {
+            close(place);
+            mistake();
+        };
+        // Here it shows when a later call uses the page.
+        domain.call(other).unwrap_err();
+        let _ = domain.call(|| (LOCAL.get(), vec![1]));
+        works(&mut domain);
+    }
 }
 
 fn a_closed_region() {

@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use pkru::domain::{Entry, Platform, Sizes};
@@ -105,6 +105,17 @@ impl Memory {
             self.thread = caller.number;
         }
         Ok(pin)
+    }
+
+    /// Notes that code in the domain has changed pages of its memory by a system call of its own. The next discard maps
+    /// them again.
+    pub(crate) const fn distrust_pages(&mut self) {
+        self.uses = [Use::Mappings; 4];
+    }
+
+    /// Returns whether an address lies in the domain's own memory, and in no guard page.
+    pub(crate) fn is_own(&self, address: u64) -> bool {
+        self.mapping.contains(address as usize)
     }
 
     /// Acquires the key that the domain had when its call was suspended, because the suspended code expects it.
@@ -257,6 +268,25 @@ impl Memory {
     }
 }
 
+impl PkuBackend {
+    /// Writes what a call finds in the domain's memory, which is zeroed.
+    fn lay_out(&self, memory: &mut Memory, heap: &DomainHeap) -> Result<(), Inaccessible> {
+        // A lease pins this key.
+        ensure_rights(memory.running.context.key());
+        self.libraries.iter().try_for_each(LibraryData::restore)?;
+        let (start, size) = (memory.heap().start, size_of::<DomainHeap>());
+        // SAFETY: no code runs in the domain, whose heap has room for this at its start.
+        unsafe { sys::copy_to(ptr::from_ref(heap).cast(), start, size) }?;
+        let template = memory.thread_locals.as_mut().expect("`prepare` has made it");
+        // SAFETY: the template was made for this domain, in which no call runs.
+        unsafe { template.lay_out() }?;
+        let fs_base = template.fs_base();
+        let stack = memory.mailbox().start as u64;
+        memory.running.context.set_place(stack, fs_base);
+        Ok(())
+    }
+}
+
 /// The error if memory of a domain cannot be written.
 fn inaccessible(_: Inaccessible) -> Error {
     Error::System { operation: "write a domain's memory", errno: libc::EFAULT }
@@ -332,18 +362,13 @@ unsafe impl Platform for PkuBackend {
             let word = HeapWord::new(start.cast(), self.heap_checks);
             tls::update(&mut memory.thread_locals, &place, locals, word)?;
         }
-        // A lease pins this key.
-        ensure_rights(memory.running.context.key());
-        self.libraries.iter().try_for_each(LibraryData::restore).map_err(inaccessible)?;
-        // SAFETY: no code runs in the domain, whose heap has room for this at its start.
-        unsafe { sys::copy_to((&raw const heap).cast(), range.start, size_of::<DomainHeap>()) }
-            .map_err(inaccessible)?;
-        let template = memory.thread_locals.as_mut().expect("it was just made");
-        // SAFETY: the template was made for this domain, in which no call runs.
-        unsafe { template.lay_out() }.map_err(inaccessible)?;
-        let fs_base = template.fs_base();
-        let stack = memory.mailbox().start as u64;
-        memory.running.context.set_place(stack, fs_base);
+        if self.lay_out(memory, &heap).is_err() {
+            // Code in the domain has changed a page by a system call of its own, which no discard knows of.
+            memory.distrust_pages();
+            self.discard(memory);
+            memory.mapping.check()?;
+            self.lay_out(memory, &heap).map_err(inaccessible)?;
+        }
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use crate::keys::Pin;
 use crate::service;
 use crate::setup;
 use crate::thread::{self, Thread};
-use crate::transfer::{DomainMemory, Transfer};
+use crate::transfer::{DomainMemory, InvalidResult, Transfer};
 use crate::violation::{Violation, ViolationKind, classify, is_told_by_its_state};
 
 impl Domain {
@@ -271,6 +271,9 @@ impl Domain {
         let received = memory.receive(mailbox, |wire| R::from_wire(wire, &memory));
         core.disarm();
         received.map_err(|invalid| {
+            if let InvalidResult::Inaccessible { .. } = invalid {
+                self.core.memory_mut().distrust_pages();
+            }
             self.discard();
             self.violation(ViolationKind::InvalidResult(invalid))
         })
@@ -284,13 +287,18 @@ impl Domain {
         let memory = self.core.memory();
         memory.ensure_rights_after_call();
         let (loaded, trap) = (memory.loaded_count(), memory.trap());
-        let at = is_told_by_its_state(trap).then_some(trap.at);
+        let is_told = is_told_by_its_state(trap) && !memory.is_own(trap.at.address);
+        let at = is_told.then_some(trap.at);
         let last = self.last.as_ref().filter(|last| last.loaded == loaded);
-        if let Some(same) = last.filter(|last| at.is_some() && last.at == at && last.violation.is_of(closure)) {
+        if let Some(same) = last.filter(|last| is_told && last.at == at && last.violation.is_of(closure)) {
             return same.violation.clone();
         }
         let (kind, instruction) = classify(memory, trap);
-        let last = last.map(|last| &last.violation);
+        if kind.address().is_some_and(|address| memory.is_own(address)) {
+            self.core.memory_mut().distrust_pages();
+        }
+        let memory = self.core.memory();
+        let last = self.last.as_ref().filter(|last| last.loaded == loaded).map(|last| &last.violation);
         if let Some(same) = last.filter(|last| last.is(&kind, instruction, closure)) {
             return same.clone();
         }

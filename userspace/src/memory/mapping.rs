@@ -87,6 +87,11 @@ impl<const PARTS: usize> Mapping<PARTS> {
         start..start + self.size
     }
 
+    /// Returns whether an address lies in a part.
+    pub(crate) fn contains(&self, address: usize) -> bool {
+        self.addresses().contains(&address) && self.parts.iter().any(|part| part.contains(&address))
+    }
+
     /// Returns whether an address lies in a guard page.
     pub(crate) fn is_guard(&self, address: usize) -> bool {
         let start = self.start.as_ptr() as usize;

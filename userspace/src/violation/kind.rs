@@ -104,7 +104,7 @@ pub enum ViolationKind {
 
 impl ViolationKind {
     /// Returns the address that was accessed, if it is an access.
-    pub(super) const fn address(&self) -> Option<u64> {
+    pub(crate) const fn address(&self) -> Option<u64> {
         match *self {
             Self::Key(KeyFault { address, .. })
             | Self::Null { address, .. }
