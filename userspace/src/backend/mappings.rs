@@ -91,7 +91,8 @@ impl Memory {
         // SAFETY: as above.
         let tagged = mapped.and_then(|()| unsafe { sys::protect(pages.clone(), protection, self.key_in_call()) });
         if let Err(error) = tagged {
-            self.reserve(&pages);
+            // The record is wrong until a discard if that fails too.
+            let _ = self.reserve(&pages).inspect_err(|_| self.mapping.set_lost());
             return Err(errno(&error));
         }
         let start = pages.start as u64;
@@ -107,20 +108,18 @@ impl Memory {
             return Err(libc::ENOMEM);
         }
         self.uses[part] = Use::Mappings;
-        self.reserve(&pages);
+        self.reserve(&pages).inspect_err(|_| self.protect_as_recorded(&pages))?;
         Ok(0)
     }
 
-    /// Maps nothing in place of pages, and records that.
-    fn reserve(&mut self, pages: &Range<usize>) {
+    /// Maps nothing in place of pages, and records that. Fails where the kernel lacks memory for its records.
+    fn reserve(&mut self, pages: &Range<usize>) -> Result<(), c_int> {
         let start = NonNull::new(pages.start as *mut u8).expect("a mapping does not start at 0");
+        let layout = self.layout.replaced(pages, None).ok_or(libc::ENOMEM)?;
         // SAFETY: the pages are the domain's own, and code in the domain gives them up.
-        let reserved = unsafe { sys::map_again(sys::DontNeed { start, size: pages.len() }) };
-        match self.layout.replaced(pages, None) {
-            Some(layout) if reserved.is_ok() => self.set_layout(layout),
-            // The kernel lacks memory for its records, or the pages were mapped over several runs.
-            _ => self.mapping.set_lost(),
-        }
+        unsafe { sys::map_again(sys::DontNeed { start, size: pages.len() }) }.map_err(|error| errno(&error))?;
+        self.set_layout(layout);
+        Ok(())
     }
 
     /// mprotect(2).

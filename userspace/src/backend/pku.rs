@@ -35,7 +35,7 @@ pub(crate) struct PkuBackend {
     /// The domain's rights to all keys except its own and the statics' key.
     pub(crate) rights: KeyRights,
     /// Libraries whose data the domain owns.
-    pub(crate) libraries: Vec<LibraryData>,
+    pub(crate) libraries: Vec<Arc<LibraryData>>,
     /// The domain's rights to all other statics.
     pub(crate) globals: Globals,
     /// The size in bytes of the addresses for what code in the domain maps.
@@ -89,8 +89,8 @@ impl Memory {
     #[cold]
     fn acquire_slowly(&mut self, caller: Caller, pin: Option<Pin>) -> Result<Pin, Error> {
         let pin = pin.map_or_else(|| self.assign_key(caller, None), Ok)?;
-        if self.thread != caller.number {
-            self.mapping.check()?;
+        // What is lost is discarded and made ready before code runs in it.
+        if self.thread != caller.number && !self.mapping.is_lost() {
             ensure_rights(pin.key());
             // Code may have stored values in thread-locals that hold for its thread only.
             if let Some(template) = &mut self.thread_locals {
@@ -157,6 +157,12 @@ impl Memory {
     /// Returns whether the next call is a trial call that panics.
     pub(crate) const fn is_learning(&self) -> bool {
         self.running.learning.get()
+    }
+
+    /// Checks that the memory is usable. What code in the domain maps can leave a wrong record if the kernel's memory is
+    /// short.
+    pub(crate) const fn check(&self) -> Result<(), Error> {
+        self.mapping.check()
     }
 
     /// Returns the key that the domain has now.
@@ -273,7 +279,7 @@ impl PkuBackend {
     fn lay_out(&self, memory: &mut Memory, heap: &DomainHeap) -> Result<(), Inaccessible> {
         // A lease pins this key.
         ensure_rights(memory.running.context.key());
-        self.libraries.iter().try_for_each(LibraryData::restore)?;
+        self.libraries.iter().try_for_each(|library| library.restore())?;
         let (start, size) = (memory.heap().start, size_of::<DomainHeap>());
         // SAFETY: no code runs in the domain, whose heap has room for this at its start.
         unsafe { sys::copy_to(ptr::from_ref(heap).cast(), start, size) }?;
@@ -321,7 +327,7 @@ unsafe impl Platform for PkuBackend {
             asked: Cell::new((0, 0)),
         };
         let own = [STACK, TLS, HEAP].map(|part| mapping.part(part));
-        let ranges = own.into_iter().chain(self.libraries.iter().flat_map(LibraryData::ranges));
+        let ranges = own.into_iter().chain(self.libraries.iter().flat_map(|library| library.ranges()));
         let layout = Layout::new(ranges);
         Ok(Memory {
             mapping,
@@ -347,7 +353,11 @@ unsafe impl Platform for PkuBackend {
     }
 
     fn prepare(&self, memory: &mut Memory) -> Result<(), Error> {
-        memory.mapping.check()?;
+        if memory.mapping.is_lost() {
+            // A shortage that is over.
+            self.discard(memory);
+            memory.mapping.check()?;
+        }
         let range = memory.heap();
         let start = NonNull::new(range.start as *mut u8).expect("a heap does not start at 0");
         let secret = sys::random_word() ^ range.start as u64;
@@ -388,8 +398,9 @@ unsafe impl Platform for PkuBackend {
     fn discard(&self, memory: &mut Memory) {
         memory.descriptors.close_all();
         let uses = std::mem::replace(&mut memory.uses, UNCHANGED);
+        let was_lost = memory.mapping.is_lost();
         let is_mapped_again = memory.mapping.discard(&uses);
-        if uses.contains(&Use::Mappings) {
+        if was_lost || uses.contains(&Use::Mappings) {
             memory.set_layout(memory.initial.clone());
         }
         if is_mapped_again && memory.tagged.tag_again().is_err() {
@@ -400,9 +411,10 @@ unsafe impl Platform for PkuBackend {
     fn unmap(&self, memory: Memory) {
         let Memory { mapping, tagged, mut descriptors, .. } = memory;
         descriptors.close_all();
-        tagged.release(|| {
-            let is_unmapped = mapping.unmap().is_ok();
-            self.libraries.iter().fold(is_unmapped, |is_clean, library| library.give_back() && is_clean)
+        let (mut mapping, libraries) = (Some(mapping), self.libraries.clone());
+        tagged.release(move || {
+            mapping = mapping.take().and_then(|mapping| mapping.unmap().err());
+            libraries.iter().fold(mapping.is_none(), |is_clean, library| library.give_back() && is_clean)
         });
     }
 }

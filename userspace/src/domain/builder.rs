@@ -267,7 +267,8 @@ impl Builder {
         if self.globals == Globals::Writable {
             globals::open_statics(setup::thread::make_ready()?)?;
         }
-        let libraries = self.libraries.iter().map(|name| LibraryData::take(name)).collect::<Result<_, _>>()?;
+        let libraries =
+            self.libraries.iter().map(|name| LibraryData::take(name).map(Arc::new)).collect::<Result<_, _>>()?;
         let sizes = Sizes { stack: self.stack + MAILBOX, heap: self.heap };
         let backend = PkuBackend {
             rights,

@@ -156,12 +156,21 @@ impl Domain {
                 self.core.discard();
                 return Err(self.violation(ViolationKind::Callback));
             };
+            self.check()?;
             self.core.suspended();
             // SAFETY: as in `call`; the entry point continues on the domain's stack where the call left it.
             let result = unsafe { self.core.resume(lease, RESUME, &raw const reply as u64) };
             request = result.map_err(|failure| self.failed(failure, closure))?;
         }
         self.receive(mailbox)
+    }
+
+    /// Checks after a service that the domain can go on.
+    fn check(&mut self) -> Result<(), Violation> {
+        self.core.memory().check().map_err(|error| {
+            self.core.discard();
+            self.violation(ViolationKind::NotReady(error))
+        })
     }
 
     fn call_with_name<F: Fn(&[Callback]) -> R, R: Transfer>(
@@ -224,6 +233,7 @@ impl Domain {
             self.core.memory().ensure_rights_after_call();
             // The deadline's timer keeps running. It expires again and again, so that none is missed.
             if let Some(reply) = service::provide(request, self.core.memory_mut()) {
+                self.check()?;
                 self.core.suspended();
                 // SAFETY: as in `call`; the entry point continues on the domain's stack where the call left it.
                 result = unsafe { self.core.resume(&lease, RESUME, &raw const reply as u64) };

@@ -22,6 +22,7 @@ pub(crate) mod lent;
 mod model;
 #[cfg(test)]
 mod properties;
+mod remains;
 mod slots;
 pub(crate) mod statics;
 mod sync;
@@ -40,6 +41,7 @@ use crate::memory::layout::Run;
 use crate::sys::{self, BlockedSignals, Protection};
 use crate::trusted::trusted;
 use crate::{Error, rights};
+pub(crate) use remains::Unmap;
 use slots::{Pin as TablePin, Slot, Slots};
 use table::{Keys, Table, Tagger};
 
@@ -127,9 +129,9 @@ impl Tagged {
         TABLE.assign_key(self, caller, want).map(Pin)
     }
 
-    /// Releases its key while `unmap` unmaps it. `unmap` returns whether no page carries the key afterwards; else the
-    /// key is lost.
-    pub(crate) fn release(&self, unmap: impl FnOnce() -> bool) {
+    /// Releases its key while `unmap` unmaps it. `unmap` returns whether no page carries the key afterwards; else it is
+    /// called again later.
+    pub(crate) fn release(&self, unmap: impl Unmap) {
         TABLE.release(self, unmap);
     }
 
@@ -195,6 +197,12 @@ pub(crate) fn take_for_good(caller: Option<Caller>) -> Result<ProtectionKey, Err
 /// Gives back a key that [`take`] returned and that tags nothing any more.
 pub(crate) fn give_back(key: ProtectionKey) {
     TABLE.give_back(key);
+}
+
+/// Gives back a key that [`take`] returned, once `unmap` has unmapped what carries it. `unmap` is called until it returns
+/// `true`.
+pub(crate) fn give_back_after(key: ProtectionKey, unmap: impl Unmap) {
+    TABLE.give_back_after(key, unmap);
 }
 
 /// Returns the key of memory that no domain may access.

@@ -15,6 +15,8 @@ use pkru::ProtectionKey;
 
 #[path = "caller.rs"]
 mod caller;
+#[path = "remains.rs"]
+mod remains;
 #[path = "slots.rs"]
 mod slots;
 #[path = "table.rs"]
@@ -24,7 +26,7 @@ mod table;
 mod sync {
     pub(super) use std::sync::PoisonError;
 
-    pub(super) use loom::sync::atomic::{AtomicPtr, AtomicU16, AtomicU64, AtomicUsize, Ordering};
+    pub(super) use loom::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
     pub(super) use loom::sync::{Arc, Mutex, MutexGuard};
 
     pub(super) fn pause(_: u32) {
@@ -96,15 +98,16 @@ fn pages(page: usize) -> Box<[Run]> {
     std::iter::once(Run::new(page..page + 1)).collect()
 }
 
-/// Calls into a domain once, with this page of memory: while the call runs, its page alone carries its key.
-fn call(table: &Table<Simulated>, memory: &Arc<Tagged>, page: usize, thread: u64) {
+/// Calls into a domain once, with this page of memory: while the call runs, its page alone carries its key. Returns whether
+/// the domain got a key.
+fn call(table: &Table<Simulated>, memory: &Arc<Tagged>, page: usize, thread: u64) -> bool {
     let caller = Caller { number: thread, signal_stack: thread as usize };
     let pin = match table.pin(memory, caller) {
         Some(pin) => pin,
         None => match table.assign_key(memory, caller, None) {
             Ok(pin) => pin,
             // A tagging call was made to fail.
-            Err(_) => return,
+            Err(_) => return false,
         },
     };
     let key = table.pinned_key(&pin);
@@ -117,6 +120,7 @@ fn call(table: &Table<Simulated>, memory: &Arc<Tagged>, page: usize, thread: u64
     loom::thread::yield_now();
     check();
     drop(pin);
+    true
 }
 
 /// Checks a model with few enough preemptions to end soon.
@@ -133,11 +137,17 @@ fn two_threads(keys: u8, failure_in: usize) {
         let memories = [0usize, 1].map(|page| table.describe(pages(page)));
         let other = loom::thread::spawn({
             let (table, memory) = (table.clone(), memories[1].clone());
-            move || call(&table, &memory, 1, 2)
+            move || {
+                call(&table, &memory, 1, 2);
+            }
         });
         call(&table, &memories[0], 0, 1);
         call(&table, &memories[0], 0, 1);
         other.join().unwrap();
+        // The failure, if there was one, is over.
+        table.tagger.0.lock().unwrap().failure_in = 0;
+        assert!(call(&table, &memories[0], 0, 1) && call(&table, &memories[1], 1, 1));
+        assert!(table.lock().remains.is_empty());
     });
 }
 
@@ -167,11 +177,15 @@ fn a_key_is_released_while_another_waits_for_it() {
         call(&table, &memories[0], 0, 1);
         let other = loom::thread::spawn({
             let (table, memory) = (table.clone(), memories[1].clone());
-            move || call(&table, &memory, 1, 2)
+            move || {
+                call(&table, &memory, 1, 2);
+            }
         });
-        table.release(&memories[0], || {
-            table.tagger.0.lock().unwrap().pages.remove(&0);
-            true
+        // The first attempt fails.
+        let (unmapping, mut attempts) = (table.clone(), 0);
+        table.release(&memories[0], move || {
+            attempts += 1;
+            attempts > 1 && unmapping.tagger.0.lock().unwrap().pages.remove(&0).is_some()
         });
         other.join().unwrap();
     });
@@ -185,7 +199,9 @@ fn keys_are_withheld_while_another_thread_calls() {
         let memory = table.describe(pages(0));
         let other = loom::thread::spawn({
             let (table, memory) = (table.clone(), memory.clone());
-            move || call(&table, &memory, 0, 2)
+            move || {
+                call(&table, &memory, 0, 2);
+            }
         });
         let this = Caller { number: 1, signal_stack: 1 };
         let result = table.while_no_domain_has_a_key(this, || {

@@ -1,11 +1,10 @@
 //! Property tests of the key table over a simulated system whose every call can fail.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use pkru::{KeySet, ProtectionKey};
 use proptest::prelude::*;
@@ -17,10 +16,16 @@ use crate::memory::layout::Run;
 use crate::sys::Protection;
 
 /// Keys and page tables, simulated.
-#[derive(Default)]
-struct Simulated(RefCell<System>);
+#[derive(Clone, Default)]
+struct Simulated(Arc<Mutex<System>>);
 
-#[derive(Default)]
+impl Simulated {
+    fn system(&self) -> MutexGuard<'_, System> {
+        self.0.lock().unwrap()
+    }
+}
+
+#[derive(Debug, Default)]
 struct System {
     /// How many keys can be allocated yet.
     keys_left: usize,
@@ -45,7 +50,7 @@ impl Tagger for Simulated {
     fn quiet(&self) {}
 
     fn allocate(&self) -> io::Result<Option<ProtectionKey>> {
-        let mut system = self.0.borrow_mut();
+        let mut system = self.system();
         if system.fails() {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
@@ -58,7 +63,7 @@ impl Tagger for Simulated {
     }
 
     unsafe fn tag(&self, pages: Range<usize>, protection: Protection, key: ProtectionKey) -> io::Result<()> {
-        let mut system = self.0.borrow_mut();
+        let mut system = self.system();
         for page in pages {
             // Like the kernel, it can fail in the middle of a range.
             if system.fails() {
@@ -96,7 +101,8 @@ enum Step {
     },
     Drop {
         memory: usize,
-        is_clean: bool,
+        /// How many times unmapping it fails.
+        failures: usize,
     },
     MapAnew {
         memory: usize,
@@ -127,7 +133,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (number.clone(), 0..PAGES, 0..8u64).prop_map(|(call, page, bits)| Step::Protect { call, page, bits }),
         2 => (number.clone(), 0..3usize, 1..16u8)
             .prop_map(|(memory, thread, key)| Step::CallWithKey { memory, thread, key }),
-        2 => (number.clone(), any::<bool>()).prop_map(|(memory, is_clean)| Step::Drop { memory, is_clean }),
+        2 => (number.clone(), 0..4usize).prop_map(|(memory, failures)| Step::Drop { memory, failures }),
         1 => number.clone().prop_map(|memory| Step::MapAnew { memory }),
         1 => Just(Step::Take),
         1 => number.prop_map(|taken| Step::GiveBack { taken }),
@@ -148,8 +154,6 @@ struct World<'a> {
     memories: Vec<Arc<Tagged>>,
     calls: Vec<(Arc<Tagged>, usize, Pin<'a>)>,
     taken: Vec<ProtectionKey>,
-    /// Keys that pages carry for ever, which no table could ever free.
-    lost: KeySet,
 }
 
 fn caller(thread: usize) -> Caller {
@@ -180,10 +184,19 @@ impl World<'_> {
         }
         let idle = locked.owned().filter(|key| !is_pinned(*key)).count();
         let below_limit = locked.limit.saturating_sub(locked.ours.len());
-        let can_allocate = self.table.tagger.0.borrow().keys_left.min(below_limit);
+        let can_allocate = self.table.tagger.system().keys_left.min(below_limit);
         // Without a closed key, one of them becomes it.
         let needed = if locked.closed.is_none() { 2 } else { 1 };
         idle + can_allocate < needed
+    }
+
+    fn make_memory(&mut self) {
+        let start = self.next_page;
+        self.next_page += PAGES;
+        let pages = (start..start + PAGES).map(|page| (page, ProtectionKey::DEFAULT));
+        self.table.tagger.system().pages.extend(pages);
+        let runs = Box::new([start..start + 1, start + 1..start + PAGES].map(Run::new));
+        self.memories.push(self.table.describe(runs));
     }
 
     fn call(&mut self, memory: usize, thread: usize, want: Option<ProtectionKey>) {
@@ -205,14 +218,7 @@ impl World<'_> {
 
     fn take(&mut self, step: Step) {
         match step {
-            Step::NewMemory => {
-                let start = self.next_page;
-                self.next_page += PAGES;
-                let runs = Box::new([start..start + 1, start + 1..start + PAGES].map(Run::new));
-                let mut system = self.table.tagger.0.borrow_mut();
-                system.pages.extend((start..start + PAGES).map(|page| (page, ProtectionKey::DEFAULT)));
-                self.memories.push(self.table.describe(runs));
-            }
+            Step::NewMemory => self.make_memory(),
             Step::Call { memory, thread } => self.call(memory, thread, None),
             Step::CallWithKey { memory, thread, key } => self.call(memory, thread, ProtectionKey::new(key)),
             Step::EndCall { call } => {
@@ -231,7 +237,7 @@ impl World<'_> {
                     self.table.set_runs(memory, pages.into());
                 }
             }
-            Step::Drop { memory, is_clean } => {
+            Step::Drop { memory, mut failures } => {
                 if self.memories.is_empty() {
                     return;
                 }
@@ -240,25 +246,23 @@ impl World<'_> {
                     self.memories.push(memory);
                     return;
                 }
-                if !is_clean {
-                    // The table cannot know which pages are left, and never hands out again what they may carry.
-                    self.lost = KeySet::from_bits(self.lost.bits() | memory.tainted.load(Ordering::Relaxed));
-                    self.key(&memory).into_iter().for_each(|key| self.lost.insert(key));
-                }
-                self.table.release(&memory, || {
-                    if is_clean {
-                        let mut system = self.table.tagger.0.borrow_mut();
-                        memory.runs().iter().flat_map(|run| run.pages.clone()).for_each(|page| {
-                            system.pages.remove(&page);
-                        });
+                let (unmapped, tagger) = (memory.clone(), self.table.tagger.clone());
+                self.table.release(&memory, move || {
+                    if failures > 0 {
+                        failures -= 1;
+                        return false;
                     }
-                    is_clean
+                    let mut system = tagger.system();
+                    unmapped.runs().iter().flat_map(|run| run.pages.clone()).for_each(|page| {
+                        system.pages.remove(&page);
+                    });
+                    true
                 });
             }
             Step::MapAnew { memory } => {
                 let Some(memory) = choose(&self.memories, memory) else { return };
                 {
-                    let mut system = self.table.tagger.0.borrow_mut();
+                    let mut system = self.table.tagger.system();
                     for page in memory.runs().iter().flat_map(|run| run.pages.clone()) {
                         system.pages.insert(page, ProtectionKey::DEFAULT);
                     }
@@ -288,7 +292,7 @@ impl World<'_> {
             }
             Step::Limit { keys } => self.table.set_limit(keys),
             Step::HandIn => {
-                let mut system = self.table.tagger.0.borrow_mut();
+                let mut system = self.table.tagger.system();
                 if system.keys_left > 0 {
                     system.keys_left -= 1;
                     system.allocated += 1;
@@ -306,14 +310,14 @@ impl World<'_> {
                     assert!(result.is_err() || self.memories.iter().all(|memory| self.key(memory).is_none()));
                 }
             }
-            Step::Fail { failures } => self.table.tagger.0.borrow_mut().failures = failures,
+            Step::Fail { failures } => self.table.tagger.system().failures = failures,
         }
     }
 
     /// What holds after every step.
     fn check(&self) {
         let locked = self.table.lock();
-        let system = self.table.tagger.0.borrow();
+        let system = self.table.tagger.system();
         let mut accounted = locked.free;
         let mut add = |key: ProtectionKey, what: &str| {
             assert!(!accounted.contains(key), "key {key} is {what}, and something else too");
@@ -326,16 +330,16 @@ impl World<'_> {
             let owner = locked.owners[key.index()].as_ref().expect("it is owned");
             assert_eq!(self.table.key_of(owner), Some(key));
         }
-        let mut tainted = KeySet::EMPTY;
         for memory in &self.memories {
             let key = self.table.key_of(memory);
             assert!(
                 key.is_none_or(|key| locked.owners[key.index()].as_ref().is_some_and(|it| Arc::ptr_eq(it, memory)))
             );
-            tainted = KeySet::from_bits(tainted.bits() | memory.tainted.load(Ordering::Relaxed));
         }
-        // No key is lost: each is free, closed, taken, a domain's, or on pages that could not be tagged otherwise.
-        let everywhere = accounted.bits() | tainted.bits() | self.lost.bits();
+        // No key is lost: each is free, closed, taken, a domain's, or on pages that are to be tagged or unmapped.
+        let remaining = locked.remains.iter().flat_map(|remains| remains.keys.iter());
+        remaining.for_each(|key| add(key, "on what a failure has left"));
+        let everywhere = accounted.bits();
         assert_eq!(
             locked.ours.bits() & !everywhere,
             0,
@@ -355,10 +359,35 @@ impl World<'_> {
             assert!(self.table.slots.of(key).is_pinned_by(caller(*thread)));
             for (page, found) in &system.pages {
                 let is_its = memory.runs().iter().any(|run| run.pages.contains(page));
-                assert!(is_its || *found != key || self.lost.contains(key), "page {page} carries key {key} of another");
+                assert!(is_its || *found != key, "page {page} carries key {key} of another");
             }
         }
     }
+}
+
+/// Once nothing fails any more every key can be used again.
+fn recover(world: &mut World<'_>) {
+    world.take(Step::Fail { failures: Vec::new() });
+    world.take(Step::Limit { keys: 15 });
+    world.calls.clear();
+    world.taken.drain(..).for_each(|key| world.table.give_back(key));
+    let keys = {
+        let system = world.table.tagger.system();
+        system.keys_left + usize::from(system.allocated)
+    };
+    // Of unmapping, three attempts fail at most.
+    (0..4).for_each(|_| world.make_memory());
+    if keys < 2 {
+        return;
+    }
+    world.memories.clear();
+    for memory in 0..keys - 1 {
+        world.make_memory();
+        world.call(memory, 0, None);
+        world.check();
+    }
+    assert_eq!(world.calls.len(), keys - 1, "all keys but the closed one are in use at the same time");
+    assert!(world.table.lock().remains.is_empty());
 }
 
 fn single_pages(run: &Run) -> impl Iterator<Item = Run> + use<> {
@@ -376,13 +405,14 @@ proptest! {
     #[test]
     fn keys_are_neither_shared_nor_lost(keys in 0..16usize, steps in proptest::collection::vec(step(), 1..60)) {
         let keys = keys.min(15);
-        let tagger = Simulated(RefCell::new(System { keys_left: keys, ..System::default() }));
+        let tagger = Simulated(Arc::new(Mutex::new(System { keys_left: keys, ..System::default() })));
         let table = Table { tagger, slots: Slots::new(), keys: Mutex::new(Keys::new()) };
         let (memories, calls, taken) = (Vec::new(), Vec::new(), Vec::new());
-        let mut world = World { table: &table, next_page: 0, memories, calls, taken, lost: KeySet::EMPTY };
+        let mut world = World { table: &table, next_page: 0, memories, calls, taken };
         for step in steps {
             world.take(step);
             world.check();
         }
+        recover(&mut world);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-pub(super) use std::sync::atomic::{AtomicPtr, AtomicU16, AtomicU64, AtomicUsize, Ordering};
+pub(super) use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 pub(super) use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Lets other threads run, longer after the first hundred tries.

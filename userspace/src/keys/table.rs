@@ -6,14 +6,16 @@
 #![expect(unsafe_code, reason = "it keeps a pointer to a slot for the fast path")]
 
 use std::io;
+use std::mem;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr;
 
 use pkru::{KeySet, ProtectionKey};
 
 use super::caller::Caller;
+use super::remains::{Remains, Unmap};
 use super::slots::{Number, Pin, Slot, Slots};
-use super::sync::{Arc, AtomicPtr, AtomicU16, Mutex, MutexGuard, Ordering, PoisonError, pause};
+use super::sync::{Arc, AtomicPtr, Mutex, MutexGuard, Ordering, PoisonError, pause};
 use crate::Error;
 use crate::memory::layout::Run;
 use crate::sys::Protection;
@@ -45,9 +47,6 @@ pub(crate) struct Tagged {
     runs: Mutex<Box<[Run]>>,
     /// The slot of its key, in the table that it belongs to. Changed under that table's lock.
     slot: AtomicPtr<Slot>,
-    /// Keys that some pages may carry because tagging them failed half-way. No one else gets such a key until all
-    /// pages carry another. Changed under the table's lock.
-    pub(super) tainted: AtomicU16,
 }
 
 /// The table.
@@ -71,6 +70,9 @@ pub(super) struct Keys {
     pub(super) closed: Option<ProtectionKey>,
     /// The memory that has each key.
     pub(super) owners: [Option<Arc<Tagged>>; ProtectionKey::COUNT],
+    /// What is left of failures. Each is tried again, until it succeeds, whenever a key is needed and whenever memory is
+    /// made or released.
+    pub(super) remains: Vec<Remains>,
     /// How many keys are about to become free: their memory is being unmapped.
     pub(super) releasing: usize,
     /// The [number](Caller::number) of the thread that withholds keys from all other threads, but for the calls within
@@ -86,6 +88,7 @@ impl Keys {
             free: KeySet::EMPTY,
             closed: None,
             owners: [const { None }; ProtectionKey::COUNT],
+            remains: Vec::new(),
             releasing: 0,
             withheld_by: 0,
         }
@@ -98,6 +101,8 @@ pub(super) struct Locked<'a, T: Tagger> {
     // Dropped in this order.
     keys: MutexGuard<'a, Keys>,
     _quiet: T::Quiet,
+    /// What has succeeded at last. Dropping it may unload a library, whose destructors may call domains.
+    done: Vec<Remains>,
 }
 
 impl<T: Tagger> Deref for Locked<'_, T> {
@@ -117,14 +122,17 @@ impl<T: Tagger> DerefMut for Locked<'_, T> {
 impl<T: Tagger> Table<T> {
     pub(super) fn lock(&self) -> Locked<'_, T> {
         let quiet = self.tagger.quiet();
-        Locked { table: self, keys: self.keys.lock().unwrap_or_else(PoisonError::into_inner), _quiet: quiet }
+        let keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        Locked { table: self, keys, done: Vec::new(), _quiet: quiet }
     }
 
     /// Describes memory that has no key yet. It belongs to this table from now on.
     pub(super) fn describe(&self, runs: Box<[Run]>) -> Arc<Tagged> {
+        // What fails still is in nobody's way here.
+        let _ = self.lock().clear_remains();
         let slot = AtomicPtr::new(ptr::from_ref(self.slots.none()).cast_mut());
         let runs = Mutex::new(runs);
-        Arc::new(Tagged { number: self.slots.next_number(), runs, slot, tainted: AtomicU16::new(0) })
+        Arc::new(Tagged { number: self.slots.next_number(), runs, slot })
     }
 
     #[inline]
@@ -174,12 +182,12 @@ impl<T: Tagger> Table<T> {
         }
     }
 
-    /// Takes the key from memory that `unmap` unmaps. `unmap` returns whether no page carries the key afterwards; else
-    /// the key is lost. Nothing tags the memory meanwhile.
-    pub(super) fn release(&self, memory: &Tagged, unmap: impl FnOnce() -> bool) {
+    /// Takes the key from memory that `unmap` unmaps. `unmap` returns whether no page carries the key afterwards; else it
+    /// is called again later, and the key is nobody's until then. Nothing tags the memory meanwhile.
+    pub(super) fn release(&self, memory: &Tagged, mut unmap: impl Unmap) {
         // A signal handler that forks here would copy a key that never becomes free.
         let _quiet = self.tagger.quiet();
-        let (key, tainted) = {
+        let (key, keys) = {
             let mut locked = self.lock();
             let key = self.key_of(memory);
             if let Some(key) = key {
@@ -188,13 +196,29 @@ impl<T: Tagger> Table<T> {
                 locked.owners[key.index()] = None;
                 locked.releasing += 1;
             }
-            (key, memory.take_tainted())
+            let tainted = locked.take_tainted(memory);
+            (key, key.map_or(tainted, |key| tainted.with(key)))
         };
         let is_clean = unmap();
         let mut locked = self.lock();
         locked.releasing -= usize::from(key.is_some());
         if is_clean {
-            locked.put_back_all(key.map_or(tainted, |key| tainted.with(key)));
+            locked.put_back_all(keys);
+        } else {
+            locked.remains.push(Remains::of_mapping(keys, unmap));
+        }
+        let _ = locked.clear_remains();
+    }
+
+    /// Gives back a key that [`take`](Self::take) returned, once `unmap` has unmapped what carries it.
+    pub(super) fn give_back_after(&self, key: ProtectionKey, mut unmap: impl Unmap) {
+        let _quiet = self.tagger.quiet();
+        let is_clean = unmap();
+        let mut locked = self.lock();
+        if is_clean {
+            locked.put_back(key);
+        } else {
+            locked.remains.push(Remains::of_mapping(KeySet::EMPTY.with(key), unmap));
         }
     }
 
@@ -326,14 +350,6 @@ impl Tagged {
     pub(super) fn runs(&self) -> MutexGuard<'_, Box<[Run]>> {
         self.runs.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn take_tainted(&self) -> KeySet {
-        KeySet::from_bits(self.tainted.swap(0, Ordering::Relaxed))
-    }
-
-    fn taint(&self, key: ProtectionKey) {
-        self.tainted.fetch_or(KeySet::EMPTY.with(key).bits(), Ordering::Relaxed);
-    }
 }
 
 /// The wait of one thread for a key.
@@ -389,11 +405,11 @@ impl<T: Tagger> Locked<'_, T> {
         }
         let Some(key) = self.obtain(want)? else { return Ok(false) };
         if let Err(error) = self.table.tag(memory, key) {
-            memory.taint(key);
+            self.taint(memory, key);
             return Err(Error::system("give a domain's memory a protection key")(error));
         }
         // No page carries those any more.
-        let tainted = memory.take_tainted().without(key);
+        let tainted = self.take_tainted(memory).without(key);
         self.put_back_all(tainted);
         self.table.set_slot(memory, self.table.slots.of(key));
         self.owners[key.index()] = Some(memory.clone());
@@ -401,8 +417,10 @@ impl<T: Tagger> Locked<'_, T> {
         Ok(true)
     }
 
-    /// Finds a key that tags nothing, or makes one so; `None` if calls pin all of them.
+    /// Finds a key that tags nothing, or makes one so; `None` if calls pin all of them. What fails on the way is an error
+    /// only if there is no other way.
     fn obtain(&mut self, want: Option<ProtectionKey>) -> Result<Option<ProtectionKey>, Error> {
+        let mut failure = self.clear_remains().err();
         if let Some(want) = want {
             if self.closed == Some(want) {
                 return Err(self.exhausted());
@@ -410,7 +428,7 @@ impl<T: Tagger> Locked<'_, T> {
             if !self.free.contains(want) {
                 if self.owners[want.index()].is_none() && self.releasing == 0 {
                     // Something other than a domain has it.
-                    return Err(self.exhausted());
+                    return Err(failure.unwrap_or_else(|| self.exhausted()));
                 }
                 if !self.take_away(want)? {
                     return Ok(None);
@@ -423,30 +441,81 @@ impl<T: Tagger> Locked<'_, T> {
             // The last one is kept for closed memory.
             let kept = usize::from(self.closed.is_none() && !self.ours.is_empty());
             if self.ours.len() + kept < self.limit {
-                self.allocate()?;
+                failure = self.allocate().err().or(failure);
             }
         }
+        let mut is_pinned = false;
         if self.free.is_empty() {
-            self.provide_closed()?;
+            failure = self.provide_closed().err().or(failure);
             let mut owned: Vec<_> = self.owned().collect();
             // Without a closed key, one of the keys in use would become it.
             if owned.len() < 2 && self.closed.is_none() {
-                return if self.releasing == 0 { Err(self.exhausted()) } else { Ok(None) };
+                owned.clear();
             }
             owned.sort_by_key(|key| self.table.slots.of(*key).last_used());
             for key in owned {
-                if self.take_away(key)? {
-                    break;
+                match self.take_away(key) {
+                    Ok(true) => break,
+                    Ok(false) => is_pinned |= self.owners[key.index()].is_some(),
+                    Err(error) => failure = failure.or(Some(error)),
                 }
             }
         }
-        let key = self.free.first();
-        if let Some(key) = key {
-            self.free.remove(key);
-        } else if self.releasing == 0 && self.owned().next().is_none() {
-            return Err(self.exhausted());
+        match self.free.first() {
+            Some(key) => {
+                self.free.remove(key);
+                Ok(Some(key))
+            }
+            None if is_pinned || self.releasing != 0 => Ok(None),
+            None => Err(failure.unwrap_or_else(|| self.exhausted())),
         }
-        Ok(key)
+    }
+
+    /// Tries again what has failed.
+    ///
+    /// # Errors
+    ///
+    /// The failure, if memory cannot be tagged yet.
+    fn clear_remains(&mut self) -> Result<(), Error> {
+        let mut result = Ok(());
+        for mut remains in mem::take(&mut self.remains) {
+            let cleared = match remains.memory() {
+                Some(memory) => self.close_tainted(&memory, remains.keys),
+                None => Ok(remains.unmap().then_some(remains.keys)),
+            };
+            match cleared {
+                Ok(Some(keys)) => {
+                    self.put_back_all(keys);
+                    self.done.push(remains);
+                    continue;
+                }
+                Ok(None) => {}
+                Err(error) => result = Err(Error::system("take a domain's protection key away")(error)),
+            }
+            self.remains.push(remains);
+        }
+        result
+    }
+
+    /// Gives memory the closed key, some pages of which may carry others. Returns those that tag nothing any more.
+    fn close_tainted(&mut self, memory: &Tagged, tainted: KeySet) -> io::Result<Option<KeySet>> {
+        // Without a closed key one of these becomes it: no other memory carries it.
+        let Some(closed) = self.closed.or(tainted.first()) else { return Ok(Some(tainted)) };
+        self.table.tag(memory, closed)?;
+        self.closed = Some(closed);
+        Ok(Some(tainted.without(closed)))
+    }
+
+    /// Notes that some pages of memory without a key may carry this one, because tagging them failed half-way.
+    fn taint(&mut self, memory: &Arc<Tagged>, key: ProtectionKey) {
+        let tainted = self.take_tainted(memory);
+        self.remains.push(Remains::of_memory(tainted.with(key), memory.clone()));
+    }
+
+    /// Returns the keys that some pages of memory may carry, and forgets that they do.
+    fn take_tainted(&mut self, memory: &Tagged) -> KeySet {
+        let index = self.remains.iter().position(|remains| remains.is_of(memory));
+        index.map_or(KeySet::EMPTY, |index| self.remains.swap_remove(index).keys)
     }
 
     /// Notes that a key tags nothing any more.
@@ -477,6 +546,7 @@ impl<T: Tagger> Locked<'_, T> {
 
     /// Returns whether enough keys are left for domains: one for closed memory, and another.
     fn enough_left(&mut self) -> Result<bool, Error> {
+        let _ = self.clear_remains();
         let left = |locked: &Self| {
             locked.owned().count() + locked.free.len() + usize::from(locked.closed.is_some()) + locked.releasing
         };
@@ -519,7 +589,7 @@ impl<T: Tagger> Locked<'_, T> {
             if self.table.tag(&owner, key).is_ok() {
                 slot.give(owner.number);
             } else {
-                owner.taint(key);
+                self.taint(&owner, key);
                 self.detach(key, &owner);
             }
             return Err(Error::system("take a domain's protection key away")(error));
@@ -546,7 +616,9 @@ impl<T: Tagger> Locked<'_, T> {
 
     /// Takes the keys of all domains away; `false` if calls pin some.
     fn take_all_away(&mut self, caller: Caller) -> Result<bool, Error> {
-        self.provide_closed()?;
+        let _ = self.clear_remains();
+        // Without one, the first of the keys in use becomes it.
+        let _ = self.provide_closed();
         let owned: Vec<_> = self.owned().collect();
         for key in &owned {
             if self.table.slots.of(*key).is_pinned_by(caller) {

@@ -2,12 +2,9 @@
 
 #![expect(unsafe_code, reason = "it copies a library's data")]
 
-use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-use pkru::ProtectionKey;
 
 use super::bind;
 use super::owned::{self, Part, can_be_owned, is_called};
@@ -21,8 +18,6 @@ pub(crate) struct LibraryData {
     /// Keeps the library loaded.
     _library: Library,
     parts: Vec<Arc<Part>>,
-    /// The domain's key could not be removed from a page. No domain can own the data again.
-    is_lost: Cell<bool>,
 }
 
 trusted! {
@@ -57,14 +52,15 @@ impl LibraryData {
             // uses the library meanwhile.
             unsafe { std::slice::from_raw_parts(range.start as *const u8, range.len()) }.to_vec()
         };
-        let part = |range| Arc::new(Part { contents: contents(&range), addresses: range });
+        let part =
+            |range| Arc::new(Part { contents: contents(&range), addresses: range, is_domains: AtomicBool::new(true) });
         let parts: Vec<_> = ranges.into_iter().map(part).collect();
         if !HAS_EXIT_HANDLER.load(Ordering::Relaxed) {
             sys::at_exit(owned::return_all).map_err(Error::system("register an exit handler"))?;
             HAS_EXIT_HANDLER.store(true, Ordering::Relaxed);
         }
         owned.extend(parts.iter().cloned());
-        Ok(Self { _library: library, parts, is_lost: Cell::new(false) })
+        Ok(Self { _library: library, parts })
     }
 
     /// Returns the pages.
@@ -82,27 +78,16 @@ impl LibraryData {
     }
 
     /// Returns the data to the program with the contents that it had when it was taken. Returns `false` if the domain's
-    /// key could not be removed from a page.
+    /// key could not be removed from a page; then the rest is left to another attempt.
     pub(crate) fn give_back(&self) -> bool {
-        for part in &self.parts {
-            // SAFETY: the pages are writable data of the library, and were readable and writable before.
-            let is_accessible =
-                unsafe { sys::protect(part.addresses.clone(), sys::Protection::READ_WRITE, ProtectionKey::DEFAULT) }
-                    .is_ok();
-            if !is_accessible || part.restore().is_err() {
-                self.is_lost.set(true);
-            }
-        }
-        !self.is_lost.get()
+        self.parts.iter().fold(true, |is_clean, part| part.give_back() && is_clean)
     }
 }
 
 impl Drop for LibraryData {
     fn drop(&mut self) {
-        if !self.is_lost.get() {
-            let _quiet = BlockedSignals::new();
-            let mut owned = owned::lock();
-            owned.retain(|owned| !self.parts.iter().any(|part| part.addresses == owned.addresses));
-        }
+        let _quiet = BlockedSignals::new();
+        let mut owned = owned::lock();
+        owned.retain(|owned| !self.parts.iter().any(|part| part.addresses == owned.addresses));
     }
 }

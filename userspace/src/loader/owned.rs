@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "it restores a library's data")]
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pkru::ProtectionKey;
@@ -16,6 +17,8 @@ use crate::trusted::trusted;
 pub(crate) struct Part {
     pub(super) addresses: Range<usize>,
     pub(super) contents: Vec<u8>,
+    /// The program does not have them back yet.
+    pub(super) is_domains: AtomicBool,
 }
 
 impl Part {
@@ -23,6 +26,20 @@ impl Part {
     pub(super) fn restore(&self) -> Result<(), Inaccessible> {
         // SAFETY: the pages are as large as the contents, and no code runs in the domain that owns them.
         unsafe { sys::copy_to(self.contents.as_ptr(), self.addresses.start, self.contents.len()) }
+    }
+
+    /// Returns the pages to the program, unless it has them. Returns whether it does now.
+    pub(super) fn give_back(&self) -> bool {
+        if !self.is_domains.load(Ordering::Relaxed) {
+            return true;
+        }
+        // SAFETY: the pages are writable data of a library, and were readable and writable before.
+        let is_accessible =
+            unsafe { sys::protect(self.addresses.clone(), sys::Protection::READ_WRITE, ProtectionKey::DEFAULT) }
+                .is_ok();
+        let is_back = is_accessible && self.restore().is_ok();
+        self.is_domains.store(!is_back, Ordering::Relaxed);
+        is_back
     }
 }
 
@@ -49,12 +66,7 @@ pub(super) extern "C" fn return_all() {
     let _quiet = BlockedSignals::new();
     for part in lock().iter() {
         // A call that still runs in the domain that owns the pages faults.
-        // SAFETY: the pages are writable data of a library, and were readable and writable before.
-        if unsafe { sys::protect(part.addresses.clone(), sys::Protection::READ_WRITE, ProtectionKey::DEFAULT) }.is_ok()
-        {
-            // They are accessible now.
-            let _ = part.restore();
-        }
+        let _ = part.give_back();
     }
 }
 

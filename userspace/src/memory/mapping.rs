@@ -2,13 +2,14 @@
 
 #![expect(unsafe_code, reason = "it maps and unmaps memory")]
 
-use std::io;
 use std::ops::Range;
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use pkru::ProtectionKey;
 
 use crate::sys::Protection;
+use crate::trusted::trusted;
 use crate::{Error, sys};
 
 /// What code did to a part of memory since it was new.
@@ -31,7 +32,7 @@ pub(crate) struct Mapping<const PARTS: usize> {
     size: usize,
     // Invariant: these lie in the mapping, and are whole pages.
     parts: [Range<usize>; PARTS],
-    /// A part was neither discarded nor mapped again.
+    /// A part was neither discarded nor mapped again, or the record of it is wrong.
     lost: bool,
 }
 
@@ -45,6 +46,7 @@ impl<const PARTS: usize> Mapping<PARTS> {
 
     /// Maps parts of these sizes in bytes, rounded up to pages. Once accessible, they read as zeros.
     pub(crate) fn new(sizes: [usize; PARTS]) -> Result<Self, Error> {
+        unmap_left();
         let page = sys::page_size();
         let mut end = Self::FIRST_GUARD;
         let parts = sizes.map(|size| {
@@ -110,11 +112,13 @@ impl<const PARTS: usize> Mapping<PARTS> {
     /// of touched pages.
     #[must_use]
     pub(crate) fn discard(&mut self, uses: &[Use; PARTS]) -> bool {
+        let was_lost = std::mem::replace(&mut self.lost, false);
         let mut anew = false;
         // Part by part, because one call that spans the guard pages costs about 2,600 instructions more (Linux 6.12).
         for (part, used) in self.parts.iter().zip(uses) {
             let pages = sys::DontNeed { start: pointer(part.start), size: part.len() };
             let is_discarded = match used {
+                _ if was_lost => part.is_empty(),
                 Use::None => true,
                 // MADV_DONTNEED fails for locked pages, as after mlockall(2).
                 // SAFETY: the pages are this mapping's, and its owner, which has exclusive access, discards their
@@ -134,12 +138,17 @@ impl<const PARTS: usize> Mapping<PARTS> {
         anew
     }
 
-    /// Marks the memory as unusable.
+    /// Marks the memory as unusable, until a discard maps all of it again.
     pub(crate) const fn set_lost(&mut self) {
         self.lost = true;
     }
 
-    /// Checks that the memory is usable. A failed discard makes it unusable.
+    /// Returns whether the memory is unusable.
+    pub(crate) const fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Checks that the memory is usable. A failed discard makes it unusable, until one succeeds.
     pub(crate) const fn check(&self) -> Result<(), Error> {
         if self.lost {
             return Err(Error::System {
@@ -151,18 +160,68 @@ impl<const PARTS: usize> Mapping<PARTS> {
     }
 
     /// Unmaps the memory.
-    pub(crate) fn unmap(self) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// The mapping, if the kernel has no memory for its own records.
+    pub(crate) fn unmap(self) -> Result<(), Self> {
         let region = std::mem::ManuallyDrop::new(self);
         // SAFETY: the pages are this mapping's, and its owner no longer uses them.
-        unsafe { sys::unmap(region.start, region.size) }
+        let result = unsafe { sys::unmap(region.start, region.size) };
+        result.map_err(|_| std::mem::ManuallyDrop::into_inner(region))
     }
 }
 
 impl<const PARTS: usize> Drop for Mapping<PARTS> {
     fn drop(&mut self) {
-        // munmap fails only if the kernel has no memory for its own records. The addresses then stay reserved.
         // SAFETY: the pages are this mapping's, and its owner no longer uses them.
-        let _ = unsafe { sys::unmap(self.start, self.size) };
+        if unsafe { sys::unmap(self.start, self.size) }.is_err() {
+            leave(Box::new(Left { start: self.start, size: self.size, next: ptr::null_mut() }));
+        }
+    }
+}
+
+/// Memory that could not be unmapped, because the kernel had no memory for its own records.
+struct Left {
+    start: NonNull<u8>,
+    size: usize,
+    next: *mut Self,
+}
+
+trusted! {
+    /// The first of these. A thread that tries them again takes them all: in a child that is forked meanwhile they stay
+    /// mapped.
+    static LEFT: AtomicPtr<Left> = AtomicPtr::new(ptr::null_mut());
+}
+
+/// Keeps memory, to be unmapped later.
+fn leave(left: Box<Left>) {
+    let left = Box::into_raw(left);
+    let mut first = LEFT.load(Ordering::Relaxed);
+    loop {
+        // SAFETY: no other thread knows it yet.
+        unsafe { (*left).next = first };
+        match LEFT.compare_exchange(first, left, Ordering::Release, Ordering::Relaxed) {
+            Ok(_) => return,
+            Err(other) => first = other,
+        }
+    }
+}
+
+/// Unmaps what could not be unmapped before.
+fn unmap_left() {
+    if LEFT.load(Ordering::Relaxed).is_null() {
+        return;
+    }
+    let mut next = LEFT.swap(ptr::null_mut(), Ordering::Acquire);
+    while !next.is_null() {
+        // SAFETY: `leave` made it, and whoever takes it from the list owns it.
+        let left = unsafe { Box::from_raw(next) };
+        next = left.next;
+        // SAFETY: its owner has left the memory here.
+        if unsafe { sys::unmap(left.start, left.size) }.is_err() {
+            leave(left);
+        }
     }
 }
 

@@ -83,9 +83,7 @@ impl Region {
         let key = keys::take_for_good(thread::current_caller())?;
         if let Err(error) = mapping.make_accessible(key) {
             // Some pages may carry it.
-            if mapping.unmap().is_ok() {
-                keys::give_back(key);
-            }
+            give_back(mapping, key);
             return Err(error);
         }
         Ok(Self(Arc::new(Shared { mapping: Some(mapping), key })))
@@ -158,10 +156,19 @@ impl Region {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if self.mapping.take().is_some_and(|mapping| mapping.unmap().is_ok()) {
-            keys::give_back(self.key);
+        if let Some(mapping) = self.mapping.take() {
+            give_back(mapping, self.key);
         }
     }
+}
+
+/// Gives back the key of a region, once nothing carries it any more.
+fn give_back(mapping: Mapping<1>, key: ProtectionKey) {
+    let mut mapping = Some(mapping);
+    keys::give_back_after(key, move || {
+        mapping = mapping.take().and_then(|mapping| mapping.unmap().err());
+        mapping.is_none()
+    });
 }
 
 impl fmt::Debug for Region {
