@@ -6,14 +6,18 @@ use crate::build::workspace;
 fn tests_named_in(document: &str) -> Vec<(String, String)> {
     let is_name = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
     let code = document.split('`').skip(1).step_by(2);
-    let named = code.filter_map(|code| code.split_once(": ")).filter(|(suite, test)| is_name(suite) && is_name(test));
+    let named = code
+        .filter_map(|code| code.split_once(": "))
+        .filter(|(suite, test)| is_name(suite) && test.split("::").all(is_name));
     named.map(|(suite, test)| (suite.into(), test.into())).collect()
 }
 
-/// Returns whether a suite has a test whose name begins with `test`.
+/// Returns whether a suite has a test whose name begins with `test`. A module of a suite is a file in its folder.
 fn exists(suite: &str, test: &str) -> bool {
+    let (module, test) = test.rsplit_once("::").unwrap_or(("", test));
     ["userspace/tests", "tests/tests"].iter().any(|folder| {
-        let file = workspace().join(folder).join(suite).with_extension("rs");
+        let suite = workspace().join(folder).join(suite);
+        let file = if module.is_empty() { suite } else { suite.join(module) }.with_extension("rs");
         std::fs::read_to_string(file).is_ok_and(|text| text.contains(&format!("fn {test}")))
     })
 }

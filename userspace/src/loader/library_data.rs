@@ -78,9 +78,9 @@ impl LibraryData {
     }
 
     /// Returns the data to the program with the contents that it had when it was taken. Returns `false` if the domain's
-    /// key could not be removed from a page; then the rest is left to another attempt.
+    /// key could not be removed from a page, which is left to another attempt.
     pub(crate) fn give_back(&self) -> bool {
-        self.parts.iter().fold(true, |is_clean, part| part.give_back() && is_clean)
+        self.parts.iter().filter(|part| !part.give_back()).count() == 0
     }
 }
 
