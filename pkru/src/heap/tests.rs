@@ -348,3 +348,39 @@ fn the_full_checks_look_at_old_blocks_in_turn() {
     allocate(heap, 60);
     assert_eq!(corruption(heap.check()).block, old.as_ptr() as usize);
 }
+
+#[test]
+fn a_write_to_a_freed_block_is_found_when_it_is_allocated_again() {
+    for checks in BOTH {
+        let heap = heap(checks);
+        let freed = allocate(heap, 100);
+        free(heap, freed).unwrap();
+        poke(freed, 17, 0);
+        let again = |heap: &mut DomainHeap| {
+            let block = heap.allocate(100, ALIGNMENT, 0)?.expect("there is room");
+            free(heap, block)
+        };
+        let error = (0..1000).find_map(|_| again(heap).err()).expect("the block comes round");
+        let found = corruption::<()>(Err(error));
+        assert_eq!((found.damage, found.block), (Damage::Freed, freed.as_ptr() as usize));
+    }
+}
+
+#[test]
+fn a_hole_is_unlinked_only_if_its_neighbours_agree() {
+    let heap = heap(HeapChecks::Fast);
+    let blocks = [(); 6].map(|()| allocate(heap, 9000));
+    for block in [blocks[0], blocks[2], blocks[4]] {
+        free(heap, block).unwrap();
+    }
+    heap.give_back_all().unwrap();
+    // The three are on one list. The link back of the first one's successor is made to lead elsewhere.
+    let [a, b, c] = [0, 2, 4].map(|index| heap.ground.place_at(blocks[index].as_ptr() as usize).unwrap());
+    let second = [a, b, c].into_iter().find(|place| heap.ground.previous(*place).unwrap() != 0).unwrap();
+    let previous = heap.ground.place(heap.ground.previous(second).unwrap()).unwrap();
+    let other = [a, b, c].into_iter().find(|place| *place != second && *place != previous).unwrap();
+    heap.ground.set_previous(second, other.offset);
+    let header = heap.ground.header(previous).unwrap();
+    let removed = heap.holes.remove(&heap.ground, previous, header.granules, header.low);
+    assert_eq!(removed.unwrap_err().damage(), Damage::Records);
+}
