@@ -27,6 +27,7 @@ mod slots;
 pub(crate) mod statics;
 mod sync;
 mod table;
+mod tagged;
 
 use std::io;
 use std::ops::Range;
@@ -46,7 +47,7 @@ use slots::{Pin as TablePin, Slot, Slots};
 use table::{Keys, Table, Tagger};
 
 pub(crate) use caller::{Caller, SIGNAL_STACK_SIZE};
-pub(crate) use table::Tagged;
+pub(crate) use tagged::Tagged;
 
 /// Linux, as the key table needs it.
 struct Linux;

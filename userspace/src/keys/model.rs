@@ -21,6 +21,8 @@ mod remains;
 mod slots;
 #[path = "table.rs"]
 mod table;
+#[path = "tagged.rs"]
+mod tagged;
 
 /// What [`super::sync`] is to the table elsewhere.
 mod sync {
@@ -37,7 +39,8 @@ mod sync {
 use caller::Caller;
 use slots::{Slot, Slots};
 use sync::{Arc, AtomicU64, AtomicUsize, Mutex};
-use table::{Keys, Table, Tagged, Tagger};
+use table::{Keys, Table, Tagger};
+use tagged::Tagged;
 
 use crate::memory::layout::Run;
 use crate::sys::Protection;

@@ -11,7 +11,8 @@ use proptest::prelude::*;
 
 use super::caller::Caller;
 use super::slots::{Pin, Slots};
-use super::table::{Keys, Table, Tagged, Tagger};
+use super::table::{Keys, Table, Tagger};
+use super::tagged::Tagged;
 use crate::memory::layout::Run;
 use crate::sys::Protection;
 

@@ -5,7 +5,7 @@ use std::fmt;
 use pkru::KeySet;
 
 use super::sync::Arc;
-use super::table::Tagged;
+use super::tagged::Tagged;
 
 /// Unmaps memory. Returns whether no page of it is left. It is called until it succeeds.
 pub(crate) trait Unmap: FnMut() -> bool + Send + 'static {}

@@ -14,8 +14,9 @@ use pkru::{KeySet, ProtectionKey};
 
 use super::caller::Caller;
 use super::remains::{Remains, Unmap};
-use super::slots::{Number, Pin, Slot, Slots};
+use super::slots::{Pin, Slot, Slots};
 use super::sync::{Arc, AtomicPtr, Mutex, MutexGuard, Ordering, PoisonError, pause};
+use super::tagged::Tagged;
 use crate::Error;
 use crate::memory::layout::Run;
 use crate::sys::Protection;
@@ -37,16 +38,6 @@ pub(super) trait Tagger {
     ///
     /// The pages are whole, and belong to the caller.
     unsafe fn tag(&self, pages: Range<usize>, protection: Protection, key: ProtectionKey) -> io::Result<()>;
-}
-
-/// Memory that carries one key: a domain's.
-#[derive(Debug)]
-pub(crate) struct Tagged {
-    number: Number,
-    /// Whole pages, which nothing else tags. Changed under the table's lock.
-    runs: Mutex<Box<[Run]>>,
-    /// The slot of its key, in the table that it belongs to. Changed under that table's lock.
-    slot: AtomicPtr<Slot>,
 }
 
 /// The table.
@@ -343,12 +334,6 @@ impl<T: Tagger> Table<T> {
     /// Removes the pin of a call that never ends.
     pub(super) fn abandon(&self, key: ProtectionKey) {
         self.slots.of(key).unpin();
-    }
-}
-
-impl Tagged {
-    pub(super) fn runs(&self) -> MutexGuard<'_, Box<[Run]>> {
-        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
