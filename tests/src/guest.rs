@@ -9,6 +9,7 @@ use pkru_qemu::linux::{self, Guest};
 use pkru_qemu::machine::Machine;
 
 use crate::build::{self, Binary};
+use crate::plugin;
 use crate::stream::stream;
 use crate::tally::{Row, Tally, count, count_suite};
 
@@ -30,7 +31,12 @@ pub(crate) fn run(tally: &mut Tally) -> Result<(), String> {
         boot(tally, kernel, &counted, &Machine { icount: true, ..machine() })?;
         examples(tally, kernel)?;
     }
+    plugins(tally)?;
     doc_tests(tally)
+}
+
+pub(crate) fn plugins(tally: &mut Tally) -> Result<(), String> {
+    linux::KERNELS.into_iter().try_for_each(|kernel| plugin::run(tally, kernel))
 }
 
 /// Runs the documentation tests on the newest kernel, with `pkru-qemu` as cargo's runner. On a host without keys they
@@ -83,7 +89,7 @@ fn examples(tally: &mut Tally, kernel: &str) -> Result<(), String> {
 
 /// The timeout allows for the soak test, which takes about 300 s of QEMU's processor time and prints nothing meanwhile.
 /// The binaries of all suites must fit in half of the memory: Linux limits the initial file system to that.
-fn machine() -> Machine {
+pub(crate) fn machine() -> Machine {
     Machine { memory: 2048, timeout: Duration::from_secs(1000), ..Machine::default() }
 }
 

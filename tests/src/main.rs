@@ -5,6 +5,7 @@
 //! | `pkru-tests all` | `host` and `qemu` |
 //! | `pkru-tests host` | unit and documentation tests, and the suites on this machine's CPU if it has keys |
 //! | `pkru-tests qemu` | the bare-metal suites, and the guest suites and examples on each kernel |
+//! | `pkru-tests plugin` | of these, the shared library that a program and Python open |
 //! | `pkru-tests floors FOLDER…` | the check of module layers, on the crates in these source folders |
 //! | `pkru-tests inside BINARY…` | the suites in these binaries; used in a guest |
 
@@ -14,6 +15,7 @@ mod floors;
 mod guest;
 mod host;
 mod inside;
+mod plugin;
 mod stream;
 mod tally;
 
@@ -36,9 +38,10 @@ fn main() -> ExitCode {
         ["all"] => host::run(&mut tally).and_then(|()| qemu(&mut tally)),
         ["host"] => host::run(&mut tally),
         ["qemu"] => qemu(&mut tally),
+        ["plugin"] => guest::plugins(&mut tally),
         ["floors", folders @ ..] if !folders.is_empty() => return floors::run(folders),
         ["inside", binaries @ ..] if !binaries.is_empty() => return inside::run(binaries),
-        _ => Err("usage: pkru-tests all | host | qemu | floors FOLDER…".into()),
+        _ => Err("usage: pkru-tests all | host | qemu | plugin | floors FOLDER…".into()),
     };
     if let Err(error) = result {
         eprintln!("pkru-tests: {error}");

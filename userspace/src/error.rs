@@ -28,6 +28,12 @@ pub enum Error {
     /// `malloc` or Rust's global allocator does not resolve to this crate's functions, so code in a domain could not
     /// allocate.
     MallocNotRouted,
+    /// Another shared library in this process links this crate too, and has domains. Only one copy can route the C library's
+    /// functions to itself.
+    AnotherCopy {
+        /// The library's path.
+        name: String,
+    },
     /// A trial call in the new domain ended in a violation.
     TrialCall {
         /// The violation, as [`Violation`](crate::Violation) displays it.
@@ -110,8 +116,15 @@ impl fmt::Display for Error {
                 "this process has a shadow stack, which domains do not support: start it with GLIBC_TUNABLES=glibc.cpu.hwcaps=-SHSTK",
             ),
             Self::MallocNotRouted => f.write_str(
-                "the program's allocator is not pkru-userspace's malloc: link the crate into the executable, without another library \
-                 that replaces malloc and without a `#[global_allocator]` other than the system's",
+                "the program's allocator is not pkru-userspace's malloc: link the crate into the executable, or into a shared library that \
+                 is opened or preloaded (LD_PRELOAD), without another library that replaces malloc and without a `#[global_allocator]` \
+                 other than the system's",
+            ),
+            Self::AnotherCopy { name } => write!(
+                f,
+                "`{}` has domains already, and only one copy of pkru-userspace can be active in a process: link the crate into the executable, \
+                 or have both use one shared library",
+                name.escape_debug()
             ),
             Self::TrialCall { violation } => write!(
                 f,

@@ -5,9 +5,18 @@
 
 #![expect(unsafe_code, reason = "the linker defines the symbols for the ends of a section")]
 
+use std::arch::global_asm;
 use std::ops::{Deref, Range};
 
 use pkru::gate::Gate;
+
+// Each object has its own section. In a shared library these symbols would otherwise be the executable's, if that has them.
+global_asm!(
+    ".hidden __start_pkru_trusted",
+    ".hidden __stop_pkru_trusted",
+    ".hidden __start_pkru_malloc",
+    ".hidden __stop_pkru_malloc",
+);
 
 /// Defines statics in that section. Its name is a C identifier, so that the linker defines symbols for its ends.
 macro_rules! trusted {

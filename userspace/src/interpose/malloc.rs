@@ -16,6 +16,7 @@ use pkru::heap::DomainHeap;
 
 use super::Next;
 use crate::inside::libc::{self as inside, heap};
+use crate::loader::route;
 use crate::memory::locals::{HeapWord, WhichHeap};
 use crate::sys;
 
@@ -314,11 +315,5 @@ pub(crate) fn is_quick_path(instruction: u64) -> bool {
 
 /// Returns whether the loader binds libraries to these functions and not to another library's.
 pub(crate) fn is_routed() -> bool {
-    let ours: [(&std::ffi::CStr, usize); 4] = [
-        (c"malloc", malloc as *const () as usize),
-        (c"calloc", calloc as *const () as usize),
-        (c"realloc", realloc as *const () as usize),
-        (c"free", free as *const () as usize),
-    ];
-    ours.into_iter().all(|(name, function)| sys::lookup(name).is_some_and(|found| found.as_ptr() as usize == function))
+    route::are_bound(&[c"malloc", c"calloc", c"realloc", c"free"])
 }

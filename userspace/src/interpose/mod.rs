@@ -173,6 +173,55 @@ next! {
 /// Stands for the address of a function that no library defines.
 const ABSENT: usize = usize::MAX;
 
+/// The functions that this crate replaces and does not call itself.
+const OTHERS: &[&CStr] = &[
+    c"malloc",
+    c"calloc",
+    c"realloc",
+    c"reallocarray",
+    c"free",
+    c"memalign",
+    c"aligned_alloc",
+    c"posix_memalign",
+    c"valloc",
+    c"pvalloc",
+    c"sigaction",
+    c"signal",
+    c"bsd_signal",
+    c"sysv_signal",
+    c"__sysv_signal",
+    c"sigaltstack",
+    c"pthread_sigmask",
+    c"sigprocmask",
+    c"sigset",
+    c"sigignore",
+    c"sighold",
+    c"sigblock",
+    c"sigsetmask",
+    c"mmap",
+    c"mmap64",
+    c"munmap",
+    c"mprotect",
+    c"mremap",
+    c"madvise",
+    c"mlock",
+    c"mlock2",
+    c"mlockall",
+    c"munlock",
+    c"munlockall",
+    c"pkey_alloc",
+    c"pkey_free",
+    c"pkey_mprotect",
+    c"shmat",
+    c"shmdt",
+    c"remap_file_pages",
+];
+
+/// Returns the names of all functions that this crate replaces.
+pub(crate) fn names() -> Vec<&'static CStr> {
+    [NAMES, OTHERS].concat()
+}
+
 trusted! {
     /// Their addresses, 0 until found.
     static ADDRESSES: [AtomicUsize; NAMES.len()] = [const { AtomicUsize::new(0) }; NAMES.len()];
@@ -221,5 +270,26 @@ impl Next {
     /// If no library defines the function.
     pub(crate) fn get(self) -> usize {
         self.find().unwrap_or_else(|| panic!("the C library has no {}", NAMES[self as usize].to_string_lossy()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::ffi::CString;
+
+    use object::{Object, ObjectSymbol};
+
+    #[test]
+    fn every_function_that_the_program_exports_is_named() {
+        let program = std::fs::read("/proc/self/exe").unwrap();
+        let program = object::File::parse(&*program).unwrap();
+        let exported = program.dynamic_symbols().filter(|symbol| symbol.is_definition() && symbol.is_global());
+        let exported: BTreeSet<_> = exported.map(|symbol| CString::new(symbol.name().unwrap()).unwrap()).collect();
+        let replaced: BTreeSet<_> =
+            exported.into_iter().filter(|name| crate::sys::lookup_next(name).is_some()).collect();
+        let named: BTreeSet<_> = super::names().into_iter().map(CString::from).collect();
+        assert!(replaced.len() > 50, "the program exports only {replaced:?}");
+        assert!(replaced.is_subset(&named), "not named: {:?}", replaced.difference(&named).collect::<Vec<_>>());
     }
 }

@@ -14,15 +14,14 @@
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{landmarks, owned};
+use super::elf::{
+    DT_JMPREL, DT_PLTRELSZ, DT_STRTAB, DT_SYMTAB, R_X86_64_JUMP_SLOT, Relocation, Symbol, address, entry, load,
+};
+use super::{landmarks, owned, route};
 use crate::fork_lock::{ForkLock, ForkLockGuard};
 use crate::sys::{self, Library};
 use crate::trusted::trusted;
 
-const DT_PLTRELSZ: u64 = 2;
-const DT_STRTAB: u64 = 5;
-const DT_SYMTAB: u64 = 6;
-const DT_JMPREL: u64 = 23;
 const DT_BIND_NOW: u64 = 24;
 const DT_FLAGS: u64 = 30;
 const DT_VERSYM: u64 = 0x6fff_fff0;
@@ -31,7 +30,6 @@ const DT_VERDEF: u64 = 0x6fff_fffc;
 const DT_VERNEED: u64 = 0x6fff_fffe;
 const DF_BIND_NOW: u64 = 8;
 const DF_1_NOW: u64 = 1;
-const R_X86_64_JUMP_SLOT: u32 = 7;
 
 trusted! {
     static BINDING: ForkLock = ForkLock::new();
@@ -55,40 +53,11 @@ pub(crate) fn bind_all() -> ForkLockGuard<'static> {
         for library in libraries.iter().filter(|library| !is_owned(library)) {
             bind(library, &unversioned);
         }
+        route::rewrite_all(&libraries);
         landmarks::find(&libraries);
         DONE.store(loaded, Ordering::Relaxed);
     }
     guard
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Relocation {
-    offset: u64,
-    info: u64,
-    _addend: i64,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Symbol {
-    name: u32,
-    _info: u8,
-    _other: u8,
-    _section: u16,
-    _value: u64,
-    _size: u64,
-}
-
-/// Returns the value of the first entry with a tag in a library's dynamic section.
-fn entry(library: &Library, tag: u64) -> Option<u64> {
-    let section = library.dynamic.clone()?;
-    let mut entries = section.step_by(16).map_while(|address| {
-        // SAFETY: the dynamic section is an array of pairs of words, which is mapped while the library is loaded.
-        let [tag, value]: [u64; 2] = unsafe { load(address) };
-        (tag != 0).then_some((tag, value))
-    });
-    entries.find(|(found, _)| *found == tag).map(|(_, value)| value)
 }
 
 /// Binds every unbound slot of a library.
@@ -155,16 +124,6 @@ struct NeededVersion {
     next: u32,
 }
 
-/// Reads a value of the loader's tables.
-///
-/// # Safety
-///
-/// The address is mapped and aligned, and holds a value of this type.
-unsafe fn load<T: Copy>(address: usize) -> T {
-    // SAFETY: the caller guarantees that the address holds such a value.
-    unsafe { (address as *const T).read() }
-}
-
 /// The tables of a lazily bound library.
 struct Tables {
     /// The address of the relocations of slots, and their size in bytes.
@@ -185,11 +144,7 @@ impl Tables {
         if eager {
             return None;
         }
-        // The loader adds the base to these addresses if the section is writable.
-        let address = |tag| {
-            let value = entry(tag)? as usize;
-            Some(if value < library.base { value + library.base } else { value })
-        };
+        let address = |tag| address(library, tag);
         Some(Self {
             relocations: (address(DT_JMPREL)?, entry(DT_PLTRELSZ)? as usize),
             symbols: address(DT_SYMTAB)?,

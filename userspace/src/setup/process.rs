@@ -6,6 +6,7 @@ use super::fork;
 use crate::capability::{self, Capability, SignalFrame};
 use crate::fork_lock::ForkLock;
 use crate::interpose::{self, malloc};
+use crate::loader::route;
 use crate::memory::tls;
 use crate::trusted::trusted;
 use crate::{Error, keys, rights, signal, sys, thread};
@@ -39,7 +40,8 @@ fn set_up() -> Result<(), Error> {
         return Err(Error::NoFsgsbase);
     }
     if !malloc::is_routed() {
-        return Err(Error::MallocNotRouted);
+        let _quiet = sys::BlockedSignals::new();
+        route::begin(&interpose::names())?;
     }
     interpose::find_all();
     sys::prepare_unwinding();

@@ -272,6 +272,31 @@ impl Library {
     }
 }
 
+impl Library {
+    /// Returns the address of a symbol that this object defines, or that it would bind first among those that it needs.
+    pub(crate) fn definition(&self, name: &CStr) -> Option<usize> {
+        let handle = self.pin.as_ref()?.0.as_ptr();
+        // SAFETY: the handle is open, and the name is NUL-terminated.
+        NonNull::new(unsafe { libc::dlsym(handle, name.as_ptr()) }).map(|found| found.as_ptr().addr())
+    }
+
+    /// Keeps the object loaded until the process ends.
+    pub(crate) fn keep_loaded(&self) {
+        let flags = libc::RTLD_NOLOAD | libc::RTLD_LAZY | libc::RTLD_NODELETE;
+        // SAFETY: with RTLD_NOLOAD, dlopen loads nothing and runs no constructor.
+        unsafe { libc::dlopen(self.name.as_ptr(), flags) };
+    }
+
+    /// Returns the pages that the loader makes read-only after relocation, if there are any.
+    pub(crate) fn relro(&self) -> Option<Range<usize>> {
+        let relro = self.read_only_after.as_ref()?;
+        let page = page_size();
+        // A page that is covered only in part stays writable.
+        let pages = relro.start & !(page - 1)..relro.end & !(page - 1);
+        (!pages.is_empty()).then_some(pages)
+    }
+}
+
 /// Returns the addresses of the next definition of a symbol after this object's own, with a version if one is given.
 pub(crate) fn next_symbol(name: &CStr, version: Option<&CStr>) -> Option<Range<usize>> {
     /// Makes `dladdr1` return the symbol's entry in the symbol table.

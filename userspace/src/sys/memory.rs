@@ -15,7 +15,6 @@ pub(crate) struct Protection(c_int);
 
 impl Protection {
     pub(crate) const NONE: Self = Self(libc::PROT_NONE);
-    #[cfg(test)]
     pub(crate) const READ: Self = Self(libc::PROT_READ);
     pub(crate) const READ_WRITE: Self = Self(libc::PROT_READ | libc::PROT_WRITE);
 
