@@ -31,7 +31,9 @@ pub(crate) fn read(request: u64, memory: &Memory) -> Option<Request> {
 /// domain's key is pinned.
 pub(crate) fn provide(request: u64, memory: &mut Memory) -> Option<Reply> {
     let Request { number, words } = read(request, memory)?;
-    let value = encode(answer(Service::of(number)?, words, memory));
+    let service = Service::of(number)?;
+    // The caller's errno is not the domain's.
+    let value = encode(sys::keep_errno(|| answer(service, words, memory)));
     Some(Reply { stack: request, value })
 }
 
