@@ -25,6 +25,12 @@ pub enum Error {
     },
     /// The process has a shadow stack of the CPU's (CET). A domain has none, and its calls would fault.
     ShadowStack,
+    /// A sanitizer is part of the program. It writes memory that no domain may write, and replaces the C library's
+    /// allocator.
+    Sanitizer {
+        /// The sanitizer's name, such as `AddressSanitizer`.
+        name: &'static str,
+    },
     /// `malloc` or Rust's global allocator does not resolve to this crate's functions, so code in a domain could not
     /// allocate.
     MallocNotRouted,
@@ -114,6 +120,11 @@ impl fmt::Display for Error {
             ),
             Self::ShadowStack => f.write_str(
                 "this process has a shadow stack, which domains do not support: start it with GLIBC_TUNABLES=glibc.cpu.hwcaps=-SHSTK",
+            ),
+            Self::Sanitizer { name } => write!(
+                f,
+                "{name} is part of this program. It checks accesses in memory that no domain may write, and has its own allocator: run \
+                 domains in a build without it. What the program does outside domains can be tested with it"
             ),
             Self::MallocNotRouted => f.write_str(
                 "the program's allocator is not pkru-userspace's malloc: link the crate into the executable, or into a shared library that \

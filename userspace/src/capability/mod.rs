@@ -58,12 +58,16 @@ pub enum SignalFrame {
 ///
 /// # Errors
 ///
-/// The first missing feature: [`Error::NoPku`], [`Error::PkuOff`], [`Error::NoFsgsbase`], [`Error::ShadowStack`],
-/// [`Error::KeysRefused`] or [`Error::NoSignalFrame`].
+/// [`Error::Sanitizer`] if the program has one, and otherwise the first missing feature: [`Error::NoPku`],
+/// [`Error::PkuOff`], [`Error::NoFsgsbase`], [`Error::ShadowStack`], [`Error::KeysRefused`] or [`Error::NoSignalFrame`].
 /// [`Error::System`] if a test fails to run, and [`Error::InDomain`] in a domain.
 pub fn detect() -> Result<Capability, Error> {
     if rights::is_in_domain() {
         return Err(Error::InDomain);
+    }
+    // Before anything forks, which sanitizers change.
+    if let Some(name) = sys::sanitizer() {
+        return Err(Error::Sanitizer { name });
     }
     let features = Features::of_this_cpu();
     if !features.pku {

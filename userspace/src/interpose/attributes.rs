@@ -31,7 +31,7 @@ macro_rules! attributes {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
                 type Function = unsafe extern "C" fn($($type),*) -> c_int;
                 if is_refused() {
@@ -110,7 +110,7 @@ macro_rules! limits {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name(
                 process: c_int,
                 resource: c_uint,
@@ -137,7 +137,7 @@ limits! { prlimit prlimit64 }
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn alarm(seconds: c_uint) -> c_uint {
     if is_refused() {
         not_permitted();
@@ -154,7 +154,7 @@ pub(crate) unsafe extern "C" fn alarm(seconds: c_uint) -> c_uint {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn ualarm(after: c_uint, interval: c_uint) -> c_uint {
     if is_refused() {
         return not_permitted() as c_uint;

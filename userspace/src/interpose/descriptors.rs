@@ -37,7 +37,7 @@ macro_rules! opens {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
                 type Function = unsafe extern "C" fn($($type),*) -> c_int;
                 let Some(next) = Next::$name.find() else { return fail(libc::ENOSYS) };
@@ -126,7 +126,7 @@ macro_rules! pairs {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
                 type Function = unsafe extern "C" fn($($type),*) -> c_int;
                 // SAFETY: this is the address of the C library's function of this name, which has this type.
@@ -157,7 +157,7 @@ pairs! {
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn signalfd(descriptor: c_int, mask: *const libc::sigset_t, flags: c_int) -> c_int {
     type Function = unsafe extern "C" fn(c_int, *const libc::sigset_t, c_int) -> c_int;
     // SAFETY: this is the address of the C library's function of this name, which has this type.
@@ -176,7 +176,7 @@ macro_rules! controls {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name(descriptor: c_int, command: c_int, argument: usize) -> c_int {
                 type Function = unsafe extern "C" fn(c_int, c_int, usize) -> c_int;
                 // SAFETY: this is the address of the C library's function of this name. It takes the last argument, an
@@ -212,7 +212,7 @@ macro_rules! streams {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> *mut $result {
                 type Function = unsafe extern "C" fn($($type),*) -> *mut $result;
                 // SAFETY: this is the address of the C library's function of this name, which has this type.
@@ -254,7 +254,7 @@ macro_rules! ends {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name(stream: *mut $type) -> c_int {
                 type Function = unsafe extern "C" fn(*mut $type) -> c_int;
                 if !stream.is_null() {
@@ -285,7 +285,7 @@ ends! {
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn close(descriptor: c_int) -> c_int {
     if rights::is_in_domain() {
         return inside::close(descriptor);
@@ -302,7 +302,7 @@ pub(crate) unsafe extern "C" fn close(descriptor: c_int) -> c_int {
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn dup2(descriptor: c_int, to: c_int) -> c_int {
     type Function = unsafe extern "C" fn(c_int, c_int) -> c_int;
     if rights::is_in_domain() {
@@ -322,7 +322,7 @@ pub(crate) unsafe extern "C" fn dup2(descriptor: c_int, to: c_int) -> c_int {
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn dup3(descriptor: c_int, to: c_int, flags: c_int) -> c_int {
     type Function = unsafe extern "C" fn(c_int, c_int, c_int) -> c_int;
     if rights::is_in_domain() {
@@ -340,7 +340,7 @@ pub(crate) unsafe extern "C" fn dup3(descriptor: c_int, to: c_int, flags: c_int)
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     type Function = unsafe extern "C" fn(c_uint, c_uint, c_int) -> c_int;
     /// `CLOSE_RANGE_CLOEXEC`: nothing is closed now.
@@ -364,7 +364,7 @@ pub(crate) unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: 
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn closefrom(first: c_int) {
     if rights::is_in_domain() {
         if !inside::is_in_copy() {

@@ -16,7 +16,7 @@ use crate::{rights, sys};
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn abort() -> ! {
     if let Some(heap) = inside::heap() {
         inside::abort(heap);
@@ -35,7 +35,7 @@ macro_rules! exits {
             /// # Safety
             ///
             /// None.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name(status: c_int) -> ! {
                 if rights::is_in_domain() {
                     inside::exit(status);
@@ -67,7 +67,7 @@ exits! {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C-unwind" fn pthread_exit(value: *mut c_void) -> ! {
     if rights::is_in_domain() {
         inside::exit(0);
@@ -106,7 +106,7 @@ unsafe extern "C" fn call_at_end(function: usize, argument: *mut c_void) -> ! {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn __stack_chk_fail() -> ! {
     if rights::is_in_domain() {
         inside::stack_chk_fail();
@@ -122,7 +122,7 @@ pub(crate) unsafe extern "C" fn __stack_chk_fail() -> ! {
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn __assert_fail(
     assertion: *const c_char,
     file: *const c_char,
@@ -144,7 +144,7 @@ pub(crate) unsafe extern "C" fn __assert_fail(
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
     if rights::is_in_domain() {
         inside::terminate();
@@ -167,7 +167,7 @@ pub(crate) unsafe extern "C" fn _ZSt9terminatev() -> ! {
 /// # Safety
 ///
 /// `handler` is null or a terminate handler.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn _ZN10__cxxabiv111__terminateEPFvvE(handler: *mut c_void) -> ! {
     if rights::is_in_domain() {
         inside::terminate();
@@ -214,7 +214,7 @@ macro_rules! jumps {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name(buffer: *mut c_void, value: c_int) -> ! {
                 // SAFETY: the caller passes a valid jump buffer.
                 let target = unsafe { stack_of(buffer) };

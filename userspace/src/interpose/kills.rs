@@ -30,7 +30,7 @@ macro_rules! kills {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
                 type Function = unsafe extern "C" fn($($type),*) -> c_int;
                 if rights::is_in_domain() && $signal != 0 {
@@ -68,7 +68,7 @@ kills! {
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn pthread_sigqueue(target: libc::pthread_t, signal: c_int, value: *mut c_void) -> c_int {
     type Function = unsafe extern "C" fn(libc::pthread_t, c_int, *mut c_void) -> c_int;
     if rights::is_in_domain() {

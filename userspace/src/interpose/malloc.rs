@@ -1,8 +1,8 @@
 //! The malloc family.
 //!
-//! In a domain these functions allocate from the domain's heap. Outside domains they call the C library. Rust's default
-//! allocator calls them too. A thread-local says which heap to use. Each domain has its own copy of it, so entering a
-//! domain writes nothing here.
+//! In a domain these functions allocate from the domain's heap. Outside domains they call the C library, or a sanitizer
+//! if the program has one, and then it has no domains. Rust's default allocator calls them too. A thread-local says which
+//! heap to use. Each domain has its own copy of it, so entering a domain writes nothing here.
 //!
 //! In a domain, a pointer that is not a live block of the domain's heap ends the call with a violation.
 
@@ -18,15 +18,7 @@ use super::Next;
 use crate::inside::libc::{self as inside, heap};
 use crate::loader::route;
 use crate::memory::locals::{HeapWord, WhichHeap};
-use crate::sys;
-
-unsafe extern "C" {
-    fn __libc_malloc(size: usize) -> *mut c_void;
-    fn __libc_calloc(count: usize, size: usize) -> *mut c_void;
-    fn __libc_realloc(block: *mut c_void, size: usize) -> *mut c_void;
-    fn __libc_free(block: *mut c_void);
-    fn __libc_memalign(align: usize, size: usize) -> *mut c_void;
-}
+use crate::sys::{self, __libc_calloc, __libc_free, __libc_malloc, __libc_memalign, __libc_realloc};
 
 fn fail(errno: c_int) -> *mut c_void {
     sys::set_errno(errno);
@@ -38,7 +30,7 @@ fn fail(errno: c_int) -> *mut c_void {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
     // The return address identifies the code that allocates or frees.
@@ -52,8 +44,11 @@ unsafe extern "C" fn allocate(size: usize, caller: u64) -> *mut c_void {
         // SAFETY: in a domain the pointer leads to its heap, which nothing else uses at this moment.
         WhichHeap::Fast(heap) => inside::malloc::<false>(unsafe { &mut *heap }, size, caller),
         WhichHeap::Full => allocate_with_full_checks(size, caller, word),
-        // SAFETY: this is the C library's own function, with the same contract.
-        WhichHeap::Outside => unsafe { __libc_malloc(size) },
+        WhichHeap::Outside => {
+            let next = sys::sanitizers_malloc().unwrap_or(__libc_malloc);
+            // SAFETY: this is the function of this name that this one replaces, with the same contract.
+            unsafe { next(size) }
+        }
     }
 }
 
@@ -80,7 +75,7 @@ unsafe extern "C" fn release_with_full_checks(block: *mut c_void, caller: u64, w
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
     naked_asm!("mov rdx, [rsp]", "jmp {}", sym allocate_zeroed)
@@ -89,8 +84,11 @@ pub(crate) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void
 unsafe extern "C" fn allocate_zeroed(count: usize, size: usize, caller: u64) -> *mut c_void {
     match heap() {
         Some(heap) => inside::calloc(heap, count, size, caller),
-        // SAFETY: this is the C library's own function, with the same contract.
-        None => unsafe { __libc_calloc(count, size) },
+        None => {
+            let next = sys::sanitizers_calloc().unwrap_or(__libc_calloc);
+            // SAFETY: this is the function of this name that this one replaces, with the same contract.
+            unsafe { next(count, size) }
+        }
     }
 }
 
@@ -99,7 +97,7 @@ unsafe extern "C" fn allocate_zeroed(count: usize, size: usize, caller: u64) -> 
 /// # Safety
 ///
 /// The block is null or was allocated here. It is not used afterwards, unless null is returned.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn realloc(block: *mut c_void, size: usize) -> *mut c_void {
     naked_asm!("mov rdx, [rsp]", "jmp {}", sym reallocate)
@@ -110,10 +108,14 @@ unsafe extern "C" fn reallocate(block: *mut c_void, size: usize, caller: u64) ->
         // SAFETY: the caller no longer uses the block.
         Some(heap) => unsafe { inside::realloc(heap, block, size, caller) },
         None => {
+            if let Some(next) = sys::sanitizers_realloc() {
+                // SAFETY: this is the function of this name that this one replaces, with the same contract.
+                return unsafe { next(block, size) };
+            }
             if let Some(old) = NonNull::new(block.cast()) {
                 refuse_of_domain(old);
             }
-            // SAFETY: this is the C library's own function, with the same contract.
+            // SAFETY: this is the function of this name that this one replaces, with the same contract.
             unsafe { __libc_realloc(block, size) }
         }
     }
@@ -124,7 +126,7 @@ unsafe extern "C" fn reallocate(block: *mut c_void, size: usize, caller: u64) ->
 /// # Safety
 ///
 /// As for [`realloc`].
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn reallocarray(block: *mut c_void, count: usize, size: usize) -> *mut c_void {
     naked_asm!("mov rcx, [rsp]", "jmp {}", sym reallocate_array)
@@ -143,7 +145,7 @@ unsafe extern "C" fn reallocate_array(block: *mut c_void, count: usize, size: us
 /// # Safety
 ///
 /// The block is null or was allocated here, and is not used afterwards.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn free(block: *mut c_void) {
     naked_asm!("mov rsi, [rsp]", "jmp {}", sym release)
@@ -163,8 +165,12 @@ unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
         WhichHeap::Full => unsafe { release_with_full_checks(block, caller, word) },
         WhichHeap::Outside => {
             let Some(given) = NonNull::new(block.cast()) else { return };
+            if let Some(next) = sys::sanitizers_free() {
+                // SAFETY: this is the function of this name that this one replaces, with the same contract.
+                return unsafe { next(block) };
+            }
             refuse_of_domain(given);
-            // SAFETY: this is the C library's own function, with the same contract.
+            // SAFETY: this is the function of this name that this one replaces, with the same contract.
             unsafe { __libc_free(block) };
         }
     }
@@ -172,6 +178,8 @@ unsafe extern "C" fn release(block: *mut c_void, caller: u64) {
 
 /// Outside domains: aborts the program if a block is a domain's. The C library would trust the bytes before the block,
 /// which the domain can write.
+///
+/// With a sanitizer it is not called: there are no domains, and the bytes before a block may be unmapped.
 #[inline]
 fn refuse_of_domain(block: NonNull<u8>) {
     // SAFETY: a block of the C library or of a domain has at least 8 readable bytes before it.
@@ -190,7 +198,7 @@ fn refuse() -> ! {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn memalign(align: usize, size: usize) -> *mut c_void {
     naked_asm!("mov rdx, [rsp]", "jmp {}", sym allocate_aligned)
@@ -199,8 +207,11 @@ pub(crate) unsafe extern "C" fn memalign(align: usize, size: usize) -> *mut c_vo
 unsafe extern "C" fn allocate_aligned(align: usize, size: usize, caller: u64) -> *mut c_void {
     match heap() {
         Some(heap) => inside::memalign(heap, align, size, caller),
-        // SAFETY: this is the C library's own function, with the same contract.
-        None => unsafe { __libc_memalign(align, size) },
+        None => {
+            let next = sys::sanitizers_memalign().unwrap_or(__libc_memalign);
+            // SAFETY: this is the function of this name that this one replaces, with the same contract.
+            unsafe { next(align, size) }
+        }
     }
 }
 
@@ -209,7 +220,7 @@ unsafe extern "C" fn allocate_aligned(align: usize, size: usize, caller: u64) ->
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
     naked_asm!("mov rdx, [rsp]", "jmp {}", sym allocate_aligned_to_power)
@@ -228,7 +239,7 @@ unsafe extern "C" fn allocate_aligned_to_power(align: usize, size: usize, caller
 /// # Safety
 ///
 /// `out` is writable.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn posix_memalign(out: *mut *mut c_void, align: usize, size: usize) -> c_int {
     naked_asm!("mov rcx, [rsp]", "jmp {}", sym allocate_aligned_to)
@@ -240,8 +251,11 @@ unsafe extern "C" fn allocate_aligned_to(out: *mut *mut c_void, align: usize, si
     }
     let block = match heap() {
         Some(heap) => inside::posix_memalign(heap, align, size, caller),
-        // SAFETY: this is the C library's own function, with the same contract.
-        None => sys::keep_errno(|| unsafe { __libc_memalign(align, size) }),
+        None => {
+            let next = sys::sanitizers_memalign().unwrap_or(__libc_memalign);
+            // SAFETY: this is the function of this name that this one replaces, with the same contract.
+            sys::keep_errno(|| unsafe { next(align, size) })
+        }
     };
     if block.is_null() {
         return libc::ENOMEM;
@@ -256,7 +270,7 @@ unsafe extern "C" fn allocate_aligned_to(out: *mut *mut c_void, align: usize, si
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn valloc(size: usize) -> *mut c_void {
     // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { memalign(sys::page_size(), size) }
@@ -267,7 +281,7 @@ pub(crate) unsafe extern "C" fn valloc(size: usize) -> *mut c_void {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn pvalloc(size: usize) -> *mut c_void {
     match size.max(1).checked_next_multiple_of(sys::page_size()) {
         // SAFETY: this function has the same contract, which the caller fulfils.
@@ -281,7 +295,7 @@ pub(crate) unsafe extern "C" fn pvalloc(size: usize) -> *mut c_void {
 /// # Safety
 ///
 /// The block is null or was allocated here.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn malloc_usable_size(block: *mut c_void) -> usize {
     naked_asm!("mov rsi, [rsp]", "jmp {}", sym usable_size)
@@ -292,10 +306,14 @@ unsafe extern "C" fn usable_size(block: *mut c_void, caller: u64) -> usize {
     if let Some(heap) = heap() {
         return inside::malloc_usable_size(heap, block, caller);
     }
+    if let Some(next) = sys::sanitizers_usable_size() {
+        // SAFETY: this is the function of this name that this one replaces, with the same contract.
+        return unsafe { next(block.as_ptr()) };
+    }
     refuse_of_domain(block.cast());
     let Some(next) = Next::malloc_usable_size.find() else { return 0 };
     // SAFETY: this is the address of the C library's function of this name, which has this type.
-    let function = unsafe { std::mem::transmute::<usize, unsafe extern "C" fn(*mut c_void) -> usize>(next) };
+    let function = unsafe { std::mem::transmute::<usize, sys::UsableSize>(next) };
     // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { function(block.as_ptr()) }
 }

@@ -29,7 +29,7 @@ fn status(result: libc::c_long) -> c_int {
 /// # Safety
 ///
 /// As for mmap(2).
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn mmap(
     start: *mut c_void,
     size: usize,
@@ -52,7 +52,7 @@ pub(crate) unsafe extern "C" fn mmap(
 /// # Safety
 ///
 /// As for mmap(2).
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn mmap64(
     start: *mut c_void,
     size: usize,
@@ -70,7 +70,7 @@ pub(crate) unsafe extern "C" fn mmap64(
 /// # Safety
 ///
 /// As for mremap(2).
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn mremap(
     start: *mut c_void,
     size: usize,
@@ -94,7 +94,7 @@ macro_rules! functions {
             /// # Safety
             ///
             /// As for the system call.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             #[allow(clippy::cast_lossless, reason = "the types vary, and the kernel takes 64 bits of each")]
             pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
                 if rights::is_in_domain() {
@@ -142,7 +142,7 @@ functions! {
 /// # Safety
 ///
 /// As for shmat(2).
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn shmat(segment: c_int, start: *const c_void, flags: c_int) -> *mut c_void {
     if rights::is_in_domain() {
         not_permitted();
@@ -157,7 +157,7 @@ pub(crate) unsafe extern "C" fn shmat(segment: c_int, start: *const c_void, flag
 /// # Safety
 ///
 /// As for posix_madvise(3).
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn posix_madvise(start: *mut c_void, size: usize, advice: c_int) -> c_int {
     type Function = unsafe extern "C" fn(*mut c_void, usize, c_int) -> c_int;
     if rights::is_in_domain() {
@@ -174,7 +174,7 @@ pub(crate) unsafe extern "C" fn posix_madvise(start: *mut c_void, size: usize, a
 /// # Safety
 ///
 /// As for brk(2).
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn brk(end: *mut c_void) -> c_int {
     if rights::is_in_domain() {
         return inside::brk();
@@ -190,7 +190,7 @@ pub(crate) unsafe extern "C" fn brk(end: *mut c_void) -> c_int {
 /// # Safety
 ///
 /// As for sbrk(2).
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sbrk(difference: isize) -> *mut c_void {
     if rights::is_in_domain() {
         return inside::sbrk();

@@ -3,6 +3,10 @@
 //! An executable that links this crate exports these symbols, and the loader binds the calls of every library to them.
 //! Outside domains they call the C library's functions.
 //!
+//! In a program that a sanitizer instruments (`cfg(instrumented)`) they are not exported. The loader would call them
+//! before the sanitizer is ready for the instrumented code in them, and they would hide the sanitizer's own. Such a
+//! program has no domains.
+//!
 //! The functions only dispatch: what they do in a domain is in [`inside::libc`](crate::inside::libc).
 //!
 //! | module | functions | why |
@@ -19,6 +23,11 @@
 //! | [`descriptors`] | `open`, `socket`, `dup`, `pipe` and others that open a descriptor, `close`, `dup2`, `fclose`, … | In a domain they close and replace its own descriptors only. |
 //! | [`attributes`] | `chdir`, `setuid`, `setrlimit`, `setpriority`, `alarm`, `setitimer`, … | In a domain they fail with EPERM. |
 //! | [`kills`] | `kill`, `tgkill`, `sigqueue` and others | In a domain they fail with EPERM for other processes and threads. |
+
+#![cfg_attr(
+    instrumented,
+    allow(dead_code, non_snake_case, reason = "nothing calls what is not exported, and the C library names it")
+)]
 
 pub(crate) mod attributes;
 pub(crate) mod descriptors;

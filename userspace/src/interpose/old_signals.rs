@@ -42,7 +42,7 @@ fn checked(result: Result<u64, c_int>) -> c_int {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sigset(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
     let set = || {
         let this = only(signal)?;
@@ -79,7 +79,7 @@ fn current(signal: c_int) -> libc::sighandler_t {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sigignore(signal: c_int) -> c_int {
     if install(signal, libc::SIG_IGN, 0, 0) == libc::SIG_ERR { -1 } else { 0 }
 }
@@ -89,7 +89,7 @@ pub(crate) unsafe extern "C" fn sigignore(signal: c_int) -> c_int {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sighold(signal: c_int) -> c_int {
     checked(only(signal).and_then(|this| change(libc::SIG_BLOCK, this)))
 }
@@ -99,7 +99,7 @@ pub(crate) unsafe extern "C" fn sighold(signal: c_int) -> c_int {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sigblock(mask: c_int) -> c_int {
     change(libc::SIG_BLOCK, u64::from(mask as u32)).map_or_else(fail, |before| before as c_int)
 }
@@ -109,7 +109,7 @@ pub(crate) unsafe extern "C" fn sigblock(mask: c_int) -> c_int {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sigsetmask(mask: c_int) -> c_int {
     change(libc::SIG_SETMASK, u64::from(mask as u32)).map_or_else(fail, |before| before as c_int)
 }

@@ -23,7 +23,7 @@ macro_rules! spawns {
             /// # Safety
             ///
             /// The arguments are valid, as the manual page demands.
-            #[unsafe(no_mangle)]
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
             pub(crate) unsafe extern "C" fn $name(
                 child: *mut libc::pid_t,
                 program: *const c_char,
@@ -68,7 +68,7 @@ spawns! {
 /// # References
 ///
 /// glibc 2.36, `posix/fork.c`.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn fork() -> libc::pid_t {
     if rights::is_in_domain() {
         return not_permitted();
@@ -90,7 +90,7 @@ pub(crate) unsafe extern "C" fn fork() -> libc::pid_t {
 /// # References
 ///
 /// glibc 2.36, `posix/_Fork.c`.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn _Fork() -> libc::pid_t {
     if rights::is_in_domain() {
         return not_permitted();
@@ -114,7 +114,7 @@ pub(crate) unsafe extern "C" fn _Fork() -> libc::pid_t {
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn system(command: *const c_char) -> c_int {
     if rights::is_in_domain() {
         return not_permitted();
@@ -130,7 +130,7 @@ pub(crate) unsafe extern "C" fn system(command: *const c_char) -> c_int {
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn popen(command: *const c_char, mode: *const c_char) -> *mut libc::FILE {
     type Function = unsafe extern "C" fn(*const c_char, *const c_char) -> *mut libc::FILE;
     if rights::is_in_domain() {

@@ -54,7 +54,7 @@ fn set(signal: c_int, new: Option<Action>) -> std::io::Result<Action> {
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sigaction(
     signal: c_int,
     new: *const libc::sigaction,
@@ -100,7 +100,7 @@ pub(super) fn install(signal: c_int, handler: libc::sighandler_t, flags: c_int, 
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
     let mask = if (1..=64).contains(&signal) { 1 << (signal - 1) } else { 0 };
     install(signal, handler, libc::SA_RESTART, mask)
@@ -111,7 +111,7 @@ pub(crate) unsafe extern "C" fn signal(signal: c_int, handler: libc::sighandler_
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn bsd_signal(number: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
     // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { signal(number, handler) }
@@ -122,7 +122,7 @@ pub(crate) unsafe extern "C" fn bsd_signal(number: c_int, handler: libc::sighand
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sysv_signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
     install(signal, handler, libc::SA_RESETHAND | libc::SA_NODEFER, 0)
 }
@@ -132,7 +132,7 @@ pub(crate) unsafe extern "C" fn sysv_signal(signal: c_int, handler: libc::sighan
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn __sysv_signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
     // SAFETY: this function has the same contract, which the caller fulfils.
     unsafe { sysv_signal(signal, handler) }
@@ -143,7 +143,7 @@ pub(crate) unsafe extern "C" fn __sysv_signal(signal: c_int, handler: libc::sigh
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut libc::stack_t) -> c_int {
     if rights::is_in_domain() {
         return not_permitted();
@@ -181,7 +181,7 @@ pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn pthread_sigmask(
     how: c_int,
     new: *const libc::sigset_t,
@@ -207,7 +207,7 @@ pub(crate) unsafe extern "C" fn pthread_sigmask(
 /// # Safety
 ///
 /// The arguments are valid, as the manual page demands.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn sigprocmask(how: c_int, new: *const libc::sigset_t, old: *mut libc::sigset_t) -> c_int {
     // SAFETY: this function has the same contract, which the caller fulfils.
     match unsafe { pthread_sigmask(how, new, old) } {
@@ -226,7 +226,7 @@ pub(crate) unsafe extern "C" fn sigprocmask(how: c_int, new: *const libc::sigset
 /// # References
 ///
 /// glibc 2.36, `nptl/pthread_kill.c`.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn pthread_kill(target: libc::pthread_t, signal: c_int) -> c_int {
     type Function = unsafe extern "C" fn(libc::pthread_t, c_int) -> c_int;
     if rights::is_in_domain() {
@@ -259,7 +259,7 @@ pub(super) fn end_call_if_fatal(signal: c_int) {
 /// # Safety
 ///
 /// None.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn raise(signal: c_int) -> c_int {
     if rights::is_in_domain() {
         end_call_if_fatal(signal);

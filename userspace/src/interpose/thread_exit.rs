@@ -23,7 +23,7 @@ type Register = unsafe extern "C" fn(Destructor, *mut c_void, *mut c_void) -> c_
 /// # References
 ///
 /// glibc 2.36, `stdlib/cxa_thread_atexit_impl.c`.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
 pub(crate) unsafe extern "C" fn __cxa_thread_atexit_impl(
     destructor: Destructor,
     object: *mut c_void,

@@ -2,6 +2,7 @@
 //!
 //! It holds no policy: the modules above decide what to call and when.
 
+mod allocator;
 mod assembly;
 mod copy;
 mod descriptors;
@@ -10,10 +11,15 @@ mod loader;
 mod memory;
 mod probe;
 mod rseq;
+mod sanitizers;
 mod signals;
 mod threads;
 mod timers;
 
+pub(crate) use allocator::{
+    __libc_calloc, __libc_free, __libc_malloc, __libc_memalign, __libc_realloc, UsableSize, sanitizers_calloc,
+    sanitizers_free, sanitizers_malloc, sanitizers_memalign, sanitizers_realloc, sanitizers_usable_size,
+};
 pub(crate) use assembly::{answer_yes, pointer_guard, thread_id, thread_pointer, write_with};
 #[cfg(test)]
 pub(crate) use copy::reading_instructions;
@@ -33,6 +39,7 @@ pub(crate) use probe::{
     memfd_secret, mseal, pkru_in_signal_frame, rseq, syscall_user_dispatch,
 };
 pub(crate) use rseq::{rseq_area, unregister_rseq};
+pub(crate) use sanitizers::sanitizer;
 pub(crate) use signals::{
     Action, AlternateStack, BlockedSignals, FAULTS, SS_AUTODISARM, action, alternate_stack, change_mask, ends_process,
     is_fault, is_limit, is_writable, replace_alternate_stack, resend, restore_alternate_stack, send_value, set_action,
