@@ -101,7 +101,7 @@ impl fmt::Display for Error {
         match self {
             Self::NoPku => f.write_str(
                 "this CPU has no protection keys (PKU). Domains need Intel Skylake-SP or AMD Zen 3 or later; in a virtual machine, \
-                 the hypervisor must expose the feature. QEMU emulates it: `pkru-qemu linux -- PROGRAM`",
+                 the hypervisor must expose the feature. QEMU emulates it: `pkru-qemu linux -- PROGRAM`. valgrind hides it",
             ),
             Self::PkuOff => f.write_str(
                 "the kernel has not enabled protection keys (OSPKE): remove `nopku` from its command line",
