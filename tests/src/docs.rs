@@ -23,12 +23,13 @@ fn exists(suite: &str, test: &str) -> bool {
 }
 
 #[test]
-fn every_test_that_the_threat_model_names_exists() {
-    let path = workspace().join("docs/threat-model.md");
-    let named = tests_named_in(&std::fs::read_to_string(path).unwrap());
-    assert!(named.len() > 60, "only {} found", named.len());
-    let missing: Vec<_> = named.iter().filter(|(suite, test)| !exists(suite, test)).collect();
-    assert!(missing.is_empty(), "these tests do not exist: {missing:?}");
+fn every_test_that_the_documents_name_exists() {
+    for (document, least) in [("docs/threat-model.md", 60), ("docs/tools.md", 1)] {
+        let named = tests_named_in(&std::fs::read_to_string(workspace().join(document)).unwrap());
+        assert!(named.len() >= least, "only {} found in {document}", named.len());
+        let missing: Vec<_> = named.iter().filter(|(suite, test)| !exists(suite, test)).collect();
+        assert!(missing.is_empty(), "these tests do not exist: {missing:?}");
+    }
 }
 
 #[test]
@@ -39,6 +40,7 @@ fn no_document_has_a_placeholder() {
         "CONTRIBUTING.md",
         "docs/architecture.md",
         "docs/threat-model.md",
+        "docs/tools.md",
         "docs/when-it-does-not-compile.md",
     ] {
         let text = std::fs::read_to_string(workspace().join(document)).unwrap();
