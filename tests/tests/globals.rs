@@ -23,6 +23,7 @@ suite! {
     a_thread_that_blocks_every_signal,
     system_calls_with_statics_as_buffers,
     violations_are_what_they_were,
+    a_violation_in_the_middle_of_a_stream,
     signals_and_children_afterwards,
     a_fork_while_statics_are_being_opened,
     standard_output_outlives_the_domain_that_used_it_first,
@@ -266,6 +267,44 @@ fn system_calls_with_statics_as_buffers() {
     // SAFETY: the kernel checks the target.
     let refused = closed.call(|| unsafe { libc::read(zero, BUFFER.0.get().cast(), 64) as i64 });
     assert_eq!(refused.unwrap(), -1);
+}
+
+fn a_violation_in_the_middle_of_a_stream() {
+    unsafe extern "C" {
+        fn printf(format: *const std::ffi::c_char, ...) -> i32;
+        fn ftrylockfile(stream: *mut libc::FILE) -> i32;
+        fn funlockfile(stream: *mut libc::FILE);
+        static mut stdout: *mut libc::FILE;
+    }
+    // SAFETY: the format has a text for its argument.
+    unsafe { printf(c"%s\n".as_ptr(), c"outside".as_ptr()) };
+    let mut open = open_domain("printer");
+    let mut closed = domain("closed");
+    assert!(!contain(&mut closed, mistake).may_have_left_statics_changed());
+    for _ in 0..3 {
+        let text = black_box(0x123usize) as *const std::ffi::c_char;
+        // SAFETY: deliberately unsound: the mistake under test.
+        let print = || unsafe { printf(c"%s\n".as_ptr(), text) };
+        let violation = contain(&mut open, || {
+            black_box(print());
+        });
+        assert!(violation.may_have_left_statics_changed());
+        assert!(violation.to_string().contains("half done"), "{violation}");
+        // On another thread: the lock would be free to its owner.
+        let is_free = || {
+            // SAFETY: the stream exists.
+            unsafe {
+                ftrylockfile(stdout) == 0 && {
+                    funlockfile(stdout);
+                    true
+                }
+            }
+        };
+        assert!(std::thread::spawn(is_free).join().unwrap(), "the stream's lock is free");
+        assert!(is_free());
+    }
+    // SAFETY: as above.
+    unsafe { printf(c"%s\n".as_ptr(), c"and it prints".as_ptr()) };
 }
 
 fn violations_are_what_they_were() {

@@ -149,6 +149,12 @@ impl Memory {
         trap.as_ref().expect("the handler stores a trap before it rewinds a call")
     }
 
+    /// Returns the domain's thread pointer, if the domain may write the program's statics.
+    pub(crate) fn thread_pointer_with_statics(&self) -> Option<u64> {
+        let template = self.thread_locals.as_ref().filter(|_| self.globals == Globals::Writable);
+        template.map(tls::Template::fs_base)
+    }
+
     /// Sets whether the next call is a trial call that panics.
     pub(crate) fn set_learning(&self, learning: bool) {
         self.running.learning.set(learning);

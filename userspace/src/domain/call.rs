@@ -17,7 +17,7 @@ use crate::inside::entry::{self, Call};
 use crate::inside::request::RESUME;
 use crate::keys::Pin;
 use crate::service;
-use crate::setup;
+use crate::setup::{self, globals};
 use crate::thread::{self, Thread};
 use crate::transfer::{DomainMemory, InvalidResult, Transfer};
 use crate::violation::{Violation, ViolationKind, classify, is_told_by_its_state};
@@ -296,6 +296,9 @@ impl Domain {
         }
         let memory = self.core.memory();
         memory.ensure_rights_after_call();
+        if let Some(owner) = memory.thread_pointer_with_statics() {
+            globals::unlock_streams(owner);
+        }
         let (loaded, trap) = (memory.loaded_count(), memory.trap());
         let is_told = is_told_by_its_state(trap) && !memory.is_own(trap.at.address);
         let at = is_told.then_some(trap.at);

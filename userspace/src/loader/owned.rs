@@ -79,7 +79,7 @@ pub(crate) fn can_be_owned(library: &Library) -> bool {
 }
 
 /// Returns whether a library's file has this name, with or without the version at its end.
-pub(super) fn is_called(library: &Library, name: &str) -> bool {
+pub(crate) fn is_called(library: &Library, name: &str) -> bool {
     if library.name.is_empty() {
         return false;
     }

@@ -10,7 +10,8 @@
 #![expect(unsafe_code, reason = "it tags the pages of statics")]
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::fork_lock::ForkLock;
@@ -58,8 +59,54 @@ pub(crate) fn open_statics(thread: &Thread) -> Result<(), Error> {
         }
         Ok(())
     })?;
+    let libraries = sys::libraries();
+    let library = libraries.iter().find(|library| owned::is_called(library, "libc.so"));
+    // The last bytes of a page are no lock.
+    let _ = LIBRARY_PAGES
+        .set(library.map_or_else(Vec::new, sys::Library::writable_pages).into_iter().map(shorter).collect());
     IS_OPEN.store(true, Ordering::Release);
     Ok(())
+}
+
+/// Returns a range without its last word.
+fn shorter(range: Range<usize>) -> Range<usize> {
+    range.start..range.end.saturating_sub(size_of::<u64>())
+}
+
+trusted! {
+    /// The pages of the C library's statics, once they are open.
+    static LIBRARY_PAGES: OnceLock<Vec<Range<usize>>> = OnceLock::new();
+}
+
+/// Unlocks the C library's standard streams that a domain held when its call ended. `owner` is its thread pointer, which
+/// the library notes in a stream's lock. Otherwise the program would wait for ever at its next use of the stream, or
+/// when it exits.
+///
+/// # References
+///
+/// glibc 2.36, `sysdeps/nptl/stdio-lock.h`.
+pub(crate) fn unlock_streams(owner: u64) {
+    #[repr(C)]
+    struct Lock {
+        /// 1 if a thread has it, 2 if others wait.
+        word: AtomicU32,
+        /// How many times its owner has it.
+        count: AtomicU32,
+        owner: AtomicU64,
+    }
+    let pages = LIBRARY_PAGES.get().into_iter().flatten();
+    for address in pages.flat_map(|pages| pages.clone().step_by(align_of::<Lock>())) {
+        // SAFETY: the library's statics are mapped, this thread has rights to them, and other threads use locks by atomics.
+        let lock = unsafe { &*(address as *const Lock) };
+        let is_held = || matches!(lock.word.load(Ordering::Relaxed), 1 | 2) && lock.count.load(Ordering::Relaxed) != 0;
+        if lock.owner.load(Ordering::Relaxed) == owner && is_held() {
+            lock.count.store(0, Ordering::Relaxed);
+            lock.owner.store(0, Ordering::Relaxed);
+            if lock.word.swap(0, Ordering::Release) == 2 {
+                sys::wake(&lock.word);
+            }
+        }
+    }
 }
 
 /// Sends every thread of the process the grant signal.

@@ -47,6 +47,6 @@ pub(crate) use signals::{
 };
 pub(crate) use threads::{
     abort_with, at_exit, auxiliary, closed_signals, exit_with, has_shadow_stack, keep_errno, own_stack, process_id,
-    random_word, set_errno, set_for_thread, start_a_thread, thread_exists, thread_handle, thread_key, threads,
+    random_word, set_errno, set_for_thread, start_a_thread, thread_exists, thread_handle, thread_key, threads, wake,
 };
 pub(crate) use timers::{Timer, create_timer, delete_timer, pause_timer, set_timer};

@@ -6,6 +6,7 @@ use std::ffi::{c_int, c_void};
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::atomic::AtomicU32;
 
 use super::copy::copy_value_from;
 
@@ -83,6 +84,12 @@ pub(crate) fn closed_signals(thread: c_int) -> Option<u64> {
     }
     // SAFETY: it was initialised.
     Some(blocked | unsafe { awaited.assume_init() })
+}
+
+/// Wakes one thread that waits for a word: futex(2).
+pub(crate) fn wake(word: &AtomicU32) {
+    // SAFETY: FUTEX_WAKE does not follow the address.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1) };
 }
 
 /// Returns whether this process has a thread with this ID.

@@ -63,6 +63,8 @@ struct Details {
     owner: Option<Owner>,
     /// The name of the closure that was called, if it is a trap.
     closure: Option<&'static str>,
+    /// The domain may write the program's statics.
+    has_statics: bool,
     /// What to do about it.
     advice: Cow<'static, str>,
     /// What it displays.
@@ -89,6 +91,7 @@ impl Violation {
             target: None,
             owner: None,
             closure: None,
+            has_statics: false,
             advice: Cow::Borrowed(""),
             text: String::new(),
         }
@@ -151,7 +154,8 @@ impl Violation {
             _ => Cow::Borrowed(""),
         };
         let (closure, text) = (Some(closure), String::new());
-        Details { domain, kind, instruction, symbol, target, owner, closure, advice, text }.settle()
+        let has_statics = memory.thread_pointer_with_statics().is_some();
+        Details { domain, kind, instruction, symbol, target, owner, closure, has_statics, advice, text }.settle()
     }
 
     /// Returns the name of the domain.
@@ -192,6 +196,15 @@ impl Violation {
         }
     }
 
+    /// Returns whether the domain may write the program's statics ([`Globals::Writable`](crate::Globals::Writable)).
+    ///
+    /// What it was changing there when the call ended may then be half done, and locks that it held stay locked, except
+    /// those of the C library's standard streams.
+    #[must_use]
+    pub fn may_have_left_statics_changed(&self) -> bool {
+        self.0.has_statics
+    }
+
     /// Returns the address of the instruction, if one was stopped.
     #[must_use]
     pub fn instruction(&self) -> Option<u64> {
@@ -225,7 +238,7 @@ impl Details {
     }
 
     fn write(&self, f: &mut String) -> fmt::Result {
-        let Self { domain, kind, instruction, symbol, target, owner, advice, .. } = self;
+        let Self { domain, kind, instruction, symbol, target, owner, has_statics, advice, .. } = self;
         write!(f, "domain `{}`: {kind}", Escaped(domain))?;
         match (target, owner) {
             (Some(target), _) => write!(f, " ({target})")?,
@@ -240,7 +253,11 @@ impl Details {
         if let Some(symbol) = symbol {
             write!(f, " in {symbol}")?;
         }
-        f.write_str(advice)
+        f.write_str(advice)?;
+        if *has_statics {
+            f.write_str("; the program's statics were open to it: what it was changing there may be half done")?;
+        }
+        Ok(())
     }
 }
 
