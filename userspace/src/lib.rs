@@ -69,7 +69,7 @@
 //! their variants, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`; `fork`, `posix_spawn`, `system`, `popen`;
 //! `__cxa_thread_atexit_impl`; `mmap`, `mprotect` and others that change mappings; `open`, `close` and others that open and
 //! close descriptors; `kill` and its variants; `chdir`, `setuid`, `setrlimit`, `alarm` and others that change attributes of
-//! the process. Outside domains they act as before.
+//! the process. Outside domains they act as before. A program with a sanitizer has no domains, and keeps its allocator.
 //!
 //! The first domain, vault or region takes over signal handling: the kernel then calls this crate, which calls the
 //! program's handlers. It sets a panic hook that passes panics outside domains to the previous hook. Set your own hook
