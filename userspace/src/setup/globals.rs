@@ -9,6 +9,7 @@
 
 #![expect(unsafe_code, reason = "it tags the pages of statics")]
 
+use std::ffi::c_int;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -17,7 +18,6 @@ use std::time::{Duration, Instant};
 use crate::fork_lock::ForkLock;
 use crate::keys::statics;
 use crate::loader::owned;
-use crate::sys::FAULTS;
 use crate::thread::Thread;
 use crate::trusted::{self, trusted};
 use crate::{Error, keys, rights, sys};
@@ -109,6 +109,11 @@ pub(crate) fn unlock_streams(owner: u64) {
     }
 }
 
+/// The signals that may carry the grant, the best first: those of faults. std handles the last two, and does not ask that
+/// system calls are restarted.
+const GRANT_SIGNALS: [c_int; 6] =
+    [libc::SIGFPE, libc::SIGTRAP, libc::SIGILL, libc::SIGABRT, libc::SIGBUS, libc::SIGSEGV];
+
 /// Sends every thread of the process the grant signal.
 fn grant_to_all_threads() -> Result<(), Error> {
     const LIMIT: Duration = Duration::from_secs(5);
@@ -124,7 +129,7 @@ fn grant_to_all_threads() -> Result<(), Error> {
         for thread in new {
             signalled.push(thread);
             let Some(closed) = sys::closed_signals(thread) else { continue };
-            let Some(signal) = FAULTS.into_iter().find(|signal| closed & 1 << (signal - 1) == 0) else {
+            let Some(signal) = GRANT_SIGNALS.into_iter().find(|signal| closed & 1 << (signal - 1) == 0) else {
                 return Err(Error::System { operation, errno: libc::EBUSY });
             };
             let acknowledged = statics::acknowledged();
