@@ -45,10 +45,9 @@ fn count_once(function: impl FnOnce()) -> u64 {
     (after - before).saturating_sub(READING)
 }
 
-/// Prints a figure. Fails if it is above twice the goal.
-fn report(what: &str, figure: u64, goal: u64) {
-    let limit = 2 * goal;
-    println!("figure: {what}: {figure} instructions (goal {goal}, fails above {limit})");
+/// Prints a figure. Fails if it is above the limit. Unoptimised code has no fixed cost.
+fn report(what: &str, figure: u64, limit: u64) {
+    println!("figure: {what}: {figure} instructions (at most {limit})");
     assert!(figure <= limit || cfg!(debug_assertions), "{what}: {figure} instructions, more than {limit}");
 }
 
@@ -77,7 +76,7 @@ fn an_empty_call() {
     for (checks, _) in LEVELS {
         let mut domain = build(Domain::builder("empty").heap_checks(checks));
         let figure = count(|| domain.call(|| ()).unwrap());
-        report("an empty Domain::call", figure, 150);
+        report("an empty Domain::call", figure, 146);
         assert!(figure <= 146 || cfg!(debug_assertions), "a call that touches nothing of the heap hardly pays for it");
     }
 }
@@ -101,7 +100,7 @@ fn a_rewind() {
         fewest = fewest.min(after - ready);
         whole = whole.min(after - before);
     }
-    report("a call that faults, to its Err", fewest - READING, 5300);
+    report("a call that faults, to its Err", fewest - READING, 5350);
     println!("figure: the same with the call before it, which discards the old memory: {whole} instructions");
     assert_eq!(*target, 0);
 }
@@ -240,7 +239,9 @@ fn steps_of_the_heap_are_bounded() {
         let (_, glibc) = (little(), much());
         for (checks, name) in LEVELS {
             let builder = Domain::builder("heap").heap_size(256 << 20).heap_checks(checks);
-            let (few, many) = build(builder).call(|| (little(), much())).unwrap();
+            // The fewest of three: the kernel has other work too while it hands out pages.
+            let runs = (0..3).map(|_| build(builder.clone()).call(|| (little(), much())).unwrap());
+            let (few, many) = runs.fold((u64::MAX, u64::MAX), |least, run| (least.0.min(run.0), least.1.min(run.1)));
             println!("figure: {what}, {name} checks: {many} instructions a step; {few} with a tenth; glibc {glibc}");
             if checks == HeapChecks::Fast {
                 assert!(many <= most || cfg!(debug_assertions), "{what}: {many} instructions a step, more than {most}");
@@ -279,7 +280,7 @@ fn the_bare_gate() {
     };
     let figure = (0..200).map(|_| once(&mut context)).min().unwrap_or(0);
     drop(domain);
-    report("the bare gate, in and out", figure, 80);
+    report("the bare gate, in and out", figure, 79);
 }
 
 fn a_call_costs_the_same_with_a_thousand_domains() {
