@@ -2,7 +2,7 @@
 
 #![expect(unsafe_code, reason = "it follows the pointer to the current record")]
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::ffi::c_int;
 use std::io;
 use std::ops::Range;
@@ -48,8 +48,8 @@ pub(crate) struct Thread {
     number: u64,
     /// The kernel's number of the thread. In a copy of the process the thread has another.
     id: Cell<c_int>,
-    /// The addresses of the thread's own stack, empty if they are not known.
-    own_stack: Range<usize>,
+    /// The addresses of the thread's own stack, once they are found.
+    own_stack: OnceCell<Range<usize>>,
     /// Where signals are taken. The kernel knows no other alternate stack of this thread.
     stack: Mapping<1>,
     /// The alternate stack that the program has set.
@@ -90,7 +90,7 @@ pub(crate) fn stack_limit(pointer: usize) -> usize {
     /// What is left of a stack that is not known, such as a coroutine's.
     const UNKNOWN: usize = 32 * 1024;
     let known = current().and_then(|thread| {
-        let stacks = [Some(thread.own_stack.clone()), thread.programs_stack.get().addresses()];
+        let stacks = [thread.own_stack(), thread.programs_stack.get().addresses()];
         stacks.into_iter().flatten().find(|stack| stack.contains(&pointer))
     });
     known.map_or(pointer.saturating_sub(UNKNOWN), |stack| stack.start)
@@ -104,12 +104,22 @@ impl Thread {
         Ok(Self {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             id: Cell::new(sys::thread_id()),
-            own_stack: sys::own_stack().unwrap_or_default(),
+            own_stack: OnceCell::new(),
             stack,
-            programs_stack: Cell::new(sys::alternate_stack()),
+            programs_stack: Cell::new(
+                sys::alternate_stack().map_err(Error::system("find the thread's alternate signal stack"))?,
+            ),
             timer: Cell::new(None),
             handlers: [const { Cell::new(Handler { interrupted: 0, here: 0, key: None }) }; Self::MOST_HANDLERS],
             depth: Cell::new(0),
+        })
+    }
+
+    /// Returns the addresses of the thread's own stack, if they can be found. For the first thread that takes a descriptor.
+    fn own_stack(&self) -> Option<Range<usize>> {
+        self.own_stack.get().cloned().or_else(|| {
+            let found = sys::own_stack()?;
+            Some(self.own_stack.get_or_init(|| found).clone())
         })
     }
 

@@ -15,7 +15,7 @@ use std::ptr::NonNull;
 
 use super::pku::{HEAP, MAPPED, Memory, STACK};
 use crate::memory::layout::Run;
-use crate::memory::mapping::Use;
+use crate::memory::mapping::{self, Use};
 use crate::sys::{self, Protection};
 
 /// What is returned to code in the domain, or the `errno` value.
@@ -83,7 +83,7 @@ impl Memory {
         let layout = self.layout.replaced(&pages, Some(run)).ok_or(libc::ENOMEM)?;
         let flags = flags & KIND;
         if is_file {
-            sys::can_map(pages.len(), flags, file, offset).map_err(|error| errno(&error))?;
+            mapping::can_map(pages.len(), flags, file, offset).map_err(|error| errno(&error))?;
         }
         self.uses[part] = Use::Mappings;
         // SAFETY: the pages are the domain's own, and code in the domain wants them to be replaced.

@@ -235,12 +235,13 @@ impl Builder {
         if !HAS_LEARNED.load(Ordering::Acquire) {
             let _guard = LEARNING.lock();
             if !HAS_LEARNED.load(Ordering::Acquire) {
-                match globals {
+                let has_run = match globals {
                     Globals::Protected => domain.try_a_panic(),
-                    // The trial needs a domain that cannot write statics. If it fails, panics have no message.
-                    Globals::Writable => drop(Self::new("trial").assemble().map(|mut domain| domain.try_a_panic())),
-                }
-                HAS_LEARNED.store(true, Ordering::Release);
+                    // The trial needs a domain that cannot write statics.
+                    Globals::Writable => Self::new("trial").assemble().is_ok_and(|mut domain| domain.try_a_panic()),
+                };
+                // Until a trial has run, panics have no message.
+                HAS_LEARNED.store(has_run && process::has_panic_hook(), Ordering::Release);
             }
         }
         domain.set_limits(limits, hook);
@@ -314,17 +315,19 @@ impl Domain {
         }
     }
 
-    /// Makes a trial call that panics, from which the fault handler learns which statics std writes then.
-    fn try_a_panic(&mut self) {
+    /// Makes a trial call that panics, from which the fault handler learns which statics std writes then. Returns whether
+    /// it has run.
+    fn try_a_panic(&mut self) -> bool {
         self.core.memory().set_learning(true);
         let result = self.call(|| -> () { panic!("to see how that goes") });
         self.core.memory().set_learning(false);
-        let with_message = result.is_err_and(|violation| {
-            matches!(violation.kind(), ViolationKind::Panic { message: Some(message) } if message.contains("how that goes"))
-        });
+        let kind = result.as_ref().err().map(Violation::kind);
+        let with_message =
+            matches!(kind, Some(ViolationKind::Panic { message: Some(message) }) if message.contains("how that goes"));
         if !with_message {
             panics::forget();
         }
+        !matches!(kind, Some(ViolationKind::NotReady(_)))
     }
 }
 

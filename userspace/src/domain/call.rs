@@ -316,7 +316,8 @@ impl Domain {
             return same.clone();
         }
         let violation = Violation::of_trap(self.name.clone(), memory, kind, instruction, closure, last);
-        self.last = Some(Last { loaded, at, violation: violation.clone() });
+        // Where a name is missing for now, the next one looks again.
+        self.last = violation.is_complete().then(|| Last { loaded, at, violation: violation.clone() });
         violation
     }
 

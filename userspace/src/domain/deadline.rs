@@ -57,8 +57,11 @@ impl<'a> Deadline<'a> {
         if self.is_armed.take()
             && let Some(timer) = self.thread.timer().get()
         {
-            // It cannot fail for a timer that exists.
-            let _ = sys::set_timer(timer, None);
+            // A timer that goes on would end a later call.
+            if sys::set_timer(timer, None).is_err() {
+                sys::delete_timer(timer);
+                self.thread.timer().set(None);
+            }
         }
     }
 }

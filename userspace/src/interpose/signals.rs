@@ -149,7 +149,10 @@ pub(crate) unsafe extern "C" fn sigaltstack(new: *const libc::stack_t, old: *mut
         return not_permitted();
     }
     let thread = thread::current();
-    let before = thread.map_or_else(sys::alternate_stack, |thread| thread.programs_stack().get());
+    let before = match thread.map_or_else(sys::alternate_stack, |thread| Ok(thread.programs_stack().get())) {
+        Ok(before) => before,
+        Err(error) => return checked(Err(error)),
+    };
     let here = (&raw const before).addr();
     let is_on_it = before.addresses().is_some_and(|stack| stack.contains(&here));
     // SAFETY: the caller passes null or a valid pointer.

@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "it maps and unmaps memory")]
 
+use std::ffi::c_int;
+use std::io;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -179,6 +181,14 @@ impl<const PARTS: usize> Drop for Mapping<PARTS> {
             leave(Box::new(Left { start: self.start, size: self.size, next: ptr::null_mut() }));
         }
     }
+}
+
+/// Returns whether the system maps a file, so that mapping it elsewhere can fail only for lack of memory.
+pub(crate) fn can_map(size: usize, flags: c_int, file: c_int, offset: i64) -> io::Result<()> {
+    unmap_left();
+    let start = sys::map_somewhere(size, flags, file, offset)?;
+    // SAFETY: the pages were just mapped, and nothing uses them.
+    unsafe { sys::unmap(start, size) }.inspect_err(|_| leave(Box::new(Left { start, size, next: ptr::null_mut() })))
 }
 
 /// Memory that could not be unmapped, because the kernel had no memory for its own records.

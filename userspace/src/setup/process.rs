@@ -15,6 +15,12 @@ trusted! {
     static MAKING_READY: ForkLock = ForkLock::new();
     /// Whether the fork handlers are registered. An attempt that fails later leaves them registered.
     static HAS_FORK_HANDLERS: AtomicBool = AtomicBool::new(false);
+    static HAS_PANIC_HOOK: AtomicBool = AtomicBool::new(false);
+}
+
+/// Returns whether panics in domains are reported with their message.
+pub(crate) fn has_panic_hook() -> bool {
+    HAS_PANIC_HOOK.load(Ordering::Relaxed)
 }
 
 /// Makes the process ready for domains. Does nothing if it is ready already.
@@ -23,7 +29,7 @@ trusted! {
 ///
 /// The errors of [`capability::detect`], [`Error::MallocNotRouted`], [`Error::KeysExhausted`], or [`Error::System`].
 pub(crate) fn make_ready() -> Result<(), Error> {
-    if rights::is_ready() {
+    if rights::is_ready() && HAS_PANIC_HOOK.load(Ordering::Relaxed) {
         return Ok(());
     }
     let _guard = MAKING_READY.lock();
@@ -31,6 +37,7 @@ pub(crate) fn make_ready() -> Result<(), Error> {
         set_up()?;
         rights::set_ready();
     }
+    install_panic_hook();
     Ok(())
 }
 
@@ -63,7 +70,6 @@ fn set_up() -> Result<(), Error> {
     // install its handler of SIGSETXID, so that this crate takes that handler over too.
     sys::start_a_thread().map_err(Error::system("start a thread")).map_err(undo)?;
     signal::install(pkru_offset).map_err(undo)?;
-    install_panic_hook();
     signal_stack_key.into_iter().for_each(thread::set_signal_stack_key);
     Ok(())
 }
@@ -71,10 +77,12 @@ fn set_up() -> Result<(), Error> {
 /// Installs a panic hook. In a domain it ends the call with the panic's message, and outside domains it calls the
 /// previous hook.
 fn install_panic_hook() {
-    // A panicking thread, for example in a destructor, cannot replace the hook. Panics in domains then have no message.
-    if std::thread::panicking() {
+    // A panicking thread, for example in a destructor, cannot replace the hook. Until another does, panics in domains have
+    // no message.
+    if HAS_PANIC_HOOK.load(Ordering::Relaxed) || std::thread::panicking() {
         return;
     }
+    HAS_PANIC_HOOK.store(true, Ordering::Relaxed);
     let previous = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         if crate::memory::locals::says_in_domain() {

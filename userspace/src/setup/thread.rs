@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "it frees a thread's record when the thread ends")]
 
 use std::ffi::c_void;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::process;
 use crate::thread::{Thread, current, signal_stack_key};
@@ -53,32 +53,48 @@ pub(crate) fn make_ready() -> Result<&'static Thread, Error> {
 }
 
 trusted! {
-    /// The thread-specific value that holds the record, for its destructor.
-    static RECORD: OnceLock<libc::pthread_key_t> = OnceLock::new();
+    /// The key of the thread-specific value that holds the record, for its destructor, plus 1; 0 until there is one. Not a
+    /// `OnceLock`, which stays locked in a child that is forked while it is set.
+    static RECORD: AtomicU64 = AtomicU64::new(0);
+}
+
+/// Returns the key of the thread-specific value that holds the record.
+fn record() -> Option<libc::pthread_key_t> {
+    RECORD.load(Ordering::Acquire).checked_sub(1).map(|key| key as libc::pthread_key_t)
+}
+
+/// Makes that key, if there is none.
+fn make_record() -> Option<libc::pthread_key_t> {
+    unsafe extern "C" fn free(thread: *mut c_void) {
+        // SAFETY: `make_ready` created the record with `Box`, and this thread no longer uses it.
+        drop(unsafe { Box::from_raw(thread.cast::<Thread>()) });
+    }
+    if let Some(key) = record() {
+        return Some(key);
+    }
+    let key = sys::thread_key(free)?;
+    match RECORD.compare_exchange(0, u64::from(key) + 1, Ordering::AcqRel, Ordering::Acquire) {
+        Ok(_) => Some(key),
+        Err(_) => {
+            // Another thread was faster.
+            sys::delete_thread_key(key);
+            record()
+        }
+    }
 }
 
 /// Frees the record when the calling thread ends. That is after the destructors of its thread-locals, which may call
 /// domains.
 fn free_at_thread_end(thread: &Thread) -> Result<(), Error> {
-    unsafe extern "C" fn free(thread: *mut c_void) {
-        // SAFETY: `make_ready` created the record with `Box`, and this thread no longer uses it.
-        drop(unsafe { Box::from_raw(thread.cast::<Thread>()) });
-    }
-    let error = Error::System { operation: "register a thread destructor", errno: libc::EAGAIN };
-    if RECORD.get().is_none() {
-        let Some(key) = sys::thread_key(free) else { return Err(error) };
-        // Another thread may have been faster. The key that is not used costs one of a thousand.
-        let _ = RECORD.set(key);
-    }
     let record = std::ptr::from_ref(thread).cast();
-    let is_set = RECORD.get().is_some_and(|key| sys::set_for_thread(*key, record));
-    if is_set { Ok(()) } else { Err(error) }
+    let is_set = make_record().is_some_and(|key| sys::set_for_thread(key, record));
+    is_set.then_some(()).ok_or(Error::System { operation: "register a thread destructor", errno: libc::EAGAIN })
 }
 
 /// Undoes [`free_at_thread_end`].
 fn forget_at_thread_end() {
-    if let Some(key) = RECORD.get() {
+    if let Some(key) = record() {
         // It does not fail for a value that has been set before.
-        let _ = sys::set_for_thread(*key, std::ptr::null());
+        let _ = sys::set_for_thread(key, std::ptr::null());
     }
 }

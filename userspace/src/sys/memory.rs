@@ -134,15 +134,14 @@ pub(crate) unsafe fn map_file(pages: &Range<usize>, flags: c_int, file: c_int, o
     if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Returns whether the system maps a file, so that [`map_file`] can fail only for lack of memory.
-pub(crate) fn can_map(size: usize, flags: c_int, file: c_int, offset: i64) -> io::Result<()> {
+/// Maps a file where the kernel finds room. The pages have no access.
+pub(crate) fn map_somewhere(size: usize, flags: c_int, file: c_int, offset: i64) -> io::Result<NonNull<u8>> {
     // SAFETY: the kernel chooses a free address, so no existing mapping changes.
     let address = unsafe { libc::mmap(ptr::null_mut(), size, libc::PROT_NONE, flags, file, offset) };
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the pages were just mapped, and nothing uses them.
-    checked(unsafe { libc::munmap(address, size) })
+    NonNull::new(address.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
 /// Gives advice about pages: madvise(2).

@@ -31,7 +31,7 @@ pub(crate) use loader::{
     prepare_unwinding, touch_module,
 };
 pub(crate) use memory::{
-    DontNeed, Protection, advise, can_map, discard, lock, map_again, map_file, map_reserved, page_size,
+    DontNeed, Protection, advise, discard, lock, map_again, map_file, map_reserved, map_somewhere, page_size,
     physical_memory, pkey_alloc, protect, unlock, unmap, use_small_pages,
 };
 pub(crate) use probe::{
@@ -46,7 +46,8 @@ pub(crate) use signals::{
     set_alternate_stack, set_mask, unblock,
 };
 pub(crate) use threads::{
-    abort_with, at_exit, auxiliary, closed_signals, exit_with, has_shadow_stack, keep_errno, own_stack, process_id,
-    random_word, set_errno, set_for_thread, start_a_thread, thread_exists, thread_handle, thread_key, threads, wake,
+    abort_with, at_exit, auxiliary, closed_signals, delete_thread_key, exit_with, has_shadow_stack, keep_errno,
+    own_stack, process_id, random_word, set_errno, set_for_thread, start_a_thread, thread_exists, thread_handle,
+    thread_key, threads, wake,
 };
 pub(crate) use timers::{Timer, create_timer, delete_timer, pause_timer, set_timer};

@@ -48,6 +48,8 @@ pub(crate) fn unregister_rseq(area: usize) -> io::Result<()> {
     match refused.raw_os_error() {
         // The kernel has no such call.
         Some(libc::ENOSYS) => Ok(()),
+        // An attempt has registered this module's area, as below, and failed then.
+        _ if unregister_own_rseq().is_ok() => Ok(()),
         // Either the thread has unregistered its area already, or it has registered one with other arguments. EINVAL
         // stands for both. Registering an area succeeds in the first case only.
         _ => match register_rseq() {

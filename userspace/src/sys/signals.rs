@@ -300,9 +300,11 @@ pub(crate) fn restore_alternate_stack(stack: AlternateStack) -> io::Result<()> {
 }
 
 /// Returns the calling thread's alternate signal stack; async-signal-safe.
-pub(crate) fn alternate_stack() -> AlternateStack {
+pub(crate) fn alternate_stack() -> io::Result<AlternateStack> {
     let mut stack = AlternateStack::NONE.for_kernel();
     // SAFETY: `stack` is writable, and with a null pointer the call changes nothing.
-    unsafe { libc::syscall(libc::SYS_sigaltstack, ptr::null::<libc::stack_t>(), &raw mut stack) };
-    AlternateStack::of_kernel(&stack)
+    match unsafe { libc::syscall(libc::SYS_sigaltstack, ptr::null::<libc::stack_t>(), &raw mut stack) } {
+        0 => Ok(AlternateStack::of_kernel(&stack)),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

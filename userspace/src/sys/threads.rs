@@ -109,6 +109,12 @@ pub(crate) fn thread_key(destructor: unsafe extern "C" fn(*mut c_void)) -> Optio
     (unsafe { libc::pthread_key_create(&raw mut key, Some(destructor)) } == 0).then_some(key)
 }
 
+/// Deletes a key of thread-specific data that no thread has set.
+pub(crate) fn delete_thread_key(key: libc::pthread_key_t) {
+    // SAFETY: `thread_key` created the key, and no thread has a value.
+    unsafe { libc::pthread_key_delete(key) };
+}
+
 /// Sets the calling thread's value of a key. Returns `false` if it fails.
 pub(crate) fn set_for_thread(key: libc::pthread_key_t, value: *const c_void) -> bool {
     // SAFETY: `thread_key` created the key.

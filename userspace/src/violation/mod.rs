@@ -158,6 +158,12 @@ impl Violation {
         Details { domain, kind, instruction, symbol, target, owner, closure, has_statics, advice, text }.settle()
     }
 
+    /// Returns whether the files were read in which the names stand that it displays.
+    pub(crate) fn is_complete(&self) -> bool {
+        let symbols = [self.0.symbol.as_deref(), self.0.target.as_ref()];
+        !symbols.into_iter().flatten().any(|symbol| symbol.is_unread)
+    }
+
     /// Returns the name of the domain.
     #[must_use]
     pub fn domain(&self) -> &str {

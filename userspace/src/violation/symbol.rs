@@ -17,6 +17,8 @@ pub struct Symbol {
     pub(super) can_be_owned: bool,
     /// It belongs to the C library, the loader or Rust's std.
     pub(super) is_of_runtime: bool,
+    /// The file could not be read for now, so the name may be missing.
+    pub(super) is_unread: bool,
 }
 
 impl Symbol {

@@ -4,7 +4,7 @@
 //! those of a Rust program take megabytes.
 
 use std::fs::OpenOptions;
-use std::io::Read;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -69,10 +69,14 @@ pub(super) fn find(address: u64) -> Option<Symbol> {
     let loaded = loaded_count();
     let libraries = sys::libraries();
     let library = libraries.iter().find(|library| library.contains(address as usize));
-    let known = library.map(|library| {
+    let known = library.and_then(|library| {
         let in_file = address - library.base as u64;
-        // Without the file there is no name, here and until something is loaded.
-        Known::read(library, in_file).unwrap_or(Known { range: in_file..in_file + 1, symbol: None })
+        match Known::read(library, in_file) {
+            Ok(known) => Some(known),
+            // Without the file there is no name, here and until something is loaded.
+            Err(Unread::Unfit) => Some(Known { range: in_file..in_file + 1, symbol: None }),
+            Err(Unread::ForNow) => None,
+        }
     });
     let _quiet = BlockedSignals::new();
     let mut tables = lock();
@@ -110,13 +114,32 @@ fn ask(address: u64) -> Answer {
     }
 }
 
+/// Why a library's file was not read.
+enum Unread {
+    /// It is gone, or is not the one that was loaded.
+    Unfit,
+    /// Something is short: descriptors, or memory.
+    ForNow,
+}
+
+impl From<io::Error> for Unread {
+    fn from(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN | libc::EINTR | libc::EIO) => Self::ForNow,
+            _ => Self::Unfit,
+        }
+    }
+}
+
 /// Reads a regular file. A library's path may name something else by now, such as a pipe behind `/proc/self/fd`.
-fn contents(path: &Path) -> Option<Vec<u8>> {
-    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).ok()?;
+fn contents(path: &Path) -> Result<Vec<u8>, Unread> {
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     let mut data = Vec::new();
-    file.metadata().ok().filter(std::fs::Metadata::is_file)?;
-    file.read_to_end(&mut data).ok()?;
-    Some(data)
+    if !file.metadata()?.is_file() {
+        return Err(Unread::Unfit);
+    }
+    file.read_to_end(&mut data)?;
+    Ok(data)
 }
 
 impl Object {
@@ -161,7 +184,8 @@ impl Object {
     /// Returns the symbol of an address in memory, as far as it is known.
     fn symbol(&self, address: u64) -> Symbol {
         let in_file = address - self.base;
-        let symbol = self.known_at(in_file).and_then(|known| known.symbol.clone());
+        let known = self.known_at(in_file);
+        let symbol = known.and_then(|known| known.symbol.clone());
         let (name, start) = symbol.map_or((None, 0), |(name, start)| (Some(name), start));
         let is_of_std = |name: &String| {
             ["std::", "core::", "alloc::"].iter().any(|krate| name.trim_start_matches('<').starts_with(krate))
@@ -171,6 +195,7 @@ impl Object {
             file: self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned(),
             library: self.path.clone(),
             is_variable: self.segment_at(address) == Some(true),
+            is_unread: known.is_none(),
             can_be_owned: self.can_be_owned,
             is_of_runtime: !(self.is_program || self.can_be_owned) || name.as_ref().is_some_and(is_of_std),
             name,
@@ -179,14 +204,13 @@ impl Object {
 }
 
 impl Known {
-    /// Reads from the file of a library what an address of the file belongs to; `None` if the file is gone, or is not the
-    /// one that was loaded.
-    fn read(library: &Library, address: u64) -> Option<Self> {
+    /// Reads from the file of a library what an address of the file belongs to.
+    fn read(library: &Library, address: u64) -> Result<Self, Unread> {
         let data = contents(&library.path())?;
         if !library.begins_like(&data) {
-            return None;
+            return Err(Unread::Unfit);
         }
-        let file = ElfFile64::<Endianness>::parse(&*data).ok()?;
+        let file = ElfFile64::<Endianness>::parse(&*data).map_err(|_| Unread::Unfit)?;
         let is_loaded = |section: SectionIndex| {
             file.section_by_index(section).is_ok_and(
                 |section| matches!(section.flags(), SectionFlags::Elf { sh_flags, .. } if sh_flags.contains(SHF_ALLOC)),
@@ -216,7 +240,7 @@ impl Known {
                 gap.end = gap.end.min(range.start);
             }
         }
-        Some(match best {
+        Ok(match best {
             Some((range, name)) => Self {
                 range: range.start.max(gap.start)..range.end.min(gap.end),
                 symbol: Some((format!("{:#}", rustc_demangle::demangle(name)), range.start)),
