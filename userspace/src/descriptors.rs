@@ -130,7 +130,10 @@ impl Descriptors {
             return Ok(to as u64);
         }
         let new = if self.release(to) {
-            sys::duplicate_to(descriptor, to, flags)
+            // On failure it is open still.
+            sys::duplicate_to(descriptor, to, flags).inspect_err(|_| {
+                let _ = self.claim(to);
+            })
         } else {
             // It takes the descriptor only if it is free, whatever other threads do.
             sys::duplicate_from(descriptor, to, flags & libc::O_CLOEXEC == 0)

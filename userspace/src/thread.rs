@@ -104,7 +104,7 @@ impl Thread {
         Ok(Self {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             id: Cell::new(sys::thread_id()),
-            own_stack: OnceCell::new(),
+            own_stack: sys::own_stack().map_or_else(OnceCell::new, OnceCell::from),
             stack,
             programs_stack: Cell::new(
                 sys::alternate_stack().map_err(Error::system("find the thread's alternate signal stack"))?,
@@ -135,8 +135,8 @@ impl Thread {
     }
 
     /// Returns the start of the thread's own stack, 0 if it is not known.
-    pub(crate) const fn own_stack_start(&self) -> usize {
-        self.own_stack.start
+    pub(crate) fn own_stack_start(&self) -> usize {
+        self.own_stack.get().map_or(0, |stack| stack.start)
     }
 
     /// Returns whether this is the thread itself, and not its copy in a copy of the process.

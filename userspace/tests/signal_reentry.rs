@@ -19,6 +19,7 @@ suite! {
     a_jump_out_of_a_handler,
     a_jump_out_of_a_call_gives_its_key_back,
     a_call_from_a_signal_handler,
+    signals_that_are_pending_when_a_handler_begins,
 }
 
 static WRONG: AtomicU64 = AtomicU64::new(0);
@@ -171,4 +172,37 @@ fn a_call_from_a_signal_handler() {
     }
     assert_eq!(ANSWER.load(Ordering::Relaxed), 7);
     works(&mut domain);
+}
+
+fn signals_that_are_pending_when_a_handler_begins() {
+    const SIGNALS: [i32; 3] = [41, 42, 43];
+    static LOWEST: AtomicU64 = AtomicU64::new(u64::MAX);
+    extern "C" fn note(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let local = 0u8;
+        LOWEST.fetch_min(black_box(&raw const local).addr() as u64, Ordering::Relaxed);
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+    let mut domain = domain("interrupted");
+    works(&mut domain);
+    for signal in SIGNALS {
+        install(signal, note, 0);
+    }
+    let here = 0u8;
+    let here = black_box(&raw const here).addr() as u64;
+    let raise_all = || {
+        // SAFETY: the set is valid, and the handlers count.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            SIGNALS.iter().for_each(|signal| _ = libc::sigaddset(&raw mut set, *signal));
+            libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+            SIGNALS.iter().for_each(|signal| _ = libc::raise(*signal));
+            libc::sigprocmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
+        }
+    };
+    for round in 1..=10 {
+        domain.call(raise_all).unwrap();
+        assert_eq!(COUNT.load(Ordering::Relaxed), 3 * round);
+    }
+    let lowest = LOWEST.load(Ordering::Relaxed);
+    assert!((here - (64 << 10)..here).contains(&lowest), "{lowest:#x} is not on the stack below {here:#x}");
 }

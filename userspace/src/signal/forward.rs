@@ -69,12 +69,11 @@ pub(super) unsafe fn forward(
     let interrupted_mask = unsafe { (*context.cast::<SignalContext>()).mask };
     let own = if action.flags & libc::SA_NODEFER as u64 == 0 { bit(signal) } else { 0 };
     // The handler may call domains, where the signals of faults must not be blocked.
-    sys::set_mask((interrupted_mask | action.mask | own) & !faults());
+    let mask = (interrupted_mask | action.mask | own) & !faults();
     // SAFETY: these are the program's rights, with which it can use its own stack and this one.
     unsafe { rights::write(rights) };
     // SAFETY: the program set this handler for this signal, and the arguments are the kernel's.
-    unsafe { call(action.handler, signal, info, context, stack) };
-    sys::set_mask(u64::MAX);
+    unsafe { call(action.handler, signal, info, context, stack, mask) };
     if let Some(thread) = thread {
         thread.end_handler();
     }
@@ -118,7 +117,11 @@ fn stack_for(action: &Action, thread: &Thread, from: &Origin) -> usize {
     }
 }
 
-/// Calls a handler on a stack, or on the current one if `stack` is 0.
+/// Calls a handler with a signal mask, on a stack, or on the current one if `stack` is 0. Every signal is blocked before and
+/// afterwards.
+///
+/// The mask is set on that stack. A signal that is pending arrives at once, and its handler runs below the stack pointer
+/// that it has interrupted: on the signal stack there is no room for it.
 #[unsafe(naked)]
 unsafe extern "C" fn call(
     handler: usize,
@@ -126,6 +129,7 @@ unsafe extern "C" fn call(
     info: *mut libc::siginfo_t,
     context: *mut c_void,
     stack: usize,
+    mask: u64,
 ) {
     naked_asm!(
         ".cfi_startproc",
@@ -136,20 +140,43 @@ unsafe extern "C" fn call(
         ".cfi_offset rbp, -16",
         "mov rbp, rsp",
         ".cfi_def_cfa_register rbp",
-        "mov rax, rdi",
-        "mov edi, esi",
-        "mov rsi, rdx",
-        "mov rdx, rcx",
         "test r8, r8",
         "cmovnz rsp, r8",
         "and rsp, -16",
+        "push r9",
+        "push rdi",
+        "push rsi",
+        "push rdx",
+        "push rcx",
+        // rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8).
+        "mov edi, {set_mask}",
+        "lea rsi, [rsp + 32]",
+        "xor edx, edx",
+        "mov r10d, 8",
+        "mov eax, {sigprocmask}",
+        "syscall",
+        "pop rdx",
+        "pop rsi",
+        "pop rdi",
+        "pop rax",
+        // Keeps the stack aligned.
+        "push rax",
         "call rax",
+        "push -1",
+        "mov edi, {set_mask}",
+        "mov rsi, rsp",
+        "xor edx, edx",
+        "mov r10d, 8",
+        "mov eax, {sigprocmask}",
+        "syscall",
         "mov rsp, rbp",
         "pop rbp",
         ".cfi_def_cfa rsp, 8",
         "ret",
         ".cfi_endproc",
         refuse = sym refuse,
+        set_mask = const libc::SIG_SETMASK,
+        sigprocmask = const libc::SYS_rt_sigprocmask,
     )
 }
 

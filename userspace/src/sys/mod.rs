@@ -43,7 +43,7 @@ pub(crate) use sanitizers::sanitizer;
 pub(crate) use signals::{
     Action, AlternateStack, BlockedSignals, FAULTS, SS_AUTODISARM, action, alternate_stack, change_mask, ends_process,
     is_fault, is_limit, is_writable, replace_alternate_stack, resend, restore_alternate_stack, send_value, set_action,
-    set_alternate_stack, set_mask, unblock,
+    set_alternate_stack, unblock,
 };
 pub(crate) use threads::{
     abort_with, at_exit, auxiliary, closed_signals, delete_thread_key, exit_with, has_shadow_stack, keep_errno,

@@ -116,7 +116,7 @@ pub(crate) unsafe fn set_action(signal: c_int, action: Action) -> io::Result<()>
 }
 
 /// Sets the signal mask of the calling thread and returns the old one; async-signal-safe.
-pub(crate) fn set_mask(mask: u64) -> u64 {
+fn set_mask(mask: u64) -> u64 {
     let mut old = 0u64;
     // It cannot fail with these arguments.
     // SAFETY: both sets have the kernel's size and outlive the call.

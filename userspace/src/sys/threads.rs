@@ -41,7 +41,7 @@ pub(crate) fn own_stack() -> Option<Range<usize>> {
     found.then(|| start.addr() + guard.min(size)..start.addr() + size)
 }
 
-/// Starts a thread that ends at once.
+/// Starts a thread that ends at once. It does not run code of std, which ends the program where it cannot set up a thread.
 ///
 /// With the first thread, glibc installs its handler of SIGSETXID, the signal that makes all threads change their user.
 ///
@@ -49,9 +49,17 @@ pub(crate) fn own_stack() -> Option<Range<usize>> {
 ///
 /// glibc 2.36, `nptl/pthread_create.c`, `late_init`.
 pub(crate) fn start_a_thread() -> io::Result<()> {
-    let thread = std::thread::Builder::new().spawn(|| ())?;
-    // The thread does not panic.
-    drop(thread.join());
+    extern "C" fn end(_: *mut c_void) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+    let mut thread = 0;
+    // SAFETY: `thread` is writable, and the function has no requirements.
+    match unsafe { libc::pthread_create(&raw mut thread, std::ptr::null(), end, std::ptr::null_mut()) } {
+        0 => {}
+        error => return Err(io::Error::from_raw_os_error(error)),
+    }
+    // SAFETY: the thread was just started, and nothing else joins it.
+    unsafe { libc::pthread_join(thread, std::ptr::null_mut()) };
     Ok(())
 }
 

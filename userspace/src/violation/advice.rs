@@ -80,6 +80,7 @@ mod tests {
     fn symbol(file: &str, name: &str) -> Symbol {
         let is_library = file.starts_with("lib") && file != "libc.so.6";
         Symbol {
+            is_unread: false,
             name: Some(name.into()),
             offset: 0,
             library: file.into(),
