@@ -408,16 +408,25 @@ fn the_process_keeps_its_attributes() {
                 8 => libc::setuid(libc::getuid()),
                 9 => libc::setpgid(0, 0),
                 10 => libc::unshare(0),
+                11 => libc::sethostname(c"abc".as_ptr(), 3),
                 _ => libc::setreuid(libc::getuid(), libc::getuid()),
             }
         }
     };
     let before = attributes();
     for mut domain in [domain("closed"), open_domain("open")] {
-        for what in 0..12 {
+        for what in 0..13 {
             let result = domain.call(|| (act(what), errno())).unwrap();
             assert_eq!((result.0.signum(), result.1), (-1, libc::EPERM), "act {what}");
         }
+        let schedule = || {
+            let parameters = libc::sched_param { sched_priority: 0 };
+            // SAFETY: the parameters are readable.
+            unsafe { libc::pthread_setschedparam(libc::pthread_self(), libc::SCHED_BATCH, &raw const parameters) }
+        };
+        assert_eq!(domain.call(schedule).unwrap(), libc::EPERM);
+        // SAFETY: the call touches no memory.
+        assert_eq!(unsafe { libc::sched_getscheduler(0) }, libc::SCHED_OTHER);
         let get = || {
             let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
             // SAFETY: the struct is writable.

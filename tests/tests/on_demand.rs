@@ -12,6 +12,8 @@ use support::{contain, domain, in_child, suite, works};
 
 suite! {
     pages_that_the_program_fills,
+    a_page_that_is_closed_again,
+    a_jump_to_data,
     a_handler_that_fills_nothing,
     a_handler_that_gives_up,
     faults_about_which_no_handler_is_asked,
@@ -84,6 +86,30 @@ fn pages_that_the_program_fills() {
     assert_eq!((domain.call(|| read(start)).unwrap(), FILLED.load(Ordering::Relaxed)), (77, 17));
     assert!(matches!(contain(&mut domain, || write(0)).kind(), ViolationKind::Key(_)));
     write(1);
+}
+
+fn a_page_that_is_closed_again() {
+    let start = closed_pages(1);
+    install(libc::SIGSEGV, fill, 0);
+    let mut domain = domain("reader");
+    for round in 1..6 {
+        assert_eq!((domain.call(|| read(start)).unwrap(), FILLED.load(Ordering::Relaxed)), (77, round));
+        // SAFETY: the page is the test's.
+        assert_eq!(unsafe { libc::mprotect(start as *mut c_void, PAGE, libc::PROT_NONE) }, 0);
+    }
+}
+
+fn a_jump_to_data() {
+    static DATA: [u8; 1] = [0xc3];
+    install(libc::SIGSEGV, fill, 0);
+    closed_pages(1);
+    let mut domain = domain("jumper");
+    // SAFETY: deliberately unsound: the mistake under test.
+    let jump = || unsafe { std::mem::transmute::<*const u8, extern "C" fn()>(black_box(DATA.as_ptr()))() };
+    let violation = contain(&mut domain, jump);
+    assert!(matches!(violation.kind(), ViolationKind::Unmapped { .. }), "{violation}");
+    assert_eq!(ASKED.load(Ordering::Relaxed), 0);
+    assert_eq!(in_child(jump), 9 << 8, "control");
 }
 
 fn a_handler_that_fills_nothing() {

@@ -4,7 +4,7 @@
 
 use std::ffi::CStr;
 use std::process::Command;
-use std::ptr;
+use std::ptr::{self, null};
 
 use pkru_userspace::{Domain, ViolationKind, set_key_limit};
 use support::{build, contain, domain, mistake, open_domain, suite, works};
@@ -41,13 +41,35 @@ fn spawn() -> (i32, i32) {
     let (mut child, mut status) = (0, -1);
     // SAFETY: all pointers are valid.
     unsafe {
-        let (no_actions, no_attributes) = (ptr::null(), ptr::null());
+        let (no_actions, no_attributes) = (null(), null());
         let error =
             libc::posix_spawn(&raw mut child, PROGRAM.as_ptr(), no_actions, no_attributes, arguments.as_ptr(), environ);
         if error == 0 {
             libc::waitpid(child, &raw mut status, 0);
         }
         (error, status)
+    }
+}
+
+/// Executes a program that exits with 0.
+fn execute(what: usize) -> i32 {
+    let (path, name) = (c"/proc/self/exe".as_ptr(), c"again".as_ptr());
+    let option = c"--list".as_ptr();
+    let arguments = [name, option, null()];
+    let environment = [null()];
+    let end = null::<std::ffi::c_char>();
+    // SAFETY: the arguments are C strings, and the lists end with null.
+    unsafe {
+        match what {
+            0 => libc::execve(path, arguments.as_ptr(), environment.as_ptr()),
+            1 => libc::execv(path, arguments.as_ptr()),
+            2 => libc::execvp(path, arguments.as_ptr()),
+            3 => libc::execvpe(path, arguments.as_ptr(), environment.as_ptr()),
+            4 => libc::fexecve(libc::open(path, libc::O_RDONLY), arguments.as_ptr(), environment.as_ptr()),
+            5 => libc::execl(path, name, option, end),
+            6 => libc::execlp(path, name, option, end),
+            _ => libc::execle(path, name, option, end, environment.as_ptr()),
+        }
     }
 }
 
@@ -61,6 +83,20 @@ fn programs_are_not_started_from_domains() {
         // SAFETY: the command is a C string.
         assert_eq!(domain.call(|| unsafe { (system(c"true".as_ptr()), errno()) }).unwrap(), (-1, libc::EPERM));
         works(&mut domain);
+    }
+    for mut domain in [domain("closed"), open_domain("open")] {
+        for what in 0..8 {
+            assert_eq!(domain.call(|| (execute(what), errno())).unwrap(), (-1, libc::EPERM), "way {what}");
+        }
+        works(&mut domain);
+    }
+    for what in 0..8 {
+        let status = support::in_child(|| {
+            execute(what);
+            // SAFETY: the call ends the process.
+            unsafe { libc::_exit(9) };
+        });
+        assert_eq!(status, 0, "control: way {what}");
     }
     let mut open = open_domain("open");
     let status = || i64::from(Command::new("/proc/self/exe").arg("--list").status().is_ok());

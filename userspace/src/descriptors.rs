@@ -151,6 +151,7 @@ impl Descriptors {
     pub(crate) fn close_all(&mut self) {
         while let Some((descriptor, _)) = self.own.last().copied() {
             if self.release(descriptor) {
+                sys::do_not_linger(descriptor);
                 // Whatever it returns, the descriptor is closed.
                 let _ = sys::close(descriptor);
             }

@@ -135,6 +135,14 @@ fn signals_that_end_a_program() {
         ends_by(signal, || unsafe { libc::kill(libc::getpid(), signal) });
     }
     let mut domain = domain("harmless");
+    // Outside a domain these stop the process.
+    for signal in [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
+        let violation = contain(&mut domain, || {
+            // SAFETY: deliberately unsound: the mistake under test.
+            black_box(unsafe { libc::raise(signal) });
+        });
+        assert_eq!(*violation.kind(), ViolationKind::Raised { signal });
+    }
     for signal in [libc::SIGCHLD, libc::SIGURG, libc::SIGWINCH, libc::SIGCONT] {
         // SAFETY: the signal does nothing.
         assert_eq!(domain.call(|| unsafe { libc::raise(signal) }).unwrap(), 0);

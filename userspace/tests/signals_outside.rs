@@ -2,10 +2,11 @@
 
 #![allow(clippy::multiple_unsafe_ops_per_block, reason = "a mistake or a few C calls read better as one block")]
 
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::hint::black_box;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pkru_userspace::Domain;
@@ -26,19 +27,17 @@ suite! {
 
 type Info = *mut libc::siginfo_t;
 
-/// What a handler has found.
-static PLACE: AtomicUsize = AtomicUsize::new(0);
-static FRAME: AtomicUsize = AtomicUsize::new(0);
-static MASK: AtomicU64 = AtomicU64::new(0);
+thread_local! {
+    /// What a handler has found on this thread: its place on the stack, its frame, and its mask.
+    static FOUND: Cell<[u64; 3]> = const { Cell::new([0; 3]) };
+}
 
 extern "C" fn look(_: i32, _: Info, context: *mut c_void) {
     let here = 0u8;
-    PLACE.store((&raw const here).addr(), Ordering::Relaxed);
-    FRAME.store(context.addr(), Ordering::Relaxed);
     let mut mask = 0u64;
     // SAFETY: the set is as large as the kernel's.
     unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, 0, &raw mut mask, 8) };
-    MASK.store(mask, Ordering::Relaxed);
+    FOUND.set([(&raw const here).addr() as u64, context.addr() as u64, mask]);
     COUNT.fetch_add(1, Ordering::Relaxed);
 }
 
@@ -105,7 +104,7 @@ fn nested_signals_in_a_thread_without_domains() {
 #[inline(never)]
 fn found(signal: i32) -> [u64; 3] {
     send(signal);
-    [PLACE.load(Ordering::Relaxed) as u64, FRAME.load(Ordering::Relaxed) as u64, MASK.load(Ordering::Relaxed)]
+    FOUND.get()
 }
 
 fn a_handler_finds_what_it_finds_without_domains() {

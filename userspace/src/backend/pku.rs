@@ -330,7 +330,7 @@ unsafe impl Platform for PkuBackend {
             learning: Cell::new(false),
             memory: mapping.addresses(),
             on_demand: self.on_demand.clone(),
-            asked: Cell::new((0, 0)),
+            asked: (Cell::new(0), Cell::new(0)),
         };
         let own = [STACK, TLS, HEAP].map(|part| mapping.part(part));
         let ranges = own.into_iter().chain(self.libraries.iter().flat_map(|library| library.ranges()));
@@ -391,6 +391,7 @@ unsafe impl Platform for PkuBackend {
     #[inline]
     unsafe fn enter(&self, memory: &mut Memory, lease: &Pin, entry: Entry, argument: u64) -> Result<u64, Trapped> {
         debug_assert_eq!(lease.key(), memory.running.context.key(), "the lease is of this memory");
+        memory.running.asked.0.set(0);
         // The pointer is valid for all of `Running`, which the fault handler uses.
         let context = (&raw mut *memory.running).cast::<Context>();
         // SAFETY: the memory is mapped and ready, the lease pins its key, the thread is ready, the fault handler is

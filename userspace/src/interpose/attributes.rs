@@ -19,7 +19,7 @@ use crate::inside::libc::not_permitted;
 use crate::rights;
 
 /// Returns whether the calling code runs in a domain, and not in a copy of the process that it has made.
-fn is_refused() -> bool {
+pub(super) fn is_refused() -> bool {
     rights::is_in_domain() && !is_in_copy()
 }
 
@@ -90,6 +90,14 @@ attributes! {
     fn sched_setscheduler(process: c_int, policy: c_int, parameters: *const c_void);
     /// sched_setparam(2).
     fn sched_setparam(process: c_int, parameters: *const c_void);
+    /// setfsuid(2).
+    fn setfsuid(user: c_uint);
+    /// setfsgid(2).
+    fn setfsgid(group: c_uint);
+    /// sethostname(2).
+    fn sethostname(name: *const c_char, length: usize);
+    /// setdomainname(2).
+    fn setdomainname(name: *const c_char, length: usize);
     /// unshare(2).
     fn unshare(flags: c_int);
     /// setns(2).
@@ -100,6 +108,56 @@ attributes! {
     fn timer_create(clock: c_int, event: *mut c_void, timer: *mut c_void);
     /// timer_delete(2).
     fn timer_delete(timer: *mut c_void);
+}
+
+macro_rules! of_threads {
+    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*);)*) => {
+        $(
+            $(#[$doc])*
+            ///
+            /// # Safety
+            ///
+            /// The arguments are valid, as the manual page demands.
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
+            pub(crate) unsafe extern "C" fn $name(thread: libc::pthread_t, $($argument: $type),*) -> c_int {
+                type Function = unsafe extern "C" fn(libc::pthread_t, $($type),*) -> c_int;
+                if is_refused() {
+                    return libc::EPERM;
+                }
+                // SAFETY: this is the address of the C library's function of this name, which has this type.
+                let next = unsafe { mem::transmute::<usize, Function>(Next::$name.get()) };
+                // SAFETY: this function has the same contract, which the caller fulfils.
+                unsafe { next(thread, $($argument),*) }
+            }
+        )*
+    };
+}
+
+of_threads! {
+    /// pthread_setschedparam(3).
+    fn pthread_setschedparam(policy: c_int, parameters: *const c_void);
+    /// pthread_setschedprio(3).
+    fn pthread_setschedprio(priority: c_int);
+    /// pthread_setaffinity_np(3).
+    fn pthread_setaffinity_np(size: usize, set: *const c_void);
+}
+
+/// personality(2). In a domain it only returns the persona.
+///
+/// # Safety
+///
+/// None.
+#[cfg_attr(not(instrumented), unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn personality(persona: libc::c_ulong) -> c_int {
+    const QUERY: libc::c_ulong = 0xffff_ffff;
+    if persona != QUERY && is_refused() {
+        return not_permitted();
+    }
+    // SAFETY: this is the address of the C library's function of this name, which has this type.
+    let next =
+        unsafe { mem::transmute::<usize, unsafe extern "C" fn(libc::c_ulong) -> c_int>(Next::personality.get()) };
+    // SAFETY: this function has the same contract, which the caller fulfils.
+    unsafe { next(persona) }
 }
 
 macro_rules! limits {

@@ -18,7 +18,7 @@
 //! | [`signals`] | `raise` | In a domain a signal that would end the program ends the call. |
 //! | [`old_signals`] | `sigset`, `sigignore`, `sighold`, `sigblock`, `sigsetmask` | As for `sigaction` and `sigprocmask`. |
 //! | [`endings`] | `abort`, `exit` and `longjmp` with their variants, `__stack_chk_fail`, `__assert_fail`, C++'s `terminate`, `pthread_exit` | In a domain they end the call. |
-//! | [`processes`] | `fork`, `_Fork`, `posix_spawn`, `posix_spawnp`, `system`, `popen` | In a domain they fail with EPERM. |
+//! | [`processes`] | `fork`, `_Fork`, `execve` and its variants, `posix_spawn`, `posix_spawnp`, `system`, `popen` | In a domain they fail with EPERM. |
 //! | [`mappings`] | `mmap`, `munmap`, `mprotect`, `mremap`, `madvise`, `mlock`, `munlock` | In a domain its caller changes the domain's own memory. |
 //! | [`descriptors`] | `open`, `socket`, `dup`, `pipe` and others that open a descriptor, `close`, `dup2`, `fclose`, … | In a domain they close and replace its own descriptors only. |
 //! | [`attributes`] | `chdir`, `setuid`, `setrlimit`, `setpriority`, `alarm`, `setitimer`, … | In a domain they fail with EPERM. |
@@ -86,6 +86,23 @@ next! {
     pthread_exit = c"pthread_exit",
     _Fork = c"_Fork",
     popen = c"popen",
+    execve = c"execve",
+    execv = c"execv",
+    execvp = c"execvp",
+    execvpe = c"execvpe",
+    fexecve = c"fexecve",
+    execveat = c"execveat",
+    execl = c"execl",
+    execlp = c"execlp",
+    execle = c"execle",
+    setfsuid = c"setfsuid",
+    setfsgid = c"setfsgid",
+    sethostname = c"sethostname",
+    setdomainname = c"setdomainname",
+    personality = c"personality",
+    pthread_setschedparam = c"pthread_setschedparam",
+    pthread_setschedprio = c"pthread_setschedprio",
+    pthread_setaffinity_np = c"pthread_setaffinity_np",
     posix_madvise = c"posix_madvise",
     brk = c"brk",
     sbrk = c"sbrk",

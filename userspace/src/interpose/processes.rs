@@ -1,16 +1,18 @@
-//! Functions that start a process. In a domain they fail with EPERM.
+//! Functions that start a process, or a program in this one. In a domain they fail with EPERM.
 //!
 //! posix_spawn(3), system(3) and popen(3) map a stack for the child. A domain cannot write that stack, so the child
 //! would crash. fork(2) takes several locks of the C library. A domain that may write only some of them would fault at
 //! the next one, and those taken so far would stay locked. vfork(2) is not replaced. It takes no lock, and its child
-//! runs in the domain until it exits or executes a program.
+//! runs in the domain until it exits or executes a program: that child may call execve(2) and its variants.
 
 #![expect(unsafe_code, reason = "it defines C functions")]
 
+use std::arch::naked_asm;
 use std::ffi::{c_char, c_int};
 use std::mem;
 
 use super::Next;
+use super::attributes::is_refused;
 use crate::inside::libc::not_permitted;
 use crate::signal::stacks;
 use crate::{rights, thread};
@@ -57,6 +59,108 @@ spawns! {
     posix_spawn;
     /// posix_spawnp(3).
     posix_spawnp;
+}
+
+macro_rules! execs {
+    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*);)*) => {
+        $(
+            $(#[$doc])*
+            ///
+            /// # Safety
+            ///
+            /// The arguments are valid, as the manual page demands.
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
+            pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
+                type Function = unsafe extern "C" fn($($type),*) -> c_int;
+                if is_refused() {
+                    return not_permitted();
+                }
+                // SAFETY: this is the address of the C library's function of this name, which has this type.
+                let next = unsafe { mem::transmute::<usize, Function>(Next::$name.get()) };
+                // SAFETY: this function has the same contract, which the caller fulfils.
+                unsafe { next($($argument),*) }
+            }
+        )*
+    };
+}
+
+execs! {
+    /// execve(2).
+    fn execve(path: *const c_char, arguments: *const *const c_char, environment: *const *const c_char);
+    /// execv(3).
+    fn execv(path: *const c_char, arguments: *const *const c_char);
+    /// execvp(3).
+    fn execvp(file: *const c_char, arguments: *const *const c_char);
+    /// execvpe(3).
+    fn execvpe(file: *const c_char, arguments: *const *const c_char, environment: *const *const c_char);
+    /// fexecve(3).
+    fn fexecve(file: c_int, arguments: *const *const c_char, environment: *const *const c_char);
+    /// execveat(2).
+    fn execveat(
+        folder: c_int,
+        path: *const c_char,
+        arguments: *const *const c_char,
+        environment: *const *const c_char,
+        flags: c_int
+    );
+}
+
+macro_rules! variadic_execs {
+    ($($(#[$doc:meta])* $name:ident;)*) => {
+        $(
+            $(#[$doc])*
+            ///
+            /// It passes on its arguments, of which there may be any number.
+            ///
+            /// # Safety
+            ///
+            /// The arguments are valid, as the manual page demands.
+            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
+            #[unsafe(naked)]
+            pub(crate) unsafe extern "C" fn $name() -> c_int {
+                extern "C" fn next() -> usize {
+                    if is_refused() {
+                        not_permitted();
+                        return 0;
+                    }
+                    Next::$name.get()
+                }
+                naked_asm!(
+                    "push rdi",
+                    "push rsi",
+                    "push rdx",
+                    "push rcx",
+                    "push r8",
+                    "push r9",
+                    "push rax",
+                    "call {next}",
+                    "mov r11, rax",
+                    "pop rax",
+                    "pop r9",
+                    "pop r8",
+                    "pop rcx",
+                    "pop rdx",
+                    "pop rsi",
+                    "pop rdi",
+                    "test r11, r11",
+                    "jz 2f",
+                    "jmp r11",
+                    "2: mov eax, -1",
+                    "ret",
+                    next = sym next,
+                )
+            }
+        )*
+    };
+}
+
+variadic_execs! {
+    /// execl(3).
+    execl;
+    /// execlp(3).
+    execlp;
+    /// execle(3).
+    execle;
 }
 
 /// fork(2).

@@ -53,7 +53,7 @@ pub(crate) fn bind_all() -> ForkLockGuard<'static> {
         for library in libraries.iter().filter(|library| !is_owned(library)) {
             bind(library, &unversioned);
         }
-        route::rewrite_all(&libraries);
+        route::rewrite_all(libraries.iter().filter(|library| !is_owned(library)));
         landmarks::find(&libraries);
         DONE.store(loaded, Ordering::Relaxed);
     }

@@ -96,16 +96,15 @@ pub(crate) fn begin(names: &[&'static CStr]) -> Result<(), Error> {
     object.keep_loaded();
     pkru_userspace_is_active.store(true, Ordering::Relaxed);
     let _ = ROUTES.set(routes);
-    rewrite_all(&libraries);
+    rewrite_all(libraries.iter());
     Ok(())
 }
 
-/// Rewrites the slots of objects, if [`begin`] was called.
-pub(super) fn rewrite_all(libraries: &[Library]) {
+/// Rewrites the slots of objects, if [`begin`] was called. No domain owns the data of any of them.
+pub(super) fn rewrite_all<'a>(libraries: impl Iterator<Item = &'a Library>) {
     let Some(routes) = ROUTES.get() else { return };
     // The loader's own calls are not bound by slots that it would share.
-    let others = libraries.iter().filter(|library| !is_called(library, "ld-linux-x86-64.so"));
-    others.for_each(|library| rewrite(library, routes));
+    libraries.filter(|library| !is_called(library, "ld-linux-x86-64.so")).for_each(|library| rewrite(library, routes));
 }
 
 fn rewrite(library: &Library, routes: &[Route]) {

@@ -284,7 +284,6 @@ impl Call {
 /// The frame is that of a signal that interrupted this call.
 unsafe fn rewind(context: &mut SignalContext, call: &Call, at: &Interrupted, reason: Option<AbortReason>) {
     let in_panic = call.running().in_panic.replace(false);
-    call.running().asked.set((0, 0));
     call.running().trap.set(Some(Trap { at: *at, reason, in_panic }));
     // SAFETY: the signal interrupted this call, and sigreturn resumes with the returned state, whose FS base is in
     // force already.
@@ -301,7 +300,8 @@ unsafe fn rewind(context: &mut SignalContext, call: &Call, at: &Interrupted, rea
 ///
 /// As for [`forward()`], and the signal interrupted this call.
 unsafe fn ask(signal: c_int, info: *mut libc::siginfo_t, frame: *mut c_void, at: &Interrupted, call: &Call) {
-    call.running().asked.set((at.instruction, at.address));
+    call.running().asked.0.set(at.instruction);
+    call.running().asked.1.set(at.address);
     let before = actions::get(signal);
     // SAFETY: the caller guarantees this.
     unsafe { forward(signal, info, frame, at, Some(call)) };

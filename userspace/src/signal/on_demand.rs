@@ -6,6 +6,9 @@
 
 use std::ffi::c_int;
 
+use pkru::fault::ErrorCode;
+use pkru::rights::Access;
+
 use super::actions;
 use super::trap::{Interrupted, Running};
 
@@ -17,7 +20,9 @@ pub(super) fn is_asked(at: &Interrupted, call: &Running, own_stack: usize) -> bo
     const SEGV_ACCERR: c_int = 2;
     /// The size in bytes of the guard below a stack, twice: the start may be counted without it (see `sys::own_stack`).
     const GUARD: usize = 2 * 4096;
-    if at.key.is_some() {
+    // A jump to data is a mistake of the code's own: nothing that a handler fills would make it right.
+    let is_fetch = ErrorCode::from_bits_retain(at.error_code).access() == Access::Execute;
+    if at.key.is_some() || is_fetch {
         return false;
     }
     let address = at.address as usize;
@@ -29,7 +34,7 @@ pub(super) fn is_asked(at: &Interrupted, call: &Running, own_stack: usize) -> bo
         _ => return false,
     }
     let action = actions::get(at.signal);
-    if !action.is_function() || call.asked.get() == (at.instruction, at.address) {
+    if !action.is_function() || (call.asked.0.get(), call.asked.1.get()) == (at.instruction, at.address) {
         return false;
     }
     let is_guard = (own_stack.saturating_sub(GUARD)..own_stack).contains(&address);

@@ -80,6 +80,7 @@ pub(crate) struct Running {
     pub(crate) memory: Range<usize>,
     /// Addresses that the program fills on demand, as the builder was told.
     pub(crate) on_demand: Box<[Range<usize>]>,
-    /// The instruction and the address of the last fault about which the program's handler was asked.
-    pub(crate) asked: Cell<(u64, u64)>,
+    /// The instruction and the address of the last fault of this call about which the program's handler was asked. The
+    /// instruction is 0 when a call begins.
+    pub(crate) asked: (Cell<u64>, Cell<u64>),
 }

@@ -16,6 +16,15 @@ fn checked(result: libc::c_long) -> io::Result<c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as c_int) }
 }
 
+/// Lets a close of a socket not wait for data to be sent (`SO_LINGER`, socket(7)). Other files fail with ENOTSOCK.
+pub(crate) fn do_not_linger(descriptor: c_int) {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let size = size_of::<libc::linger>() as libc::socklen_t;
+    let (level, option) = (libc::SOL_SOCKET, libc::SO_LINGER);
+    // SAFETY: the struct is readable.
+    unsafe { libc::syscall(libc::SYS_setsockopt, descriptor, level, option, &raw const linger, size) };
+}
+
 /// Returns the file that a descriptor refers to.
 pub(crate) fn file_of(descriptor: c_int) -> io::Result<File> {
     // SAFETY: `stat` is a C struct of integers, for which all zeros are valid.

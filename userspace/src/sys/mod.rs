@@ -24,7 +24,7 @@ pub(crate) use assembly::{answer_yes, pointer_guard, thread_id, thread_pointer, 
 #[cfg(test)]
 pub(crate) use copy::reading_instructions;
 pub(crate) use copy::{Inaccessible, copy_bytes_from, copy_from, copy_to, copy_value_from, resume_failed_copy};
-pub(crate) use descriptors::{File, close, duplicate_from, duplicate_to, file_of, is_open};
+pub(crate) use descriptors::{File, close, do_not_linger, duplicate_from, duplicate_to, file_of, is_open};
 pub(crate) use fork::{around_forks, begin_fork, end_fork, is_forking};
 pub(crate) use loader::{
     Library, TlsModule, function_at, libraries, loaded_count, lock_loader, lookup, lookup_next, next_symbol,

@@ -73,19 +73,9 @@ const fn set_of(signals: &[c_int]) -> u64 {
     set
 }
 
-/// Returns whether a signal ends a process that neither handles nor ignores it (signal(7)).
+/// Returns whether a signal ends or stops a process that neither handles nor ignores it (signal(7)).
 pub(crate) const fn ends_process(signal: c_int) -> bool {
-    let is_harmless = matches!(
-        signal,
-        libc::SIGCHLD
-            | libc::SIGCONT
-            | libc::SIGURG
-            | libc::SIGWINCH
-            | libc::SIGSTOP
-            | libc::SIGTSTP
-            | libc::SIGTTIN
-            | libc::SIGTTOU
-    );
+    let is_harmless = matches!(signal, libc::SIGCHLD | libc::SIGCONT | libc::SIGURG | libc::SIGWINCH);
     signal > 0 && signal <= 64 && !is_harmless
 }
 

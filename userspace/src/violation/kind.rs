@@ -81,7 +81,7 @@ pub enum ViolationKind {
     },
     /// It exceeded the domain's [deadline](crate::Builder::deadline).
     Deadline,
-    /// It got a signal that would have ended the program: one that it sent itself, a signal of faults that another thread
+    /// It got a signal that would have ended or stopped the program: one that it sent itself, a signal of faults that another thread
     /// sent it, SIGPIPE, SIGXCPU or SIGXFSZ.
     Raised {
         /// The signal's number.
@@ -164,7 +164,7 @@ impl fmt::Display for ViolationKind {
             Self::Retired => {
                 f.write_str("nothing ran: the domain is retired after too many violations (Domain::reinstate)")
             }
-            Self::Raised { signal } => write!(f, "signal {signal}{}, which would have ended the program", name(*signal)),
+            Self::Raised { signal } => write!(f, "signal {signal}{}, which would have ended or stopped the program", name(*signal)),
             Self::HeapCorruption(corruption) => write!(f, "heap corruption: {corruption}"),
             Self::InvalidFree(error) => write!(f, "invalid free or resize: {error}"),
             Self::InvalidResult(error) => write!(f, "invalid result: {error}"),
