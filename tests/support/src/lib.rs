@@ -2,6 +2,7 @@
 
 #![allow(clippy::missing_panics_doc, clippy::must_use_candidate, reason = "helpers panic to fail their test")]
 
+pub mod failing;
 pub mod signals;
 pub mod suite;
 
