@@ -26,10 +26,8 @@ const NATIVE: &str = "PKRU_TEST_NATIVE";
 
 /// Runs the suites on this machine's CPU, except the one that counts instructions.
 fn native(tally: &mut Tally) -> Result<(), String> {
-    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    if let Err(reason) = runs_here(std::env::var(NATIVE).ok().as_deref(), &flags) {
-        let note = format!("skipped: {reason}");
-        tally.add(Row { suite: "this machine's CPU".into(), skipped: 1, note, ..Row::default() });
+    if let Some(row) = without_keys() {
+        tally.add(row);
         return Ok(());
     }
     for binary in guest::suites()?.iter().filter(|binary| binary.name != guest::COST) {
@@ -38,6 +36,14 @@ fn native(tally: &mut Tally) -> Result<(), String> {
         tally.add(stream(&format!("this machine's CPU: {}", binary.name), &mut command, count_suite)?);
     }
     Ok(())
+}
+
+/// Returns a row for the table that says why the suites do not run on this machine's CPU; `None` if they do.
+pub(crate) fn without_keys() -> Option<Row> {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let reason = runs_here(std::env::var(NATIVE).ok().as_deref(), &flags).err()?;
+    let note = format!("skipped: {reason}");
+    Some(Row { suite: "this machine's CPU".into(), skipped: 1, note, ..Row::default() })
 }
 
 /// Decides whether the suites run on this machine's CPU, from the variable's value and /proc/cpuinfo. Returns the

@@ -6,6 +6,7 @@
 //! | `pkru-tests host` | unit and documentation tests, and the suites on this machine's CPU if it has keys |
 //! | `pkru-tests qemu` | the bare-metal suites, and the guest suites and examples on each kernel |
 //! | `pkru-tests plugin` | of these, the shared library that a program and Python open |
+//! | `pkru-tests soak RUNS` | the storm, that many times for a minute, on each kernel and on this machine's CPU if it has keys |
 //! | `pkru-tests floors FOLDER…` | the check of module layers, on the crates in these source folders |
 //! | `pkru-tests inside BINARY…` | the suites in these binaries; used in a guest |
 
@@ -16,6 +17,7 @@ mod guest;
 mod host;
 mod inside;
 mod plugin;
+mod soak;
 mod stream;
 mod tally;
 
@@ -39,9 +41,13 @@ fn main() -> ExitCode {
         ["host"] => host::run(&mut tally),
         ["qemu"] => qemu(&mut tally),
         ["plugin"] => guest::plugins(&mut tally),
+        ["soak", runs] => match runs.parse() {
+            Ok(runs) => soak::run(&mut tally, runs),
+            Err(_) => Err(format!("`{runs}` is no number of runs")),
+        },
         ["floors", folders @ ..] if !folders.is_empty() => return floors::run(folders),
         ["inside", binaries @ ..] if !binaries.is_empty() => return inside::run(binaries),
-        _ => Err("usage: pkru-tests all | host | qemu | plugin | floors FOLDER…".into()),
+        _ => Err("usage: pkru-tests all | host | qemu | plugin | soak RUNS | floors FOLDER…".into()),
     };
     if let Err(error) = result {
         eprintln!("pkru-tests: {error}");
