@@ -71,7 +71,7 @@ pub enum Error {
         requested: usize,
         /// The smallest possible size, in bytes.
         minimum: usize,
-        /// The largest possible size, in bytes: the machine's memory and swap.
+        /// The largest possible size, in bytes: the machine's memory and swap, and for a heap at most 16 GiB.
         limit: usize,
     },
     /// The thread-local variables of the loaded libraries do not fit into the domain.
@@ -161,7 +161,7 @@ impl fmt::Display for Error {
                 name.escape_debug()
             ),
             Self::Size { part, requested, minimum, limit } => {
-                write!(f, "a {part} of {requested} bytes is out of range: {minimum} to {limit} (this machine's memory and swap)")
+                write!(f, "a {part} of {requested} bytes is out of range: {minimum} to {limit}")
             }
             Self::ThreadLocals { needed, limit } => {
                 write!(f, "the loaded libraries' thread-locals need {needed} bytes, and the domain has room for {limit} (Builder::thread_locals_size)")

@@ -171,7 +171,10 @@ fn a_closure_is_named() {
         let violation = domain.call(|| unsafe { libc::srand(1) }).unwrap_err();
         let text = violation.to_string();
         assert!(
-            text.ends_with("to write that static, make all statics writable in the domain (Globals::Writable)"),
+            text.ends_with(
+                "to write that static, do this outside the domain or in a callback, or make all statics writable in the \
+                 domain (Globals::Writable)"
+            ),
             "{text}"
         );
         let text = domain.call(|| drop(std::thread::current())).unwrap_err().to_string();

@@ -112,6 +112,8 @@ impl fmt::Display for Corruption {
         match (site, damage) {
             (Some(site), Damage::Freed) => write!(f, " after it was freed at {site:#x}"),
             (Some(site), _) => write!(f, "; it was allocated at {site:#x}"),
+            // What an earlier call has done may be seen when the block is used again.
+            (None, Damage::Freed) => f.write_str(", perhaps by an earlier call"),
             (None, _) => Ok(()),
         }
     }

@@ -17,7 +17,7 @@
 //! |---|---|---|---|
 //! | write behind a block | by a canary, when it is freed, resized or [checked](DomainHeap::check) | yes | yes |
 //! | write before a block | by the header, likewise | yes | yes |
-//! | write to a freed block | by its contents, when it is allocated again, merged or checked | the first 32 bytes without the fourth word, 64 of a large block | the first 4 KiB, without the fourth word |
+//! | write to a freed block of at most 32 KiB, an eighth of the heap with `Full` | by its contents, when it is allocated again, merged or checked | the first 32 bytes without the fourth word, 64 of a large block | the first 4 KiB, without the fourth word |
 //! | free of a free block | by the header, while it is held back or free | yes | yes |
 //!
 //! A check looks at what was allocated and freed since the last one: the last 128 times for small blocks, and the last 16

@@ -95,8 +95,8 @@ impl Builder {
 
     /// Names addresses that the program's own handlers of SIGSEGV and SIGBUS fill on demand. May be called more than once.
     ///
-    /// A handler of SIGSEGV is asked anyway about a mapped page without access that is not the domain's, unless it is the
-    /// first that the program has installed: std has one from the start. For these addresses it is always asked, and
+    /// A handler of SIGSEGV is asked anyway about a mapped page without access that is not the domain's, if the program has
+    /// installed it over another one, such as std's. For these addresses it is always asked, and
     /// the handler of SIGBUS too. If the access faults again afterwards, that is a violation. No handler is asked about an
     /// access that a protection key denies, or about an unmapped address.
     pub fn filled_on_demand(mut self, addresses: Range<usize>) -> Self {

@@ -33,8 +33,8 @@ impl Domain {
     /// Code in a domain cannot:
     ///
     /// - write statics, those of std and the C library included: `println!`, `std::env`, `std::thread::current`,
-    ///   `localtime_r`, `setlocale`, `dlopen` and `pthread_once` end in a violation. [`Builder`](super::Builder) has ways
-    ///   out.
+    ///   `localtime_r`, `strerror` (which gives an `io::Error` its text), `setlocale`, `dlopen` and `pthread_once` end in a
+    ///   violation. [`Builder`](super::Builder) has ways out.
     /// - unwind: a panic ends the call, within `catch_unwind` too.
     /// - start threads, which ends in a violation; or processes, set signal handlers, signal other threads and processes,
     ///   and change attributes of the whole process, which fails with `EPERM`.
@@ -69,7 +69,7 @@ impl Domain {
     ///
     /// # Errors
     ///
-    /// The violation, if the code misbehaved. Nothing outside the domain was written. The next call finds the domain
+    /// The violation, if the code misbehaved; [`Violation`] says what may have changed outside the domain. The next call finds the domain
     /// empty and works; destructors of what lived in the domain do not run. Code in a domain cannot call a domain; it can
     /// ask its caller to by a [callback](Self::call_with).
     #[inline]

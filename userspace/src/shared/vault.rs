@@ -89,7 +89,8 @@ impl<T> Vault<T> {
         with_access(self.key, function)
     }
 
-    /// Returns the address of the value. It can be read within [`with`](Self::with) only.
+    /// Returns the address of the value. Read it within [`with`](Self::with) only: elsewhere it faults on a thread that has
+    /// no rights to vaults.
     #[must_use]
     pub const fn as_ptr(&self) -> *const T {
         self.value

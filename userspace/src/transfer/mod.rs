@@ -79,7 +79,8 @@ pub use plain::{Block, Pair, Plain};
     note = "results can be `()`, integers, floats, `bool`, `char`, `String`, `Vec`, `Box`, `Option`, `Result`, arrays and tuples of up to eight",
     note = "in place of a reference or a buffer return a `String` or a `Vec`, and in place of a pointer into the domain's memory a `usize`",
     note = "for a type of your own implement `Transfer` by its fields, as that trait's documentation shows",
-    note = "an error of another crate can cross as text: `.map_err(|error| error.to_string())`",
+    note = "an error of another crate can cross as text: `.map_err(|error| error.to_string())`; an `io::Error` as its `raw_os_error()`, \
+            because its text comes from the C library, which writes a static for it",
     note = "a function that does not return needs a type: `let result: Result<(), Violation> = domain.call(…)`",
     note = "docs/when-it-does-not-compile.md has an example of each"
 )]

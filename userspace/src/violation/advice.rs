@@ -59,13 +59,21 @@ fn of_static(symbol: Option<&Symbol>, target: &Symbol, operation: Operation) -> 
     let mut ways = Vec::new();
     // A count is written with each use.
     if !target.is_of_runtime && operation != Operation::Counts {
-        ways.push("initialise it before, outside the domain (Builder::warm_up)".to_owned());
+        ways.push(
+            "initialise it before, outside the domain (Builder::warm_up), unless it is written at each use".to_owned(),
+        );
     }
     if target.can_be_owned {
         ways.push(format!("give the domain {}'s data (Builder::library)", target.file));
     }
     if is_own {
         ways.push("make all statics writable in the domain (Globals::Writable)".to_owned());
+    }
+    if target.is_of_runtime {
+        ways.insert(0, "do this outside the domain or in a callback".to_owned());
+    }
+    if is_for_others {
+        ways.push("have the code return what it writes".to_owned());
     }
     if ways.is_empty() {
         return "".into();

@@ -178,6 +178,15 @@ const fn name(signal: i32) -> &'static str {
     match signal {
         libc::SIGPIPE => " (SIGPIPE, a write to a closed pipe or socket)",
         libc::SIGXCPU => " (SIGXCPU, a limit on processor time)",
+        libc::SIGHUP => " (SIGHUP)",
+        libc::SIGINT => " (SIGINT)",
+        libc::SIGQUIT => " (SIGQUIT)",
+        libc::SIGKILL => " (SIGKILL)",
+        libc::SIGUSR1 => " (SIGUSR1)",
+        libc::SIGUSR2 => " (SIGUSR2)",
+        libc::SIGALRM => " (SIGALRM)",
+        libc::SIGTERM => " (SIGTERM)",
+        libc::SIGSTOP => " (SIGSTOP)",
         libc::SIGXFSZ => " (SIGXFSZ, a limit on the size of files)",
         _ => "",
     }

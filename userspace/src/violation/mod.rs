@@ -37,7 +37,7 @@ pub use symbol::Symbol;
 
 /// The outcome of a call whose code misbehaved.
 ///
-/// Everything outside the domain is as it was, except [regions](crate::Region) and what
+/// Everything outside the domain is as it was, except [regions](crate::Region), what callbacks have done and what
 /// [`Globals::Writable`](crate::Globals::Writable) made writable. The next call finds the domain empty and works. System
 /// calls that code in the domain had made are not undone.
 ///
