@@ -400,7 +400,7 @@ fn a_report_names_the_code_that_freed_or_allocated() {
             unsafe { block.write_volatile(1) };
         });
         let text = violation.to_string();
-        assert!(text.contains("heap corruption: freed memory: the 1"), "{text}");
+        assert!(text.contains("heap corruption: freed memory: the block of at most 1"), "{text}");
         assert!(text.contains("after it was freed at 0x"), "{text}");
         assert!(violation.target().and_then(|symbol| symbol.name()).unwrap().ends_with("the_one_that_frees"), "{text}");
 

@@ -104,6 +104,8 @@ impl fmt::Display for Corruption {
             write!(f, " at {block:#x} were overwritten")?;
         } else {
             match size {
+                // The size that was asked for is not kept for a free block.
+                Some(size) if *damage == Damage::Freed => write!(f, "the block of at most {size} bytes at {block:#x}")?,
                 Some(size) => write!(f, "the {size}-byte block at {block:#x}")?,
                 None => write!(f, "the block at {block:#x}")?,
             }
