@@ -12,6 +12,7 @@ use support::{contain, domain, mistake, open_domain, suite, works};
 suite! {
     what_a_domain_opens_it_closes,
     what_a_domain_opens_is_closed_by_a_discard,
+    a_socket_that_lingers_does_not_hold_a_discard_up,
     the_programs_descriptors_are_not_closed,
     a_double_close,
     another_domains_descriptors_are_not_closed,
@@ -135,6 +136,50 @@ fn what_a_domain_opens_is_closed_by_a_discard() {
     let again = domain.call(|| open(0)[0]).unwrap();
     drop(domain);
     assert!(!is_open(again));
+}
+
+fn a_socket_that_lingers_does_not_hold_a_discard_up() {
+    use std::net::TcpListener;
+    // A guest's loopback interface is down at first. Elsewhere this may fail, and is not needed.
+    // SAFETY: the request is a C struct of integers, and names an interface.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        request.ifr_name[..2].copy_from_slice(&[b'l' as _, b'o' as _]);
+        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+        libc::ioctl(socket, libc::SIOCSIFFLAGS as _, &raw const request);
+        libc::close(socket);
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // The peer reads nothing, so a close waits for data to be sent.
+    let fill = || {
+        // SAFETY: the arguments are valid.
+        unsafe {
+            let socket = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+            let linger = libc::linger { l_onoff: 1, l_linger: 20 };
+            let size = size_of::<libc::linger>() as u32;
+            assert_eq!(
+                libc::setsockopt(socket, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), size),
+                0
+            );
+            let mut address: libc::sockaddr_in = std::mem::zeroed();
+            address.sin_family = libc::AF_INET as u16;
+            address.sin_port = port.to_be();
+            address.sin_addr.s_addr = u32::from_ne_bytes([127, 0, 0, 1]);
+            let size = size_of::<libc::sockaddr_in>() as u32;
+            assert_eq!(libc::connect(socket, (&raw const address).cast(), size), 0);
+            let bytes = [0u8; 4096];
+            while libc::send(socket, bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT) > 0 {}
+        }
+        mistake();
+    };
+    let mut domain = domain("lingerer");
+    let violation = domain.call(fill).unwrap_err();
+    assert!(matches!(violation.kind(), ViolationKind::Null { .. }), "{violation}");
+    let start = std::time::Instant::now();
+    works(&mut domain);
+    assert!(start.elapsed() < std::time::Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
 fn the_programs_descriptors_are_not_closed() {

@@ -5,49 +5,17 @@
 //! a careless library calls: working folder, users and groups, session, limits, priority, namespaces, alarms and timers.
 //! umask(2) is not in it, because it cannot fail and code sets it for a moment only; nor is prctl(2), of which most uses
 //! are harmless; nor timer_settime(2), for which the program has handed a timer in.
-//!
-//! The child of a vfork(2) in a domain may change its own attributes, before it executes a program.
 
 #![expect(unsafe_code, reason = "it defines C functions")]
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::mem;
 
-use super::{Next, fail};
-use crate::inside::descriptors::is_in_copy;
+use super::Next;
+use super::refused::{is_refused, refused};
 use crate::inside::libc::not_permitted;
-use crate::rights;
 
-/// Returns whether the calling code runs in a domain, and not in a copy of the process that it has made.
-pub(super) fn is_refused() -> bool {
-    rights::is_in_domain() && !is_in_copy()
-}
-
-macro_rules! attributes {
-    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*);)*) => {
-        $(
-            $(#[$doc])*
-            ///
-            /// # Safety
-            ///
-            /// The arguments are valid, as the manual page demands.
-            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
-            pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
-                type Function = unsafe extern "C" fn($($type),*) -> c_int;
-                if is_refused() {
-                    return not_permitted();
-                }
-                let Some(next) = Next::$name.find() else { return fail(libc::ENOSYS) };
-                // SAFETY: this is the address of the C library's function of this name, which has this type.
-                let next = unsafe { mem::transmute::<usize, Function>(next) };
-                // SAFETY: this function has the same contract, which the caller fulfils.
-                unsafe { next($($argument),*) }
-            }
-        )*
-    };
-}
-
-attributes! {
+refused! {
     /// chdir(2).
     fn chdir(path: *const c_char);
     /// fchdir(2).

@@ -23,6 +23,8 @@
 //! | [`descriptors`] | `open`, `socket`, `dup`, `pipe` and others that open a descriptor, `close`, `dup2`, `fclose`, … | In a domain they close and replace its own descriptors only. |
 //! | [`attributes`] | `chdir`, `setuid`, `setrlimit`, `setpriority`, `alarm`, `setitimer`, … | In a domain they fail with EPERM. |
 //! | [`kills`] | `kill`, `tgkill`, `sigqueue` and others | In a domain they fail with EPERM for other processes and threads. |
+//!
+//! `refused` defines functions that fail with EPERM, for [`attributes`] and [`processes`].
 
 #![cfg_attr(
     instrumented,
@@ -37,6 +39,7 @@ pub(crate) mod malloc;
 pub(crate) mod mappings;
 pub(crate) mod old_signals;
 pub(crate) mod processes;
+mod refused;
 pub(crate) mod signals;
 pub(crate) mod thread_exit;
 

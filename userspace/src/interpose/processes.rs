@@ -12,7 +12,7 @@ use std::ffi::{c_char, c_int};
 use std::mem;
 
 use super::Next;
-use super::attributes::is_refused;
+use super::refused::{is_refused, refused};
 use crate::inside::libc::not_permitted;
 use crate::signal::stacks;
 use crate::{rights, thread};
@@ -61,30 +61,7 @@ spawns! {
     posix_spawnp;
 }
 
-macro_rules! execs {
-    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*);)*) => {
-        $(
-            $(#[$doc])*
-            ///
-            /// # Safety
-            ///
-            /// The arguments are valid, as the manual page demands.
-            #[cfg_attr(not(instrumented), unsafe(no_mangle))]
-            pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
-                type Function = unsafe extern "C" fn($($type),*) -> c_int;
-                if is_refused() {
-                    return not_permitted();
-                }
-                // SAFETY: this is the address of the C library's function of this name, which has this type.
-                let next = unsafe { mem::transmute::<usize, Function>(Next::$name.get()) };
-                // SAFETY: this function has the same contract, which the caller fulfils.
-                unsafe { next($($argument),*) }
-            }
-        )*
-    };
-}
-
-execs! {
+refused! {
     /// execve(2).
     fn execve(path: *const c_char, arguments: *const *const c_char, environment: *const *const c_char);
     /// execv(3).
